@@ -1,0 +1,44 @@
+"""Values that pass between the parts.
+
+Arrays carry their shape in their name. The letters, everywhere in this package:
+
+    A  devices (the leading axis of what is fed to all of them at once)
+    B  sequences        R  packed rows        L  tokens in a sequence or row
+    T  target tokens (positions that carry loss)
+    V  vocabulary       E  width of the hidden states
+    N  layers           H  heads              K  key/value heads       D  width of a head
+    S  length of a KV cache
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+
+Params = dict[str, Any]
+
+
+class MicroBatch(NamedTuple):
+    """Packed rows and the positions in them that carry loss.
+
+    A batch of examples is one or more micro-batches; their gradients are summed before the one division
+    and the one update. Fed to several devices, every array has a leading axis A.
+
+    Attributes:
+        tokens_RxL: int32, the packed examples; 0 where a slot is empty.
+        segment_ids_RxL: int32, 1, 2, ... for the examples of a row; 0 where a slot is empty.
+        positions_RxL: int32, restarts at 0 with each example.
+        target_index_T: int32, where in the flattened R·L slots each target is predicted *from* (the slot
+            before the target token). The real targets come first; T = R·L.
+        labels_T: int32, the token to predict.
+        weights_T: float32, 1 for a real target, 0 beyond them.
+        teacher_hidden_TxE: the teacher's final hidden state at each target, read from the teacher store;
+            None with a live teacher, or without one.
+    """
+
+    tokens_RxL: jax.Array
+    segment_ids_RxL: jax.Array
+    positions_RxL: jax.Array
+    target_index_T: jax.Array
+    labels_T: jax.Array
+    weights_T: jax.Array
+    teacher_hidden_TxE: jax.Array | None = None
