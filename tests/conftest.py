@@ -1,0 +1,29 @@
+"""Four fake CPU devices, strict promotion, and the shared data where it lies beside the repository."""
+
+import os
+from pathlib import Path
+
+# These are read when jax starts, so they come before its import.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "error:::l2m_jax")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with the real data sets and tokenizers; tests that need it are skipped without it."""
+    folder = Path(os.environ.get("L2M_SHARED", ROOT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip("the shared data set and tokenizers are not beside the repository (nor in L2M_SHARED)")
+    return folder
