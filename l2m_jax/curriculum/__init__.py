@@ -1,0 +1,32 @@
+"""The curriculum of L2M-KD: ranking, partition, Baby-Step stages and schedules.
+
+What is exported here is pure and needs neither JAX nor a model; `l2m_jax.curriculum.scoring` runs the student to
+get the scores that `rank` takes.
+"""
+
+from l2m_jax.curriculum.difficulty import Difficulty, rank
+from l2m_jax.curriculum.stages import (
+    Stage,
+    alpha_at,
+    baby_step_examples,
+    baby_steps,
+    beta_at,
+    examples_seen,
+    partition,
+    single_stage,
+    steps,
+)
+
+__all__ = [
+    "Difficulty",
+    "Stage",
+    "alpha_at",
+    "baby_step_examples",
+    "baby_steps",
+    "beta_at",
+    "examples_seen",
+    "partition",
+    "rank",
+    "single_stage",
+    "steps",
+]

@@ -1,0 +1,154 @@
+"""From two scores a training example to its place between easy and hard, and the file that keeps it."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from l2m_jax.curriculum.stages import partition
+from l2m_jax.errors import InputError
+
+METHODS = ("fusion", "rouge", "rouge_then_cross_entropy", "random")
+
+_FUSION_CONSTANT = 60
+
+
+def _standing(difficulty_N: np.ndarray) -> np.ndarray:
+    """1 + the number of examples that are strictly easier, so that equal scores count the same."""
+    return 1 + np.searchsorted(np.sort(difficulty_N), difficulty_N)
+
+
+def rank(
+    rouge_l_N: np.ndarray | Sequence[float],
+    cross_entropy_N: np.ndarray | Sequence[float],
+    method: str = "fusion",
+    *,
+    seed: int = 0,
+) -> np.ndarray:
+    """Orders the examples from the easiest to the hardest. Equal examples keep the order of their index.
+
+    Methods:
+        fusion: reciprocal rank fusion. An example scores 1/(60 + r_rouge) + 1/(60 + r_ce), where r is 1 + the
+            number of examples that are strictly easier by that measure; the highest score is the easiest.
+        rouge: falling Rouge-L.
+        rouge_then_cross_entropy: falling Rouge-L, where equal rising cross-entropy.
+        random: a permutation drawn from `seed`, whatever the scores.
+
+    Args:
+        rouge_l_N: Rouge-L of the student's own output against the reference; a high one is easy.
+        cross_entropy_N: mean cross-entropy of the reference response; a low one is easy.
+
+    Returns:
+        order_N: int64, indices of the examples, easiest first.
+
+    Raises:
+        InputError: an unknown method, or a score that is not finite.
+    """
+    rouge_l_N, cross_entropy_N = np.asarray(rouge_l_N, np.float64), np.asarray(cross_entropy_N, np.float64)
+    if rouge_l_N.shape != cross_entropy_N.shape or rouge_l_N.ndim != 1:
+        raise ValueError(f"one score of each kind an example: {rouge_l_N.shape} and {cross_entropy_N.shape}")
+    if method not in METHODS:
+        raise InputError(f"ranking method '{method}' is not known: choose one of {', '.join(METHODS)}")
+    if method == "random":
+        return np.random.default_rng(seed).permutation(len(rouge_l_N)).astype(np.int64)
+    for name, scores in (("Rouge-L", rouge_l_N), ("cross-entropy", cross_entropy_N)):
+        if not np.isfinite(scores).all():
+            example = int(np.flatnonzero(~np.isfinite(scores))[0])
+            raise InputError(
+                f"the {name} of training example {example} is {scores[example]}: "
+                "check the weights of the model that ranks the samples"
+            )
+    if method == "fusion":
+        by_rouge, by_cross_entropy = _standing(-rouge_l_N), _standing(cross_entropy_N)
+        fused = 1 / (_FUSION_CONSTANT + by_rouge) + 1 / (_FUSION_CONSTANT + by_cross_entropy)
+        return np.argsort(-fused, kind="stable").astype(np.int64)
+    if method == "rouge":
+        return np.argsort(-rouge_l_N, kind="stable").astype(np.int64)
+    return np.lexsort((cross_entropy_N, -rouge_l_N)).astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Difficulty:
+    """How hard each training example is. Arrays have one entry an example, in the order of the corpus.
+
+    Attributes:
+        ids: the examples' ids.
+        rouge_l: float64 in [0, 1], the student's own output against the reference.
+        cross_entropy: float64, mean over the response's tokens, in nats.
+        rank: int64, 0 for the easiest example.
+        subset: int64, 1 for the easiest subset, which stage 1 trains on.
+    """
+
+    ids: tuple[str, ...]
+    rouge_l: np.ndarray
+    cross_entropy: np.ndarray
+    rank: np.ndarray
+    subset: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        ids: Sequence[str],
+        rouge_l_N: np.ndarray,
+        cross_entropy_N: np.ndarray,
+        *,
+        subsets: int = 4,
+        method: str = "fusion",
+        seed: int = 0,
+    ) -> "Difficulty":
+        """Ranks the examples by `method` and cuts them into `subsets` (see `rank` and `partition`)."""
+        order = rank(rouge_l_N, cross_entropy_N, method, seed=seed)
+        rank_N, subset_N = np.empty_like(order), np.empty_like(order)
+        rank_N[order] = np.arange(len(order))
+        for number, indices in enumerate(partition(order, subsets), start=1):
+            subset_N[indices] = number
+        return cls(
+            tuple(ids), np.asarray(rouge_l_N, float), np.asarray(cross_entropy_N, float), rank_N, subset_N
+        )
+
+    @property
+    def order(self) -> np.ndarray:
+        """Indices of the examples, easiest first."""
+        return np.argsort(self.rank)
+
+    @property
+    def subsets(self) -> tuple[np.ndarray, ...]:
+        """The indices of d_1 ... d_n, each easiest first."""
+        order = self.order
+        return tuple(order[self.subset[order] == number] for number in np.unique(self.subset))
+
+    def write(self, path: Path) -> None:
+        """Writes one row an example, in the order of the corpus; a reader never sees part of the file."""
+        table = pa.table(
+            {
+                "id": pa.array(self.ids, pa.string()),
+                "rouge_l": self.rouge_l,
+                "cross_entropy": self.cross_entropy,
+                "rank": self.rank,
+                "subset": self.subset,
+            }
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.unfinished")
+        pq.write_table(table, temporary)
+        os.replace(temporary, path)
+
+    @classmethod
+    def read(cls, path: Path) -> "Difficulty":
+        """Reads what `write` wrote.
+
+        Raises:
+            InputError: no such file, or not one row an example with the five columns.
+        """
+        names = ("rouge_l", "cross_entropy", "rank", "subset")
+        try:
+            table = pq.read_table(path, columns=["id", *names])
+            return cls(tuple(table["id"].to_pylist()), *(table[name].to_numpy() for name in names))
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise InputError(
+                f"{path}: cannot be read as a difficulty file ({error}); delete it and rank the samples again"
+            ) from error
