@@ -1,0 +1,51 @@
+"""metrics.jsonl: one object a line, written as training goes, without a trace of what a resumed run does again."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from l2m_jax import artefacts
+
+
+class MetricsLog:
+    """Appends lines to `path`; with `tensorboard` (a folder) the numbers go there as well.
+
+    Raises:
+        ImportError: TensorBoard is asked for and `tensorboardX` (extra: tracking) is not installed.
+    """
+
+    def __init__(self, path: Path, tensorboard: Path | None = None):
+        self._path = path
+        self._writer = None
+        if tensorboard is not None:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(tensorboard))
+
+    def write(self, phase: str, step: int, **values: Any) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"phase": phase, "step": step, **values}) + "\n")
+        if self._writer is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._writer.add_scalar(f"{phase}/{name}", value, step)
+
+    def drop_after(self, phase: str, step: int) -> None:
+        """Forgets the lines of `phase` beyond `step`, and a last line that was cut short by a kill."""
+        kept = [line for line in read_metrics(self._path) if line["phase"] != phase or line["step"] <= step]
+        artefacts.write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a half-written last one is left out."""
+    lines = []
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(text))
+    return lines

@@ -1,0 +1,51 @@
+"""AdamW as the paper sets it; the learning rate is an argument of the step, so a new stage compiles nothing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import optax
+
+from l2m_jax.types import Params
+
+_DECAYED = ("kernel", "embedding")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    adam_b1: float = 0.9
+    adam_b2: float = 0.999
+    clip_norm: float = 1.0
+    warmup_fraction: float = 0.1
+
+
+def decayed(params: Params) -> Params:
+    """True for the leaves that weight decay applies to: matrices and embeddings, not biases and norms.
+
+    By name, not by rank: stacked over layers, a norm's scale is a matrix as well.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, _: str(path[-1].key) in _DECAYED, params)
+
+
+def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
+    """Clip, Adam and decoupled weight decay: `optax.adamw` without the last factor, minus the learning rate."""
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip_norm),
+        optax.scale_by_adam(b1=settings.adam_b1, b2=settings.adam_b2),
+        optax.add_decayed_weights(settings.weight_decay, mask=decayed),
+    )
+
+
+def learning_rate_schedule(settings: OptimizerSettings, steps: int) -> Callable[[int], float]:
+    """Learning rate before each of `steps` updates: up over the warm-up, then down to 0, both linearly."""
+    warmup = min(max(round(settings.warmup_fraction * steps), 0), steps - 1)
+    peak = settings.learning_rate
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return peak * (step + 1) / (warmup + 1)
+        return peak * (steps - step) / (steps - warmup)
+
+    return rate

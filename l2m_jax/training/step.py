@@ -1,0 +1,176 @@
+"""The training step as pure functions of one device's share of a batch.
+
+A batch is one or more micro-batches. `accumulate` adds one micro-batch's gradient and loss *sums*; `update`
+adds the sums up over devices, divides once by the global weight, and applies the optimiser. A mean of
+per-device or per-micro-batch means would weigh tokens by how they happened to be packed.
+
+Both run under `jax.pmap`, where `axis_name` is the device axis and arrays are one device's, and under
+`jax.jit` over a mesh, where `axis_name` is None and the micro-batch keeps its leading device axis
+(see `parallel.py`).
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from l2m_jax import losses, models
+from l2m_jax.losses import LossSums, Objective
+from l2m_jax.models import DecoderConfig
+from l2m_jax.types import MicroBatch, Params
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a compiled step depends on besides the stage's objective: hashable, hence static.
+
+    Attributes:
+        valid_vocab_size: entries that teacher and student share; the others count as -inf.
+        chunk_size: target tokens whose logits are held at once.
+    """
+
+    student: DecoderConfig
+    teacher: DecoderConfig | None
+    valid_vocab_size: int
+    chunk_size: int = 512
+
+
+class Teacher(NamedTuple):
+    """What the step needs of the teacher: its head, and all of its parameters when it runs live."""
+
+    head_VxE: jax.Array
+    params: Params | None = None
+
+
+class TrainState(NamedTuple):
+    params: Params
+    optimizer: optax.OptState
+
+
+class Sums(NamedTuple):
+    gradients: Params
+    losses: LossSums
+
+
+def zero_sums(params: Params) -> Sums:
+    zero = jnp.zeros((), jnp.float32)
+    return Sums(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), LossSums(zero, zero, zero, zero))
+
+
+def target_hidden(config: DecoderConfig, params: Params, batch: MicroBatch, dropout_key: jax.Array | None = None):
+    """Final hidden states at the positions that carry loss, `[..., T, E]`: all that the vocabulary ever sees."""
+    lead, (rows, length) = batch.tokens_RxL.shape[:-2], batch.tokens_RxL.shape[-2:]
+    hidden_BxLxE = models.hidden_states(
+        config,
+        params,
+        batch.tokens_RxL.reshape(-1, length),
+        segment_ids_BxL=batch.segment_ids_RxL.reshape(-1, length),
+        positions_BxL=batch.positions_RxL.reshape(-1, length),
+        dropout_key=dropout_key,
+    )
+    hidden = hidden_BxLxE.reshape(*lead, rows * length, -1)
+    return jnp.take_along_axis(hidden, batch.target_index_T[..., None], axis=-2)
+
+
+def _teacher_hidden(settings: StepSettings, objective: Objective, batch: MicroBatch, teacher: Teacher | None):
+    if not objective.needs_teacher or teacher is None:
+        return None
+    if batch.teacher_hidden_TxE is not None:
+        return batch.teacher_hidden_TxE
+    assert settings.teacher is not None and teacher.params is not None
+    return jax.lax.stop_gradient(target_hidden(settings.teacher, teacher.params, batch))
+
+
+def loss_sums(
+    settings: StepSettings,
+    objective: Objective,
+    params: Params,
+    batch: MicroBatch,
+    teacher: Teacher | None,
+    dropout_key: jax.Array | None = None,
+) -> LossSums:
+    """Sums over this micro-batch's target tokens of weight times loss, cross-entropy, divergence and one."""
+    teacher_hidden = _teacher_hidden(settings, objective, batch, teacher)
+    return losses.fused_distillation_sums(
+        target_hidden(settings.student, params, batch, dropout_key),
+        models.head(settings.student, params),
+        teacher_hidden,
+        None if teacher_hidden is None or teacher is None else teacher.head_VxE,
+        batch.labels_T,
+        batch.weights_T,
+        objective,
+        valid_vocab_size=settings.valid_vocab_size,
+        chunk_size=settings.chunk_size,
+    )
+
+
+def accumulate(
+    settings: StepSettings,
+    objective: Objective,
+    params: Params,
+    sums: Sums,
+    batch: MicroBatch,
+    teacher: Teacher | None,
+    dropout_key: jax.Array | None,
+    *,
+    axis_name: str | None = None,
+) -> Sums:
+    """`sums` plus the gradient and loss sums of one micro-batch; no communication between devices."""
+    if dropout_key is not None and axis_name is not None:
+        dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
+
+    def loss(params: Params) -> tuple[jax.Array, LossSums]:
+        new = loss_sums(settings, objective, params, batch, teacher, dropout_key)
+        return new.loss, new
+
+    gradients, new = jax.grad(loss, has_aux=True)(params)
+    return jax.tree.map(lambda old, add: old + add.astype(old.dtype), sums, Sums(gradients, new))
+
+
+def update(
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    sums: Sums,
+    learning_rate: jax.Array,
+    *,
+    axis_name: str | None = None,
+) -> tuple[TrainState, Sums, dict[str, Any]]:
+    """One optimiser step on the sums of a whole batch.
+
+    Returns:
+        The new state, sums set back to zero (in the same buffers), and the batch's metrics.
+    """
+    if axis_name is not None:
+        sums = jax.lax.psum(sums, axis_name)
+    weight = jnp.maximum(sums.losses.weight, 1e-9)
+    gradients = jax.tree.map(lambda g: g / weight, sums.gradients)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+    params = jax.tree.map(
+        lambda p, u: (p - learning_rate * u).astype(p.dtype), state.params, updates
+    )
+    metrics = {
+        "loss": sums.losses.loss / weight,
+        "cross_entropy": sums.losses.cross_entropy / weight,
+        "divergence": sums.losses.divergence / weight,
+        "target_tokens": sums.losses.weight,
+        "grad_norm": optax.global_norm(gradients),
+    }
+    return TrainState(params, optimizer_state), jax.tree.map(jnp.zeros_like, sums), metrics
+
+
+def evaluate(
+    settings: StepSettings,
+    objective: Objective,
+    params: Params,
+    batch: MicroBatch,
+    teacher: Teacher | None,
+    *,
+    axis_name: str | None = None,
+) -> LossSums:
+    """Loss sums over all devices, without dropout and without gradient."""
+    sums = loss_sums(settings, objective, params, batch, teacher)
+    if axis_name is None:
+        return sums
+    return jax.tree.map(lambda x: jax.lax.psum(x, axis_name), sums)

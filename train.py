@@ -1,0 +1,33 @@
+"""Distils a student: `python train.py --config configs/quickstart.py --workdir runs/quickstart`.
+
+Any setting can be changed on the command line, as in `--config.training.learning_rate=5e-5`. The same command
+again goes on where the first one stopped.
+"""
+
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from l2m_jax.errors import InputError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, as in configs/quickstart.py:compare")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything the run makes is kept")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        raise app.UsageError(f"unexpected argument {arguments[1]!r}")
+    try:
+        from l2m_jax import config, pipeline
+
+        pipeline.run(config.parse(_CONFIG.value), _WORKDIR.value)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    app.run(main)
