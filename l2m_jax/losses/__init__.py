@@ -1,0 +1,45 @@
+"""Distillation objectives that need nothing but jax.
+
+>>> from l2m_jax import losses
+>>> losses.Objective("skew_kl", alpha=0.1, beta=0.7).needs_labels
+True
+
+Of logits: the divergences, `cross_entropy`, `token_loss` and `distillation_loss`. Of hidden states and output
+heads, without ever holding the logits of a batch: `fused_distillation_sums`, `fused_distillation_loss` and
+`fused_token_losses`.
+"""
+
+from l2m_jax.losses.distillation import DIVERGENCE_NAMES, Objective, distillation_loss, token_loss
+from l2m_jax.losses.divergences import (
+    cross_entropy,
+    forward_kl,
+    jsd,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    total_variation,
+)
+from l2m_jax.losses.fused import (
+    LossSums,
+    fused_distillation_loss,
+    fused_distillation_sums,
+    fused_token_losses,
+)
+
+__all__ = [
+    "DIVERGENCE_NAMES",
+    "LossSums",
+    "Objective",
+    "cross_entropy",
+    "distillation_loss",
+    "forward_kl",
+    "fused_distillation_loss",
+    "fused_distillation_sums",
+    "fused_token_losses",
+    "jsd",
+    "reverse_kl",
+    "skew_kl",
+    "skew_reverse_kl",
+    "token_loss",
+    "total_variation",
+]

@@ -1,0 +1,189 @@
+"""The distillation loss (1 - β)·CE + β·D (Eq. 3 and 6), for each token and over a batch."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from l2m_jax.losses.divergences import (
+    cross_entropy,
+    forward_kl,
+    jsd,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    total_variation,
+)
+
+# name -> (function, whether it takes alpha)
+_DIVERGENCES: dict[str, tuple[Callable[..., jax.Array], bool]] = {
+    "forward_kl": (forward_kl, False),
+    "reverse_kl": (reverse_kl, False),
+    "skew_kl": (skew_kl, True),
+    "skew_reverse_kl": (skew_reverse_kl, True),
+    "skew_reverse_kl_fixed_mixture": (partial(skew_reverse_kl, mixture_gradient=False), True),
+    "jsd": (jsd, True),
+    "total_variation": (total_variation, False),
+}
+DIVERGENCE_NAMES = tuple(_DIVERGENCES)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised, as a static (hashable) argument of a compiled function.
+
+    loss = (1 - beta)·CE + beta·T²·D(p_T ‖ q_T)
+
+    The subscript T is the temperature: both sides' logits are divided by it inside the divergence, and the divergence
+    is multiplied by T², which keeps its gradient at the same scale (Hinton et al., 2015). Cross-entropy is always at
+    temperature 1.
+
+    Attributes:
+        divergence: one of `DIVERGENCE_NAMES`.
+        alpha: α_i of Eq. 6, the share of the mixture in skew_kl and skew_reverse_kl; the teacher's weight in jsd;
+            unused by the others. With skew_kl, 0 is exactly forward_kl.
+        beta: β_i of Eq. 7, the weight of the divergence. 0 is plain cross-entropy, where no teacher is needed.
+        temperature: T above.
+
+    Raises:
+        ValueError: an unknown divergence, alpha or beta outside [0, 1], a temperature that is not positive.
+    """
+
+    divergence: str = "skew_kl"
+    alpha: float = 0.1
+    beta: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        if self.divergence not in _DIVERGENCES:
+            raise ValueError(f"divergence {self.divergence!r} is none of {', '.join(DIVERGENCE_NAMES)}")
+        for name in ("alpha", "beta"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} lies between 0 and 1, not {getattr(self, name)}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature is a positive number, not {self.temperature}")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.beta > 0
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.beta < 1
+
+
+def scaled_divergence(
+    student_logits: jax.Array, teacher_logits: jax.Array, objective: Objective
+) -> jax.Array:
+    """The divergence as it enters the loss, T²·D(p_T ‖ q_T), `[..., V] -> [...]`."""
+    function, takes_alpha = _DIVERGENCES[objective.divergence]
+    temperature = objective.temperature
+    if temperature != 1:
+        student_logits = student_logits.astype(jnp.float32) / temperature
+        teacher_logits = teacher_logits.astype(jnp.float32) / temperature
+    if takes_alpha:
+        return function(student_logits, teacher_logits, objective.alpha) * temperature**2
+    return function(student_logits, teacher_logits) * temperature**2
+
+
+def combine(cross_entropy: jax.Array | None, divergence: jax.Array | None, objective: Objective) -> jax.Array:
+    """(1 - β)·CE + β·D. The part that β rules out does not appear in the compiled program, and may be None."""
+    if not objective.needs_teacher:
+        assert cross_entropy is not None
+        return cross_entropy
+    assert divergence is not None
+    if not objective.needs_labels:
+        return divergence
+    assert cross_entropy is not None
+    return (1 - objective.beta) * cross_entropy + objective.beta * divergence
+
+
+def token_loss(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array | None,
+    labels: jax.Array | None,
+    objective: Objective,
+) -> jax.Array:
+    """The loss of each token.
+
+    Args:
+        student_logits: `[..., V]`, any floating dtype.
+        teacher_logits: `[..., V]`; None where `objective.needs_teacher` is False.
+        labels: integer `[...]`, the reference tokens; None where `objective.needs_labels` is False.
+        objective: static under `jax.jit`.
+
+    Returns:
+        float32 `[...]`.
+
+    Raises:
+        ValueError: logits over vocabularies of different sizes, or an input missing that the objective needs.
+
+    >>> import jax.numpy as jnp
+    >>> teacher, student = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
+    >>> objective = Objective("skew_kl", alpha=0.5, beta=0.7)
+    >>> print(f"{token_loss(student, teacher, jnp.array(0), objective):.4f}")
+    0.4385
+    """
+    entropy = divergence = None
+    if objective.needs_labels:
+        if labels is None:
+            raise ValueError(f"labels are needed with beta = {objective.beta}")
+        entropy = cross_entropy(student_logits, labels)
+    if objective.needs_teacher:
+        if teacher_logits is None:
+            raise ValueError(f"teacher_logits are needed with beta = {objective.beta}")
+        if student_logits.shape != teacher_logits.shape:
+            raise ValueError(
+                f"student and teacher logits differ in shape, {student_logits.shape} and {teacher_logits.shape}; "
+                "pad the smaller vocabulary with -inf"
+            )
+        divergence = scaled_divergence(student_logits, teacher_logits, objective)
+    return combine(entropy, divergence, objective)
+
+
+def distillation_loss(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array | None,
+    labels: jax.Array | None,
+    weights: jax.Array,
+    objective: Objective,
+) -> jax.Array:
+    """The weighted mean of `token_loss` over all tokens: Σ weight·loss / Σ weight.
+
+    Over several devices or micro-batches add up Σ weight·loss and Σ weight and divide once; a mean of such means is
+    another loss as soon as the weights' sums differ. `fused_distillation_sums` returns the sums.
+
+    Args:
+        student_logits: `[..., V]`, any floating dtype. Logits[..., t, :] predict labels[..., t]: nothing is shifted here.
+        teacher_logits: `[..., V]`; None where `objective.needs_teacher` is False.
+        labels: integer `[...]`; None where `objective.needs_labels` is False.
+        weights: `[...]`, 0 for tokens without loss (prompt, padding). Such tokens may hold anything, NaN included.
+        objective: static under `jax.jit`.
+
+    Returns:
+        A float32 scalar; 0 where all weights are 0.
+
+    Raises:
+        ValueError: as `token_loss`.
+
+    >>> import jax.numpy as jnp
+    >>> student = jnp.log(jnp.array([[0.25, 0.75], [0.5, 0.5]]))
+    >>> labels, weights = jnp.array([0, 0]), jnp.array([1.0, 0.0])
+    >>> print(f"{distillation_loss(student, None, labels, weights, Objective(beta=0.0)):.4f}")
+    1.3863
+    """
+    weights = weights.astype(jnp.float32)
+    has_loss = (weights != 0)[..., None]
+    student_logits = jnp.where(has_loss, student_logits, 0)
+    if teacher_logits is not None:
+        teacher_logits = jnp.where(has_loss, teacher_logits, 0)
+    loss = jnp.sum(weights * token_loss(student_logits, teacher_logits, labels, objective))
+    return mean(loss, jnp.sum(weights))
+
+
+def mean(total: jax.Array, weight: jax.Array) -> jax.Array:
+    """total / weight, and 0 with a gradient of 0 where there is no weight."""
+    return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)

@@ -1,0 +1,225 @@
+"""Divergences between a teacher's and a student's next-token distributions, one number a token.
+
+Every function takes two arrays of logits over the same vocabulary, `[..., V]`, and reduces the last axis alone:
+no mean over tokens, no mask. p is the teacher, q the student, as in the paper. The work is done in float32
+whatever the dtype of the logits.
+
+A logit of −∞ (a padded vocabulary entry, a token that was ruled out) gives neither NaN nor ∞, in values or in
+gradients. Where both sides are −∞ the entry counts nothing, as if it were cut off. Where only one side is, its
+log-probability enters as log(1.2e-38) ≈ −87.3, the logarithm of float32's smallest normal number, so that a
+divergence which is infinite on paper stays a large finite number that can still be optimised.
+
+Mixing weights are Python numbers, not traced arrays: 0 and 1 compile to the plain divergence and to nothing.
+"""
+
+import jax
+import jax.numpy as jnp
+
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+_LOG_TINY = -87.33654
+
+
+def _log_probabilities(logits: jax.Array) -> jax.Array:
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    return jnp.where(jnp.isneginf(log_probabilities), _LOG_TINY, log_probabilities)
+
+
+def _kl(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
+
+
+def _log_mixture(log_a: jax.Array, log_b: jax.Array, weight: float) -> jax.Array:
+    """log(weight·a + (1 - weight)·b)."""
+    if not 0 <= weight <= 1:
+        raise ValueError(f"a mixing weight lies between 0 and 1, not {weight}")
+    if weight == 0:
+        return log_b
+    if weight == 1:
+        return log_a
+    mixture = weight * jnp.exp(log_a) + (1 - weight) * jnp.exp(log_b)
+    return jnp.log(jnp.maximum(mixture, _TINY))
+
+
+def forward_kl(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
+    """Kullback-Leibler divergence of the student from the teacher (Eq. 4).
+
+    KL(p ‖ q) = Σ_v p_v · log(p_v / q_v)
+
+    Args:
+        student_logits: `[..., V]`, any floating dtype.
+        teacher_logits: `[..., V]`.
+
+    Returns:
+        float32 `[...]`, in nats.
+
+    >>> import jax.numpy as jnp
+    >>> teacher, student = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
+    >>> print(f"{forward_kl(student, teacher):.4f}")
+    0.1438
+
+    References:
+        Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
+    """
+    return _kl(_log_probabilities(teacher_logits), _log_probabilities(student_logits))
+
+
+def reverse_kl(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
+    """Kullback-Leibler divergence of the teacher from the student.
+
+    KL(q ‖ p) = Σ_v q_v · log(q_v / p_v)
+
+    Args:
+        student_logits: `[..., V]`, any floating dtype.
+        teacher_logits: `[..., V]`.
+
+    Returns:
+        float32 `[...]`, in nats.
+
+    >>> import jax.numpy as jnp
+    >>> teacher, student = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
+    >>> print(f"{reverse_kl(student, teacher):.4f}")
+    0.1308
+
+    References:
+        Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, 2023.
+    """
+    return _kl(_log_probabilities(student_logits), _log_probabilities(teacher_logits))
+
+
+def skew_kl(student_logits: jax.Array, teacher_logits: jax.Array, alpha: float = 0.1) -> jax.Array:
+    """Divergence of a mixture of both from the teacher: the paper's guided objective (Eq. 5 and 6).
+
+    KL(p ‖ α·p + (1 - α)·q)
+
+    Args:
+        student_logits: `[..., V]`, any floating dtype.
+        teacher_logits: `[..., V]`.
+        alpha: the teacher's share in the mixture. 0 is exactly `forward_kl`, 1 exactly zero.
+
+    Returns:
+        float32 `[...]`, in nats.
+
+    Raises:
+        ValueError: alpha outside [0, 1].
+
+    >>> import jax.numpy as jnp
+    >>> teacher, student = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
+    >>> print(f"{skew_kl(student, teacher, alpha=0.5):.4f}")
+    0.0323
+
+    References:
+        Ko et al., DistiLLM: Towards Streamlined Distillation for Large Language Models, 2024.
+    """
+    log_p, log_q = _log_probabilities(teacher_logits), _log_probabilities(student_logits)
+    return _kl(log_p, _log_mixture(log_p, log_q, alpha))
+
+
+def skew_reverse_kl(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    alpha: float = 0.1,
+    *,
+    mixture_gradient: bool = True,
+) -> jax.Array:
+    """Divergence of a mixture of both from the student.
+
+    KL(q ‖ α·q + (1 - α)·p)
+
+    Args:
+        student_logits: `[..., V]`, any floating dtype.
+        teacher_logits: `[..., V]`.
+        alpha: the student's share in the mixture. 0 is exactly `reverse_kl`, 1 exactly zero.
+        mixture_gradient: whether the student is differentiated inside the mixture too. DistiLLM-2 holds it fixed.
+
+    Returns:
+        float32 `[...]`, in nats.
+
+    Raises:
+        ValueError: alpha outside [0, 1].
+
+    >>> import jax.numpy as jnp
+    >>> teacher, student = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
+    >>> print(f"{skew_reverse_kl(student, teacher, alpha=0.5):.4f}")
+    0.0354
+
+    References:
+        Ko et al., DistiLLM, 2024; Ko et al., DistiLLM-2: A Contrastive Approach Boosts the Distillation of LLMs, 2025.
+    """
+    log_p, log_q = _log_probabilities(teacher_logits), _log_probabilities(student_logits)
+    log_q_in_mixture = log_q if mixture_gradient else jax.lax.stop_gradient(log_q)
+    return _kl(log_q, _log_mixture(log_q_in_mixture, log_p, alpha))
+
+
+def jsd(student_logits: jax.Array, teacher_logits: jax.Array, alpha: float = 0.5) -> jax.Array:
+    """Generalised Jensen-Shannon divergence.
+
+    α·KL(p ‖ m) + (1 - α)·KL(q ‖ m)   with m = α·p + (1 - α)·q
+
+    Args:
+        student_logits: `[..., V]`, any floating dtype.
+        teacher_logits: `[..., V]`.
+        alpha: the teacher's weight. At 0.5 the divergence is symmetric and at most log 2; at 0 and 1 it is zero.
+
+    Returns:
+        float32 `[...]`, in nats.
+
+    Raises:
+        ValueError: alpha outside [0, 1].
+
+    >>> import jax.numpy as jnp
+    >>> teacher, student = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
+    >>> print(f"{jsd(student, teacher):.4f}")
+    0.0338
+
+    References:
+        Agarwal et al., On-Policy Distillation of Language Models, 2024, where α is called β.
+    """
+    log_p, log_q = _log_probabilities(teacher_logits), _log_probabilities(student_logits)
+    log_m = _log_mixture(log_p, log_q, alpha)
+    return alpha * _kl(log_p, log_m) + (1 - alpha) * _kl(log_q, log_m)
+
+
+def total_variation(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
+    """Total variation distance.
+
+    ½·Σ_v |p_v - q_v|
+
+    Args:
+        student_logits: `[..., V]`, any floating dtype.
+        teacher_logits: `[..., V]`.
+
+    Returns:
+        float32 `[...]`, between 0 and 1.
+
+    >>> import jax.numpy as jnp
+    >>> teacher, student = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
+    >>> print(f"{total_variation(student, teacher):.4f}")
+    0.2500
+
+    References:
+        Wen et al., f-Divergence Minimization for Sequence-Level Knowledge Distillation, 2023.
+    """
+    p, q = jnp.exp(_log_probabilities(teacher_logits)), jnp.exp(_log_probabilities(student_logits))
+    return 0.5 * jnp.sum(jnp.abs(p - q), axis=-1)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Negative log-likelihood of the reference token, one term of Eq. 1.
+
+    -log q_label
+
+    Args:
+        logits: `[..., V]`, any floating dtype.
+        labels: integer `[...]`. A label outside [0, V) costs nothing and has no gradient; give it weight 0.
+
+    Returns:
+        float32 `[...]`, in nats.
+
+    >>> import jax.numpy as jnp
+    >>> print(f"{cross_entropy(jnp.log(jnp.array([0.25, 0.75])), jnp.array(0)):.4f}")
+    1.3863
+    """
+    log_q = _log_probabilities(logits)
+    # A comparison fuses with the softmax, forwards and backwards; a gather would turn into a scatter of [..., V].
+    is_label = jax.lax.broadcasted_iota(labels.dtype, log_q.shape, log_q.ndim - 1) == labels[..., None]
+    return -jnp.sum(jnp.where(is_label, log_q, 0.0), axis=-1)
