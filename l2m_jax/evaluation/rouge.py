@@ -6,8 +6,8 @@ Here stems are remembered, and `rapidfuzz` finds the subsequence with bit-parall
 
 import concurrent.futures
 import functools
-import json
 import os
+import pickle
 import re
 import string
 import subprocess
@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 
 from rapidfuzz.distance import LCSseq
 
-# One process scores about 20 million characters a second; another needs seconds to start (nltk imports SciPy).
-_CHARACTERS_WORTH_A_POOL = 100_000_000
+# One process scores about 20 million characters a second, another needs about a second to start.
+_CHARACTERS_WORTH_A_POOL = 50_000_000
 
 _words = re.compile(r"[a-z0-9]+").findall
 _without_punctuation = str.maketrans("", "", string.punctuation)
@@ -33,6 +33,11 @@ def _porter() -> Callable[[str], str]:
 @functools.lru_cache(maxsize=1 << 20)
 def _stem(word: str) -> str:
     return _porter()(word) if len(word) > 3 else word
+
+
+def forget_stems() -> None:
+    """Makes the next call stem every word again, as in a fresh process."""
+    _stem.cache_clear()
 
 
 def _tokens(text: str) -> list[str]:
@@ -86,7 +91,7 @@ def rouge_l_many(
     pairs = list(zip(predictions, references, strict=True))
     if processes is None:
         size = sum(len(text) + sum(map(len, _all_of(expected))) for text, expected in pairs)
-        processes = _cores() if size > _CHARACTERS_WORTH_A_POOL else 1
+        processes = cores() if size > _CHARACTERS_WORTH_A_POOL else 1
     processes = min(processes, len(pairs))
     if processes <= 1:
         return [rouge_l(*pair) for pair in pairs]
@@ -98,7 +103,8 @@ def rouge_l_many(
     return scores
 
 
-def _cores() -> int:
+def cores() -> int:
+    """The cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -107,16 +113,18 @@ def _in_another_process(pairs: list[tuple[str, str | Sequence[str]]]) -> list[fl
     # run the caller's script again up to this point unless that guards against it.
     done = subprocess.run(
         [sys.executable, "-c", f"from {__name__} import _answer_parent; _answer_parent()"],
-        input=json.dumps(pairs).encode(),
+        input=pickle.dumps(pairs),
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         check=True,
     )
-    return json.loads(done.stdout)
+    return pickle.loads(done.stdout)
 
 
 def _answer_parent() -> None:
-    json.dump([rouge_l(*pair) for pair in json.load(sys.stdin.buffer)], sys.stdout)
+    # nltk imports SciPy for seconds where it is there, and stems as well without it.
+    sys.modules.setdefault("scipy", None)  # pyright: ignore[reportArgumentType]
+    pickle.dump([rouge_l(*pair) for pair in pickle.load(sys.stdin.buffer)], sys.stdout.buffer)
 
 
 def exact_match(prediction: str, references: str | Sequence[str]) -> bool:

@@ -83,7 +83,7 @@ def test_all_cores_are_used_only_for_much_text(monkeypatch):
     monkeypatch.setattr(
         rouge, "_in_another_process", lambda pairs: shares.append(pairs) or [0.25] * len(pairs)
     )
-    monkeypatch.setattr(rouge, "_cores", lambda: 3)
+    monkeypatch.setattr(rouge, "cores", lambda: 3)
     monkeypatch.setattr(rouge, "_CHARACTERS_WORTH_A_POOL", 20)
     assert rouge_l_many(["abc"] * 4, ["ab"] * 4) == [0.0] * 4 and not shares
     assert rouge_l_many(["abc"] * 5, [["ab", "c"]] * 5) == [0.25] * 5
