@@ -1,0 +1,187 @@
+"""The paper's tables: methods by sets, mean ± standard deviation, as Markdown, CSV and LaTeX."""
+
+import csv
+import dataclasses
+import io
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+AVERAGE = "Avg."
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """A mean, and the sample standard deviation of the values behind it; None where there is one value."""
+
+    mean: float
+    std: float | None = None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}" if self.std is None else f"{self.mean:.1f} ± {self.std:.1f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cell:
+    spread: Spread | None
+    best: bool = False
+    beats_teacher: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of equal rights, one of which may be the teacher.
+
+    Attributes:
+        values: for each row (method or model) and column (set) what to take the mean over: Rouge-L × 100 of
+            several training runs, or of several sampling seeds. A missing entry is shown as a dash.
+        teacher: the row that the others are compared with; it comes first and is never the best.
+        unreportable: columns for tests alone: they carry a dagger and stay out of the average.
+    """
+
+    values: Mapping[str, Mapping[str, Sequence[float]]]
+    teacher: str | None = None
+    unreportable: frozenset[str] = frozenset()
+
+    def __post_init__(self):
+        if self.teacher is not None and self.teacher not in self.values:
+            raise ValueError(f"the teacher's row '{self.teacher}' is not one of {', '.join(self.values)}")
+
+    @property
+    def sets(self) -> list[str]:
+        """The columns, in the order of their first appearance."""
+        return list(dict.fromkeys(name for row in self.values.values() for name in row))
+
+    @property
+    def columns(self) -> list[str]:
+        """The sets, and their average where there are several to take it over."""
+        return self.sets + [AVERAGE] * (len(self._averaged) > 1)
+
+    @property
+    def _averaged(self) -> list[str]:
+        return [name for name in self.sets if name not in self.unreportable]
+
+    def spread(self, row: str, column: str) -> Spread | None:
+        """The cell's mean and deviation; None where a value is missing.
+
+        The average's deviation is that of the runs' averages, where every set has as many runs.
+        """
+        found = self.values[row]
+        if column != AVERAGE:
+            return Spread.of(found[column]) if found.get(column) else None
+        if not all(found.get(name) for name in self._averaged):
+            return None
+        runs = [found[name] for name in self._averaged]
+        if len({len(values) for values in runs}) == 1:
+            return Spread.of([statistics.fmean(run) for run in zip(*runs, strict=True)])
+        return Spread(statistics.fmean(statistics.fmean(values) for values in runs))
+
+    def _rows(self) -> Iterable[tuple[str, list[_Cell]]]:
+        others = [name for name in self.values if name != self.teacher]
+        spreads = {name: [self.spread(name, column) for column in self.columns] for name in self.values}
+        # As shown: what reads the same is equally good.
+        shown = {name: [None if s is None else round(s.mean, 1) for s in spreads[name]] for name in spreads}
+        best = [
+            max((value for name in others if (value := shown[name][i]) is not None), default=None)
+            for i in range(len(self.columns))
+        ]
+        if self.teacher is not None:
+            yield self.teacher, [_Cell(spread) for spread in spreads[self.teacher]]
+        for name in others:
+            cells = []
+            for i, value in enumerate(shown[name]):
+                to_beat = None if self.teacher is None else shown[self.teacher][i]
+                beats = value is not None and to_beat is not None and value > to_beat
+                is_best = len(others) > 1 and value is not None and value == best[i]
+                cells.append(_Cell(spreads[name][i], is_best, beats))
+            yield name, cells
+
+    def _heading(self, column: str, dagger: str) -> str:
+        return column + dagger if column in self.unreportable else column
+
+    def notes(self) -> list[str]:
+        """What the marks in the table mean."""
+        notes = []
+        if len(self.values) - (self.teacher is not None) > 1:
+            notes.append("Bold: the best, the teacher aside.")
+        if self.teacher is not None:
+            notes.append("*: better than the teacher.")
+        if not self.unreportable.isdisjoint(self.sets):
+            notes.append("†: not the paper's set, never to report; left out of the average.")
+        return notes
+
+    def markdown(self) -> str:
+        """A GitHub table, followed by its notes."""
+
+        def text(cell: _Cell) -> str:
+            if cell.spread is None:
+                return "–"
+            value = f"**{cell.spread}**" if cell.best else str(cell.spread)
+            return value + r"\*" * cell.beats_teacher
+
+        headings = ["", *(_markdown_escaped(self._heading(c, "†")) for c in self.columns)]
+        lines = [_markdown_row(headings), _markdown_row(["---", *["---:"] * len(self.columns)])]
+        lines += [_markdown_row([_markdown_escaped(name), *map(text, cells)]) for name, cells in self._rows()]
+        notes = " ".join(self.notes()).replace("*:", r"\*:")
+        return "\n".join(lines) + "\n" + (f"\n{notes}\n" if notes else "")
+
+    def csv(self) -> str:
+        """One line a row; each column's mean and standard deviation at full precision, and no marks."""
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["", *(heading for c in self.columns for heading in (c, f"{c} std"))])
+        for name, cells in self._rows():
+            numbers: list[float | str] = []
+            for cell in cells:
+                spread = cell.spread
+                numbers.append("" if spread is None else spread.mean)
+                numbers.append("" if spread is None or spread.std is None else spread.std)
+            writer.writerow([name, *numbers])
+        return file.getvalue()
+
+    def latex(self) -> str:
+        """A `tabular` with booktabs rules."""
+
+        def text(cell: _Cell) -> str:
+            if cell.spread is None:
+                return "--"
+            value = str(cell.spread).replace("±", r"$\pm$")
+            return (rf"\textbf{{{value}}}" if cell.best else value) + r"$^{*}$" * cell.beats_teacher
+
+        def row(name: str, cells: Iterable[str]) -> str:
+            return " & ".join([_latex_escaped(name), *cells]) + r" \\"
+
+        headings = (_latex_escaped(self._heading(c, "†")).replace("†", r"$^\dagger$") for c in self.columns)
+        rows = list(self._rows())
+        lines = [
+            rf"\begin{{tabular}}{{l{'c' * len(self.columns)}}}",
+            r"\toprule",
+            row("", headings),
+            r"\midrule",
+        ]
+        lines += [row(name, map(text, cells)) for name, cells in rows]
+        if self.teacher is not None and len(rows) > 1:
+            lines.insert(5, r"\midrule")
+        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _markdown_row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _escaper(special: str, replacement: Callable[[str], str]) -> Callable[[str], str]:
+    pattern = re.compile(special)
+    return lambda text: pattern.sub(lambda match: replacement(match[0]), text)
+
+
+_markdown_escaped = _escaper(r"[\\|*_`<\[\]]", lambda character: "\\" + character)
+_latex_escaped = _escaper(
+    r"[\\&%$#_{}~^]",
+    lambda character: {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}.get(
+        character, "\\" + character
+    ),
+)
