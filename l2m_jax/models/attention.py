@@ -1,0 +1,133 @@
+"""Attention over packed rows and over a KV cache, and rotary positions."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import backend
+
+if TYPE_CHECKING:
+    from l2m_jax.models.architecture import DecoderConfig, Rope
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer. Heads come before slots, so that a step reads each head's slots in one run."""
+
+    key_BxKxSxD: jax.Array
+    value_BxKxSxD: jax.Array
+
+
+class RopeAngles(NamedTuple):
+    """cos and sin of the angle by which each position turns each pair of numbers, float32."""
+
+    cos_BxLx1xD: jax.Array
+    sin_BxLx1xD: jax.Array
+
+
+def rope_angles(rope: "Rope", head_dim: int, positions_BxL: jax.Array) -> RopeAngles:
+    """Angles for `rotate`; the frequencies of the first half of D are repeated in the second, as in Hugging Face."""
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequencies = 1.0 / rope.theta**exponents
+    if rope.scaling == "linear":
+        frequencies = frequencies / rope.factor
+    elif rope.scaling == "llama3":
+        # Llama 3.1: 1 (unchanged) for short wavelengths, 0 (stretched) for long ones, linear between the two.
+        turns = rope.original_max_positions * frequencies / (2 * jnp.pi)
+        unchanged = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        unchanged = jnp.clip(unchanged, 0.0, 1.0)
+        frequencies = frequencies * (unchanged + (1 - unchanged) / rope.factor)
+    angles = positions_BxL.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
+    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
+    return RopeAngles(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x_BxLxHxD: jax.Array, angles: RopeAngles) -> jax.Array:
+    """Turns the pairs (d, d + D/2) of queries or keys, in float32."""
+    x = x_BxLxHxD.astype(jnp.float32)
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (x * angles.cos_BxLx1xD + turned * angles.sin_BxLx1xD).astype(x_BxLxHxD.dtype)
+
+
+def _implementation(config: "DecoderConfig", query: jax.Array) -> str:
+    if config.attention != "auto":
+        return config.attention
+    client = backend.get_backend()
+    if client.platform != "gpu" or "cuda" not in client.platform_version:
+        return "xla"
+    # What jax's cuDNN call accepts on every card since Ampere; odd lengths fail in the backward pass with a mask.
+    _, L, _, D = query.shape
+    ampere = float(client.local_devices()[0].compute_capability) >= 8.0
+    fits = query.dtype in (jnp.bfloat16, jnp.float16) and D % 8 == 0 and D <= 128 and L % 2 == 0
+    return "cudnn" if ampere and fits else "xla"
+
+
+def _scale(config: "DecoderConfig") -> float:
+    return config.head_dim**-0.5 if config.scale_attention else 1.0
+
+
+def causal(config: "DecoderConfig", segment_ids_BxL: jax.Array | None, keep_kv: bool = False) -> Callable:
+    """Each token attends to itself and to earlier tokens of its own segment. The cache is (key, value), or None.
+
+    Empty slots (segment 0) attend to one another, so that no softmax is over nothing.
+    """
+    mask = None
+    if segment_ids_BxL is not None:
+        mask = (segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :])[:, None]
+
+    def attend(query, key, value, dropout):
+        if dropout is None:
+            attended = jax.nn.dot_product_attention(
+                query,
+                key,
+                value,
+                mask=mask,
+                scale=_scale(config),
+                is_causal=True,
+                implementation=_implementation(config, query),  # type: ignore[arg-type]
+            )
+        else:
+            attended = _with_dropout(config, query, key, value, mask, dropout)
+        return attended, (key, value) if keep_kv else None
+
+    return attend
+
+
+def _with_dropout(config, query_BxLxHxD, key_BxLxKxD, value_BxLxKxD, mask_Bx1xLxL, dropout) -> jax.Array:
+    """The same attention with dropout on its probabilities, as the reference models train.
+
+    `jax.nn.dot_product_attention` has no dropout, and dropping anything else (outputs, keys) is another
+    regulariser. So a model that trains with an attention dropout above 0 holds the [L, L] probabilities;
+    set `attention_dropout` to 0 where the fused kernel matters more.
+    """
+    B, L, H, D = query_BxLxHxD.shape
+    K = key_BxLxKxD.shape[2]
+    query = query_BxLxHxD.reshape(B, L, K, H // K, D)
+    scores = jnp.einsum("BLKGD,BSKD->BKGLS", query, key_BxLxKxD, preferred_element_type=jnp.float32)
+    allowed = jnp.tril(jnp.ones((L, L), bool))[None, None]
+    if mask_Bx1xLxL is not None:
+        allowed = allowed & mask_Bx1xLxL
+    scores = jnp.where(allowed[:, :, None], scores * _scale(config), jnp.finfo(jnp.float32).min)
+    probabilities = dropout(jax.nn.softmax(scores, axis=-1)).astype(value_BxLxKxD.dtype)
+    return jnp.einsum("BKGLS,BSKD->BLKGD", probabilities, value_BxLxKxD).reshape(B, L, H, D)
+
+
+def cached(config: "DecoderConfig", cache: LayerCache, positions_B: jax.Array) -> Callable:
+    """One new token a row: its key and value go to slot `positions_B`, its query sees the slots up to there."""
+
+    def attend(query_Bx1xHxD, key_Bx1xKxD, value_Bx1xKxD, dropout):
+        B, _, H, D = query_Bx1xHxD.shape
+        K, S = cache.key_BxKxSxD.shape[1:3]
+        rows_B = jnp.arange(B)
+        keys = cache.key_BxKxSxD.at[rows_B, :, positions_B].set(key_Bx1xKxD[:, 0])
+        values = cache.value_BxKxSxD.at[rows_B, :, positions_B].set(value_Bx1xKxD[:, 0])
+        query = query_Bx1xHxD.reshape(B, K, H // K, D)
+        scores = jnp.einsum("BKGD,BKSD->BKGS", query, keys, preferred_element_type=jnp.float32)
+        visible = jnp.arange(S)[None] <= positions_B[:, None]
+        scores = jnp.where(visible[:, None, None], scores * _scale(config), jnp.finfo(jnp.float32).min)
+        probabilities = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+        attended = jnp.einsum("BKGS,BKSD->BKGD", probabilities, values)
+        return attended.reshape(B, 1, H, D), LayerCache(keys, values)
+
+    return attend

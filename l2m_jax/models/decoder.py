@@ -1,0 +1,239 @@
+"""The one transformer: GPT-2, OPT and Llama are settings of it.
+
+Pure functions of (config, params, ...), to be traced under the caller's `jax.jit` with `config` static. Parameters
+are nested dicts of arrays; those under "blocks" carry a leading layer axis N.
+"""
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from l2m_jax.errors import InputError
+from l2m_jax.models.architecture import DecoderConfig
+from l2m_jax.models.attention import LayerCache, cached, causal, rope_angles
+from l2m_jax.models.layers import Block, Embeddings, Output
+from l2m_jax.types import Params
+
+Cache = tuple[LayerCache, ...]
+"""One pair of arrays a layer, each with the batch axis first: rows of it can be gathered, scattered and sharded."""
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init(config: DecoderConfig, key: jax.Array) -> Params:
+    """Fresh parameters in `config.param_dtype`: normal weights with `init_std`, zero biases, norms of one."""
+    embeddings_key, blocks_key, output_key, head_key = jax.random.split(key, 4)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    x = jnp.zeros((1, 1, config.hidden_size), config.dtype)
+
+    def init_block(key):
+        return Block(config).init(key, x, _rope(config, tokens), causal(config, None)).get("params", {})
+
+    params = {
+        "embeddings": Embeddings(config).init(embeddings_key, tokens, tokens)["params"],
+        "blocks": jax.vmap(init_block)(jax.random.split(blocks_key, config.num_layers)),
+        "output": Output(config).init(output_key, x).get("params", {}),
+    }
+    if not config.tie_embeddings:
+        shape = (config.vocab_size, config.embed_size)
+        weights = jax.random.normal(head_key, shape, jnp.float32) * config.init_std
+        params["head"] = {"embedding": weights.astype(config.param_dtype)}
+    return params
+
+
+def head(config: DecoderConfig, params: Params) -> jax.Array:
+    """head_VxE, in `param_dtype`: logits are hidden_BxLxE @ head_VxE.T."""
+    return (
+        params["embeddings"]["tokens"]["embedding"] if config.tie_embeddings else params["head"]["embedding"]
+    )
+
+
+def hidden_states(
+    config: DecoderConfig,
+    params: Params,
+    tokens_BxL: jax.Array,
+    *,
+    segment_ids_BxL: jax.Array | None = None,
+    positions_BxL: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """hidden_BxLxE after the final norm and projection, in `config.dtype`: what the head multiplies.
+
+    Args:
+        tokens_BxL: int32.
+        segment_ids_BxL: 1, 2, ... for the sequences packed into a row, 0 for empty slots; a token sees only its
+            own segment. None: every row is one sequence.
+        positions_BxL: default: counted from 0 in each segment.
+        dropout_key: None means no dropout.
+
+    Raises:
+        InputError: an unpacked row is longer than the table of learned positions.
+    """
+    attend = causal(config, segment_ids_BxL)
+    positions_BxL = _positions(config, tokens_BxL, segment_ids_BxL, positions_BxL)
+    hidden, _ = _forward(config, params, tokens_BxL, positions_BxL, attend, dropout_key)
+    return hidden
+
+
+def logits(
+    config: DecoderConfig,
+    params: Params,
+    tokens_BxL: jax.Array,
+    *,
+    segment_ids_BxL: jax.Array | None = None,
+    positions_BxL: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """logits_BxLxV in float32, -inf for entries that are no token. Arguments as in `hidden_states`."""
+    hidden = hidden_states(
+        config,
+        params,
+        tokens_BxL,
+        segment_ids_BxL=segment_ids_BxL,
+        positions_BxL=positions_BxL,
+        dropout_key=dropout_key,
+    )
+    return apply_head(config, params, hidden)
+
+
+def apply_head(config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
+    """[..., E] -> logits [..., V] in float32, -inf for entries that are no token."""
+    head_VxE = head(config, params).astype(config.dtype)
+    result = jnp.einsum("...E,VE->...V", hidden, head_VxE, preferred_element_type=jnp.float32)
+    if config.valid_vocab_size == config.vocab_size:
+        return result
+    is_token = (jnp.arange(config.vocab_size) < config.valid_vocab_size).reshape(
+        (1,) * (result.ndim - 1) + (-1,)
+    )
+    return jnp.where(is_token, result, -jnp.inf)
+
+
+def empty_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
+    """A cache for `batch` rows of up to `length` tokens, in `config.dtype`."""
+    shape = (batch, config.num_kv_heads, length, config.head_dim)
+    return tuple(
+        LayerCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+        for _ in range(config.num_layers)
+    )
+
+
+def prefill(
+    config: DecoderConfig, params: Params, tokens_BxL: jax.Array, lengths_B: jax.Array, cache_length: int
+) -> tuple[jax.Array, Cache]:
+    """Runs right-padded prompts and keeps their keys and values.
+
+    Slots past a prompt's length hold what padding left there; `decode_step` overwrites each before it sees it.
+
+    Returns:
+        (hidden_BxE of each prompt's last token, cache with `cache_length` slots).
+    """
+    L = tokens_BxL.shape[1]
+    if cache_length < L:
+        raise InputError(f"a cache of {cache_length} slots cannot hold prompts padded to {L} tokens")
+    positions_BxL = _positions(config, tokens_BxL, None, None)
+    attend = causal(config, None, keep_kv=True)
+    hidden, (keys_NxBxLxKxD, values_NxBxLxKxD) = _forward(
+        config, params, tokens_BxL, positions_BxL, attend, None
+    )
+
+    def slots(kv_BxLxKxD):
+        return jnp.pad(kv_BxLxKxD.swapaxes(1, 2), ((0, 0), (0, 0), (0, cache_length - L), (0, 0)))
+
+    cache = tuple(
+        LayerCache(slots(keys_NxBxLxKxD[n]), slots(values_NxBxLxKxD[n])) for n in range(config.num_layers)
+    )
+    last_Bx1x1 = (lengths_B - 1)[:, None, None]
+    return jnp.take_along_axis(hidden, last_Bx1x1, axis=1)[:, 0], cache
+
+
+def unstack_layers(params: Params) -> Params:
+    """Parameters for a loop around `decode_step`: "blocks" becomes a tuple with one entry a layer.
+
+    `decode_step` slices stacked parameters on every call. Taking them apart once, before the loop and under
+    the same jit, spares a copy of the model at each token.
+    """
+    N = jax.tree.leaves(params["blocks"])[0].shape[0]
+    layers = (jax.tree.map(operator.itemgetter(n), params["blocks"]) for n in range(N))
+    return params | {"blocks": tuple(layers)}
+
+
+def decode_step(
+    config: DecoderConfig, params: Params, tokens_B: jax.Array, positions_B: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """One token further in every row.
+
+    The new key and value of row b go to slot `positions_B[b]`, and its query sees the slots up to there. As the
+    carry of a loop the cache is updated in place.
+
+    Args:
+        params: stacked, or from `unstack_layers`.
+        tokens_B, positions_B: int32, the token to read and its position in the sequence.
+
+    Returns:
+        (hidden_BxE that predicts the next token, cache).
+    """
+    if not isinstance(params["blocks"], tuple):
+        params = unstack_layers(params)
+    positions_Bx1 = positions_B[:, None]
+    x = _apply(Embeddings(config), params["embeddings"], tokens_B[:, None], positions_Bx1)
+    rope = _rope(config, positions_Bx1)
+    updated = []
+    for layer, layer_cache in zip(params["blocks"], cache, strict=True):
+        x, layer_cache = _apply(Block(config), layer, x, rope, cached(config, layer_cache, positions_B))
+        updated.append(layer_cache)
+    hidden = _apply(Output(config), params["output"], x)
+    return hidden[:, 0], tuple(updated)
+
+
+def _rope(config, positions_BxL):
+    return None if config.rope is None else rope_angles(config.rope, config.head_dim, positions_BxL)
+
+
+def _positions(config, tokens_BxL, segment_ids_BxL, positions_BxL):
+    if positions_BxL is not None:
+        return positions_BxL
+    L = tokens_BxL.shape[1]
+    index_BxL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32)[None], tokens_BxL.shape)
+    if segment_ids_BxL is None:
+        if config.rope is None and config.max_positions < L:
+            raise InputError(
+                f"a sequence of {L} tokens is longer than this model's {config.max_positions} positions; "
+                "shorten it, or choose a model with rotary positions"
+            )
+        return index_BxL
+    starts = jnp.diff(segment_ids_BxL, axis=1, prepend=-1) != 0
+    return index_BxL - jax.lax.cummax(jnp.where(starts, index_BxL, 0), axis=1)
+
+
+def _apply(module: nn.Module, params: Params, *inputs, dropout_key=None) -> Any:
+    rngs = {} if dropout_key is None else {"dropout": dropout_key}
+    return module.apply({"params": params}, *inputs, rngs=rngs)
+
+
+def _forward(config, params, tokens_BxL, positions_BxL, attend: Callable, dropout_key):
+    """(hidden_BxLxE, what `attend` kept of each layer, stacked)."""
+    embeddings_key, layer_keys = None, None
+    if dropout_key is not None:
+        embeddings_key, blocks_key = jax.random.split(dropout_key)
+        layer_keys = jax.random.split(blocks_key, config.num_layers)
+    deterministic = dropout_key is None
+    rope = _rope(config, positions_BxL)
+
+    def block(x, layer_and_key):
+        layer, key = layer_and_key
+        return _apply(Block(config), layer, x, rope, attend, deterministic, dropout_key=key)
+
+    if config.remat != "none":
+        # Inside a scan nothing can be merged across the loop's border, so the guard against it is only a cost.
+        keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+        block = jax.checkpoint(block, prevent_cse=not config.scan_layers, policy=keep)
+
+    inputs = (tokens_BxL, positions_BxL, deterministic)
+    x = _apply(Embeddings(config), params["embeddings"], *inputs, dropout_key=embeddings_key)
+    unroll = 1 if config.scan_layers else config.num_layers
+    x, kept = jax.lax.scan(block, x, (params["blocks"], layer_keys), unroll=unroll)
+    return _apply(Output(config), params["output"], x), kept

@@ -1,0 +1,181 @@
+"""The parts of a block, as Linen modules. Parameters in `param_dtype`, products in `dtype`, norms in float32."""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from l2m_jax.models.attention import rotate
+
+if TYPE_CHECKING:
+    from l2m_jax.models.architecture import DecoderConfig
+
+# By the names that Hugging Face configs use.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_fast": nn.gelu,
+    "gelu_new": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
+    "mish": jax.nn.mish,
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "relu": nn.relu,
+    "relu2": lambda x: jnp.square(nn.relu(x)),
+    "relu6": nn.relu6,
+    "sigmoid": nn.sigmoid,
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis, in float32 whatever comes in."""
+
+    config: "DecoderConfig"
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        width = (x.shape[-1],)
+        x = x.astype(jnp.float32)
+        if c.norm == "layer":
+            x = x - x.mean(axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + c.norm_eps)
+        if c.norm_affine:
+            scale = self.param("scale", nn.initializers.ones, width, c.param_dtype)
+            x = x * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)
+        if c.norm_affine and c.norm == "layer":
+            bias = self.param("bias", nn.initializers.zeros, width, c.param_dtype)
+            x = x + jnp.broadcast_to(bias.astype(jnp.float32), x.shape)
+        return x.astype(c.dtype)
+
+
+def _dense(config: "DecoderConfig", features: int, use_bias: bool, name: str, writes_residual: bool = False):
+    scaled = writes_residual and config.scaled_residual_init
+    std = config.init_std / (2 * config.num_layers) ** 0.5 if scaled else config.init_std
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=config.dtype,
+        param_dtype=jnp.dtype(config.param_dtype),
+        kernel_init=nn.initializers.normal(std),
+        name=name,
+    )
+
+
+class Attention(nn.Module):
+    """Projections to and from the heads; `attend` does what lies between.
+
+    `attend(query_BxLxHxD, key_BxLxKxD, value_BxLxKxD, dropout) -> (attended_BxLxHxD, cache)` so that training,
+    prefill and decoding share the parameters and differ in that one function alone.
+    """
+
+    config: "DecoderConfig"
+
+    @nn.compact
+    def __call__(self, x_BxLxE, rope, attend, deterministic=True):
+        c = self.config
+        B, L, E = x_BxLxE.shape
+
+        def heads(name, count):
+            return _dense(c, count * c.head_dim, c.attention_bias, name)(x_BxLxE).reshape(
+                B, L, count, c.head_dim
+            )
+
+        query = heads("query", c.num_heads)
+        key = heads("key", c.num_kv_heads)
+        value = heads("value", c.num_kv_heads)
+        if rope is not None:
+            query, key = rotate(query, rope), rotate(key, rope)
+        drops = c.attention_dropout > 0 and not deterministic
+        dropout = nn.Dropout(c.attention_dropout, deterministic=False) if drops else None
+        attended, cache = attend(query, key, value, dropout)
+        attended = attended.reshape(B, L, c.num_heads * c.head_dim)
+        return _dense(c, E, c.attention_bias, "out", writes_residual=True)(attended), cache
+
+
+class MLP(nn.Module):
+    """Two matrix products around an activation, or three when gated."""
+
+    config: "DecoderConfig"
+
+    @nn.compact
+    def __call__(self, x_BxLxE):
+        c = self.config
+        activation = ACTIVATIONS[c.activation]
+        hidden = _dense(c, c.intermediate_size, c.mlp_bias, "up")(x_BxLxE)
+        if c.gated_mlp:
+            hidden = hidden * activation(_dense(c, c.intermediate_size, c.mlp_bias, "gate")(x_BxLxE))
+        else:
+            hidden = activation(hidden)
+        return _dense(c, x_BxLxE.shape[-1], c.mlp_bias, "down", writes_residual=True)(hidden)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream, with norms before them or after the sums."""
+
+    config: "DecoderConfig"
+
+    @nn.compact
+    def __call__(self, x_BxLxE, rope, attend, deterministic=True):
+        c = self.config
+        attention_norm, mlp_norm = Norm(c, name="attention_norm"), Norm(c, name="mlp_norm")
+        dropout = nn.Dropout(c.residual_dropout, deterministic=deterministic)
+
+        update = attention_norm(x_BxLxE) if c.pre_norm else x_BxLxE
+        update, cache = Attention(c, name="attention")(update, rope, attend, deterministic)
+        x_BxLxE = x_BxLxE + dropout(update)
+        if not c.pre_norm:
+            x_BxLxE = attention_norm(x_BxLxE)
+
+        update = mlp_norm(x_BxLxE) if c.pre_norm else x_BxLxE
+        x_BxLxE = x_BxLxE + dropout(MLP(c, name="mlp")(update))
+        if not c.pre_norm:
+            x_BxLxE = mlp_norm(x_BxLxE)
+        return x_BxLxE, cache
+
+
+class Embeddings(nn.Module):
+    """Token embedding, projected to the hidden width where it is narrower, plus learned positions if there are any."""
+
+    config: "DecoderConfig"
+
+    @nn.compact
+    def __call__(self, tokens_BxL, positions_BxL, deterministic=True):
+        c = self.config
+
+        def embed(rows, width, name):
+            return nn.Embed(
+                rows,
+                width,
+                dtype=c.dtype,
+                param_dtype=jnp.dtype(c.param_dtype),
+                embedding_init=nn.initializers.normal(c.init_std),
+                name=name,
+            )
+
+        x = embed(c.vocab_size, c.embed_size, "tokens")(tokens_BxL)
+        if c.embed_size != c.hidden_size:
+            x = _dense(c, c.hidden_size, False, "project_in")(x)
+        if c.rope is None:
+            rows = c.max_positions + c.position_offset
+            x = x + embed(rows, c.hidden_size, "positions")(positions_BxL + c.position_offset)
+        return nn.Dropout(c.embedding_dropout, deterministic=deterministic)(x)
+
+
+class Output(nn.Module):
+    """What stands between the last block and the head."""
+
+    config: "DecoderConfig"
+
+    @nn.compact
+    def __call__(self, x_BxLxE):
+        c = self.config
+        if c.final_norm:
+            x_BxLxE = Norm(c, name="norm")(x_BxLxE)
+        if c.embed_size != c.hidden_size:
+            x_BxLxE = _dense(c, c.embed_size, False, "project_out")(x_BxLxE)
+        return x_BxLxE
