@@ -1,0 +1,189 @@
+"""A data set on disk: the text of its rows in Arrow, their tokens in flat arrays, all of it memory-mapped.
+
+The tokens are kept beside the Arrow file and not inside it: Arrow breaks long columns into record batches, and
+across these there is no flat view.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from l2m_jax.artefacts import write_json, writing
+from l2m_jax.data.encoding import ROWS_AT_ONCE, Counts, Encoded, TokenLimits, encode_rows
+from l2m_jax.data.prompts import format_prompt
+from l2m_jax.data.sources import Row
+from l2m_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+_ROWS, _FACTS = "rows.arrow", "corpus.json"
+_TOKENS, _OFFSETS, _PROMPT_LENGTHS = "tokens.int32", "offsets.int64", "prompt_lengths.int32"
+
+
+class Corpus:
+    """The examples of one split, in the order of their rows. Opening one reads nothing but its few facts.
+
+    Attributes:
+        tokens: int32 [sum of lengths], prompt, response and end of sequence of each example after one another.
+        offsets: int64 [n + 1], example i holds tokens[offsets[i] : offsets[i + 1]].
+        prompt_lengths: int32 [n], how many of these are the prompt's; the rest are targets.
+        fingerprint: changes with any text or token.
+        counts: what was kept and dropped when it was built.
+    """
+
+    def __init__(self, folder: Path, facts: dict[str, Any]):
+        self.folder = folder
+        self.fingerprint: str = facts["fingerprint"]
+        self.counts = Counts(**facts["counts"])
+        self.tokens = _mapped(folder / _TOKENS, np.int32)
+        self.offsets = _mapped(folder / _OFFSETS, np.int64)
+        self.prompt_lengths = _mapped(folder / _PROMPT_LENGTHS, np.int32)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Corpus":
+        """Raises InputError where `folder` holds no finished corpus."""
+        folder = Path(folder)
+        if not (folder / _FACTS).is_file():
+            raise InputError(f"'{folder}' holds no corpus (no {_FACTS} in it): build it first")
+        return cls(folder, json.loads((folder / _FACTS).read_text()))
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int32 [n], tokens of each example."""
+        return np.diff(self.offsets).astype(np.int32)
+
+    @property
+    def response_lengths(self) -> np.ndarray:
+        """int32 [n], targets of each example: its response and end of sequence."""
+        return self.lengths - self.prompt_lengths
+
+    def example_tokens(self, i: int) -> np.ndarray:
+        return self.tokens[self.offsets[i] : self.offsets[i + 1]]
+
+    def prompt_tokens(self, i: int) -> np.ndarray:
+        return self.example_tokens(i)[: self.prompt_lengths[i]]
+
+    @cached_property
+    def rows(self) -> "datasets.Dataset":
+        """The texts: id, instruction, input, references (a list of texts), category."""
+        import datasets
+
+        return datasets.Dataset.from_file(str(self.folder / _ROWS))
+
+    @cached_property
+    def ids(self) -> list[str]:
+        return list(self.rows["id"])
+
+    def row(self, i: int) -> Row:
+        found = self.rows[int(i)]
+        return Row(**{**found, "references": tuple(found["references"])})
+
+    def references(self, i: int) -> list[str]:
+        return list(self.row(i).references)
+
+    def category(self, i: int) -> str:
+        return self.row(i).category
+
+    def prompt_text(self, i: int) -> str:
+        row = self.row(i)
+        return format_prompt(row.instruction, row.input)
+
+
+class Built(NamedTuple):
+    corpus: Corpus
+    counts: Counts
+
+
+def build_corpus(
+    rows: Iterable[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: str | Path,
+    limits: TokenLimits,
+    *,
+    made_from: str = "",
+) -> Built:
+    """Tokenises `rows` into `folder`, a chunk at a time; rows with no response or out of `limits` are dropped.
+
+    Args:
+        made_from: fingerprint of what `rows` come from, for `artefacts.is_finished(folder, made_from)`.
+
+    Raises:
+        InputError: from reading `rows`; or none of them is kept. What was in `folder` is then still there.
+    """
+    folder, counts = Path(folder), Counts()
+    with writing(folder, made_from) as unfinished:
+        digest = _write(unfinished, encode_rows(rows, tokenizer, limits, counts))
+        if counts.kept == 0:
+            raise InputError(
+                f"no example is left for {folder.name}: {counts}"
+                if counts.dropped
+                else f"{folder.name} has no rows"
+            )
+        write_json(unfinished / _FACTS, {"fingerprint": digest, "counts": asdict(counts), "limits": limits})
+    return Built(Corpus.open(folder), counts)
+
+
+def filter_rows(
+    rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", limits: TokenLimits
+) -> tuple[list[Row], Counts]:
+    """The rows that `build_corpus` would keep, for a split that comes after the filter."""
+    counts = Counts()
+    return [encoded.row for encoded in encode_rows(rows, tokenizer, limits, counts)], counts
+
+
+def _mapped(path: Path, dtype: type[np.generic]) -> np.ndarray:
+    return np.asarray(np.memmap(path, dtype, mode="r"))
+
+
+def _write(folder: Path, examples: Iterable[Encoded]) -> str:
+    """Writes the arrays and the Arrow file; returns the fingerprint of the content."""
+    import pyarrow as pa
+
+    fields: dict[str, Any] = {name: pa.string() for name in Row._fields} | {
+        "references": pa.list_(pa.string())
+    }
+    schema = pa.schema(list(fields.items()))
+    digest = hashlib.sha256()
+    with (
+        (folder / _TOKENS).open("wb") as tokens,
+        (folder / _OFFSETS).open("wb") as offsets,
+        (folder / _PROMPT_LENGTHS).open("wb") as prompt_lengths,
+        pa.ipc.new_stream(str(folder / _ROWS), schema) as texts,
+    ):
+        end = np.zeros(1, np.int64)
+        offsets.write(end.tobytes())
+        for chunk in _chunks(examples):
+            flat = np.concatenate([np.asarray(example.tokens, np.int32) for example in chunk])
+            ends = end + np.cumsum([len(example.tokens) for example in chunk], dtype=np.int64)
+            prompts = np.array([example.prompt_length for example in chunk], np.int32)
+            for file, array in ((tokens, flat), (offsets, ends), (prompt_lengths, prompts)):
+                file.write(array.tobytes())
+            rows = [example.row for example in chunk]
+            columns = {name: [getattr(row, name) for row in rows] for name in Row._fields}
+            texts.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
+            for part in (flat.tobytes(), ends.tobytes(), prompts.tobytes(), json.dumps(columns).encode()):
+                digest.update(part)
+            end = ends[-1:]
+    return digest.hexdigest()[:16]
+
+
+def _chunks(examples: Iterable[Encoded]) -> Iterable[Sequence[Encoded]]:
+    chunk: list[Encoded] = []
+    for example in examples:
+        chunk.append(example)
+        if len(chunk) == ROWS_AT_ONCE:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

@@ -1,0 +1,143 @@
+"""From rows to tokens: prompt, response and end of sequence, within the limits of a model."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from l2m_jax.data.prompts import PROMPT_END, format_prompt
+from l2m_jax.data.sources import Row
+from l2m_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Rows handed to the tokenizer at a time: it spreads each such call over all cores.
+ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class TokenLimits:
+    """What becomes of long rows. Lengths are in tokens.
+
+    Attributes:
+        max_length: the most that prompt, response and end of sequence may have together.
+        max_prompt_length: the most that the prompt alone may have; None leaves it to `max_length`.
+        long_prompt: "drop" such rows, or "truncate" the prompt, in front of its closing "### Response:".
+        long_response: "drop" such rows, or "truncate" the response, which then has no end of sequence.
+        bos: begin with the tokenizer's beginning-of-sequence token, which counts as part of the prompt.
+    """
+
+    max_length: int = 1024
+    max_prompt_length: int | None = None
+    long_prompt: str = "drop"
+    long_response: str = "drop"
+    bos: bool = False
+
+    def __post_init__(self):
+        for name in ("long_prompt", "long_response"):
+            if getattr(self, name) not in ("drop", "truncate"):
+                raise InputError(f"{name} = '{getattr(self, name)}' must be 'drop' or 'truncate'")
+        if self.max_length < 3 or (self.max_prompt_length is not None and self.max_prompt_length < 1):
+            raise InputError(
+                f"max_length = {self.max_length} and max_prompt_length = {self.max_prompt_length} must leave room "
+                "for a prompt, a response and the end of sequence"
+            )
+
+
+@dataclass
+class Counts:
+    """How many rows were kept (of which shortened), and how many dropped for each reason."""
+
+    kept: int = 0
+    truncated: int = 0
+    empty_response: int = 0
+    long_prompt: int = 0
+    too_long: int = 0
+
+    @property
+    def dropped(self) -> int:
+        return self.empty_response + self.long_prompt + self.too_long
+
+    def __str__(self) -> str:
+        reasons = {name: count for name, count in asdict(self).items() if count and name != "kept"}
+        described = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in reasons.items())
+        return f"{self.kept} rows kept, {self.dropped} dropped" + (f" ({described})" if described else "")
+
+
+class Encoded(NamedTuple):
+    """A row with its tokens, of which the first `prompt_length` are the prompt's."""
+
+    row: Row
+    tokens: list[int]
+    prompt_length: int
+
+
+def encode_rows(
+    rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", limits: TokenLimits, counts: Counts
+) -> Iterator[Encoded]:
+    """The rows that fit, in order; `counts` is brought up to date along the way.
+
+    Tokens are encode(prompt + response) without special tokens, then the end of sequence. The prompt's tokens are
+    always those of the prompt alone, which is what generation starts from. Where the tokens of the whole text
+    do not begin with them (a response that starts with a line break can fuse with the prompt's last one), the
+    response is tokenised by itself instead.
+
+    Raises:
+        InputError: `limits.bos` with a tokenizer that has no such token.
+    """
+    if limits.bos and tokenizer.bos_token_id is None:
+        raise InputError("bos is set, but the tokenizer has no beginning-of-sequence token: leave bos empty")
+    bos: Any = tokenizer.bos_token_id
+    eos: Any = tokenizer.eos_token_id
+    start = [bos] if limits.bos else []
+    prompt_end = len(_encode(tokenizer, [PROMPT_END])[0])
+    rows = iter(rows)
+    while chunk := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        answered = [row for row in chunk if row.references]
+        counts.empty_response += len(chunk) - len(answered)
+        if not answered:
+            continue
+        prompts = [format_prompt(row.instruction, row.input) for row in answered]
+        of_prompt = _encode(tokenizer, prompts)
+        of_text = _encode(
+            tokenizer, [p + row.references[0] for p, row in zip(prompts, answered, strict=True)]
+        )
+        for row, prompt, whole in zip(answered, of_prompt, of_text, strict=True):
+            if whole[: len(prompt)] == prompt:
+                response = whole[len(prompt) :]
+            else:
+                response = _encode(tokenizer, [row.references[0]])[0]
+            fitted = _fit(start + prompt, [*response, eos], limits, prompt_end, counts)
+            if fitted is not None:
+                yield Encoded(row, *fitted)
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
+    # verbose: no remark about texts longer than the tokenizer's model; the limits say what becomes of them.
+    encoded: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return encoded["input_ids"]
+
+
+def _fit(
+    prompt: list[int], response: list[int], limits: TokenLimits, prompt_end: int, counts: Counts
+) -> tuple[list[int], int] | None:
+    truncated = False
+    longest_prompt = limits.max_prompt_length or limits.max_length
+    if len(prompt) > longest_prompt:
+        if limits.long_prompt == "drop":
+            counts.long_prompt += 1
+            return None
+        kept_end = prompt[-prompt_end:] if prompt_end < longest_prompt else []
+        prompt = prompt[: longest_prompt - len(kept_end)] + kept_end
+        truncated = True
+    tokens = prompt + response
+    if len(tokens) > limits.max_length:
+        if limits.long_response == "drop" or len(prompt) >= limits.max_length:
+            counts.too_long += 1
+            return None
+        tokens = tokens[: limits.max_length]
+        truncated = True
+    counts.kept += 1
+    counts.truncated += truncated
+    return tokens, len(prompt)
