@@ -1,0 +1,288 @@
+"""Win rate by an LLM judge: pairs of answers, both orders (Zheng et al., 2023), any OpenAI-compatible endpoint.
+
+An answer wins where the judge prefers it in both orders, and loses where it prefers the other in both; all else is
+a tie. Verdicts are kept on disk as they come, so that nothing is asked twice. The key is passed on to the client and
+written nowhere.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from l2m_jax import progress
+from l2m_jax.artefacts import fingerprint
+from l2m_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import openai
+
+_SYSTEM = (
+    "Please act as an impartial judge of two AI assistants' responses to the task shown below. Choose the "
+    "assistant that follows the instructions and solves the task better, considering helpfulness, relevance, "
+    "accuracy, depth and level of detail. Neither the order in which the responses are shown, nor their length, nor "
+    'the assistants\' names may influence you. Compare them briefly, then end with your verdict in this format: "[[A]]" '
+    'if assistant A is better, "[[B]]" if assistant B is better, and "[[C]]" for a tie.'
+)
+_VERDICT = re.compile(r"\[\[([ABC])\]\]")
+_RESAMPLES = 10_000
+
+
+class Comparison(NamedTuple):
+    """A prompt with the answer to be judged and the baseline's. Seeds of one prompt share its `id`."""
+
+    set: str
+    id: str
+    prompt: str
+    answer: str
+    baseline: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """Which judge is asked, and how.
+
+    Attributes:
+        model: its name at the endpoint.
+        base_url: the endpoint; None takes OPENAI_BASE_URL, or OpenAI's own.
+        temperature: None leaves it to the endpoint.
+        retries: how often a request is repeated after a failure that may pass, with growing pauses.
+        timeout: seconds until a request without an answer counts as failed.
+        at_once: requests in flight.
+    """
+
+    model: str
+    base_url: str | None = None
+    temperature: float | None = 0.0
+    retries: int = 5
+    timeout: float = 120.0
+    at_once: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class WinRate:
+    """How often an answer beat the baseline's.
+
+    Attributes:
+        wins, ties, losses: comparisons.
+        unparsed: comparisons with a verdict that could not be read in either order; they count nowhere else.
+        rate: 100 · (wins + ties / 2) / (wins + ties + losses); NaN where nothing could be read.
+        low, high: 95% bootstrap interval of `rate`, drawn over prompts.
+    """
+
+    wins: int
+    ties: int
+    losses: int
+    unparsed: int
+    rate: float
+    low: float
+    high: float
+
+
+def read_comparisons(answers: Path, baseline: Path) -> list[Comparison]:
+    """Pairs the lines of two `responses.jsonl` by set, id and seed.
+
+    Raises:
+        InputError: a file is missing, or the two do not hold answers to the same prompts.
+    """
+    ours, theirs = _read_responses(answers), _read_responses(baseline)
+    if ours.keys() != theirs.keys():
+        missing = sorted(ours.keys() ^ theirs.keys())[0]
+        raise InputError(
+            f"{answers} and {baseline} hold answers to different prompts (such as set, id and seed {missing}): "
+            "evaluate both models on the same sets, rows and seeds"
+        )
+    return [
+        Comparison(line["set"], line["id"], line["prompt"], line["response"], theirs[key]["response"])
+        for key, line in ours.items()
+    ]
+
+
+def _read_responses(path: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file (responses.jsonl of an evaluation)")
+    with path.open(encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    return {(line["set"], line["id"], line["seed"]): line for line in lines}
+
+
+def win_rates(
+    comparisons: Sequence[Comparison], judge: Judge, cache: Path, *, api_key: str | None = None
+) -> dict[str, WinRate]:
+    """The win rate of each set.
+
+    Args:
+        cache: JSON lines with the verdicts, read first and added to.
+        api_key: None takes OPENAI_API_KEY; an endpoint that needs none may do without.
+
+    Raises:
+        InputError: the `openai` package or the key is missing, or the judge does not answer. Verdicts that were
+            given are in `cache` then.
+    """
+    asked = [
+        question
+        for c in comparisons
+        for question in (_messages(c.prompt, c.answer, c.baseline), _messages(c.prompt, c.baseline, c.answer))
+    ]
+    replies = _ask(asked, judge, cache, api_key)
+    outcomes: dict[str, list[tuple[str, float | None]]] = defaultdict(list)
+    for i, comparison in enumerate(comparisons):
+        outcome = score(read_verdict(replies[2 * i]), read_verdict(replies[2 * i + 1]))
+        outcomes[comparison.set].append((comparison.id, outcome))
+    return {name: summarise(scores) for name, scores in outcomes.items()}
+
+
+def read_verdict(reply: str) -> str | None:
+    """ "A", "B" or "C" (a tie); None where the reply holds no verdict, or different ones."""
+    found = set(_VERDICT.findall(reply))
+    return found.pop() if len(found) == 1 else None
+
+
+def score(answer_first: str | None, answer_second: str | None) -> float | None:
+    """1 for a win, 0 for a loss, ½ for a tie, from the verdicts with the answer as A and as B."""
+    if answer_first is None or answer_second is None:
+        return None
+    return {("A", "B"): 1.0, ("B", "A"): 0.0}.get((answer_first, answer_second), 0.5)
+
+
+def summarise(scores: Iterable[tuple[str, float | None]], *, seed: int = 0) -> WinRate:
+    """The win rate of scored comparisons (prompt's id, and what `score` gave)."""
+    scores = list(scores)
+    by_id: dict[str, list[float]] = defaultdict(list)
+    for id, value in scores:
+        if value is not None:
+            by_id[id].append(value)
+    values = np.array([value for group in by_id.values() for value in group])
+    unparsed = len(scores) - len(values)
+    if len(values) == 0:
+        return WinRate(0, 0, 0, unparsed, *[float("nan")] * 3)
+    # Answers to one prompt are alike, so whole prompts are drawn.
+    sums, counts = np.array([(sum(group), len(group)) for group in by_id.values()]).T
+    generator = np.random.default_rng(seed)
+    drawn = (generator.integers(len(sums), size=len(sums)) for _ in range(_RESAMPLES))
+    low, high = np.percentile([sums[rows].sum() / counts[rows].sum() for rows in drawn], [2.5, 97.5])
+    return WinRate(
+        wins=int((values == 1).sum()),
+        ties=int((values == 0.5).sum()),
+        losses=int((values == 0).sum()),
+        unparsed=unparsed,
+        rate=100 * float(values.mean()),
+        low=100 * float(low),
+        high=100 * float(high),
+    )
+
+
+def _messages(prompt: str, a: str, b: str) -> list[dict[str, str]]:
+    shown = (
+        f"[Task]\n{prompt}\n\n[Start of assistant A's response]\n{a}\n[End of assistant A's response]\n\n"
+        f"[Start of assistant B's response]\n{b}\n[End of assistant B's response]"
+    )
+    return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": shown}]
+
+
+def _ask(questions: Sequence[Any], judge: Judge, cache: Path, api_key: str | None) -> list[str]:
+    keys = [fingerprint(judge.model, judge.base_url, judge.temperature, question) for question in questions]
+    replies = _read_cache(cache)
+    waiting = {key: question for key, question in zip(keys, questions, strict=True) if key not in replies}
+    if waiting:
+        client = _client(judge, api_key)
+        lock = threading.Lock()
+        with (
+            _appending(cache) as file,
+            progress.bar(f"judge {judge.model}", len(waiting)) as bar,
+            concurrent.futures.ThreadPoolExecutor(judge.at_once) as pool,
+        ):
+
+            def ask(key: str, question: Any) -> None:
+                reply = _reply(client, judge, question)
+                with lock:
+                    replies[key] = reply
+                    file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
+                    file.flush()
+                    bar.advance()
+
+            futures = [pool.submit(ask, *item) for item in waiting.items()]
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    future.result()
+            except _NoAnswer as error:
+                pool.shutdown(cancel_futures=True)
+                kept = sum(key in replies for key in keys)
+                raise InputError(
+                    f"judge '{judge.model}' at {_host(client)} does not answer ({error}): check its model name, URL "
+                    f"and key, then start again; {kept} of {len(keys)} verdicts are kept in {cache}"
+                ) from None
+            finally:
+                pool.shutdown(cancel_futures=True)
+    return [replies[key] for key in keys]
+
+
+class _NoAnswer(Exception):
+    pass
+
+
+def _client(judge: Judge, api_key: str | None) -> "openai.OpenAI":
+    try:
+        import openai
+    except ImportError:
+        raise InputError("the judge needs the openai package: pip install 'l2m_jax[judge]'") from None
+    own = judge.base_url is None and not os.environ.get("OPENAI_BASE_URL")
+    api_key = api_key or os.environ.get("OPENAI_API_KEY")
+    if not api_key and own:
+        raise InputError(
+            "the judge needs a key: set OPENAI_API_KEY, or pass the URL of an endpoint without one"
+        )
+    return openai.OpenAI(
+        api_key=api_key or "none", base_url=judge.base_url, max_retries=judge.retries, timeout=judge.timeout
+    )
+
+
+def _reply(client: "openai.OpenAI", judge: Judge, messages: Any) -> str:
+    import openai
+
+    options: dict[str, Any] = {} if judge.temperature is None else {"temperature": judge.temperature}
+    try:
+        answer = client.chat.completions.create(model=judge.model, messages=messages, **options)
+    except (openai.OpenAIError, ValueError) as error:
+        # An endpoint may quote the key that it refuses.
+        reason = str(error).replace(client.api_key, "***").strip() or type(error).__name__
+        raise _NoAnswer(reason.splitlines()[0][:300]) from None
+    try:
+        return answer.choices[0].message.content or ""
+    except (AttributeError, IndexError, TypeError):
+        raise _NoAnswer("its reply is not a chat completion") from None
+
+
+def _host(client: "openai.OpenAI") -> str:
+    return urlsplit(str(client.base_url)).netloc.rpartition("@")[2]
+
+
+def _read_cache(path: Path) -> dict[str, str]:
+    replies: dict[str, str] = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            # A kill may have cut the last line short: that verdict is asked for again.
+            with contextlib.suppress(json.JSONDecodeError):
+                entry = json.loads(line)
+                replies[entry["key"]] = entry["reply"]
+    return replies
+
+
+@contextlib.contextmanager
+def _appending(path: Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        file.seek(0)
+        if (text := file.read()) and not text.endswith("\n"):
+            file.write("\n")
+        yield file
