@@ -214,7 +214,8 @@ def _validated(position: Position, values: dict[str, float]) -> tuple[Position, 
 
 
 def _dropout_key(task: Task, step: int, micro_batch: int) -> jax.Array | None:
-    if task.settings.student.deterministic:
+    model = task.settings.student
+    if not max(model.embedding_dropout, model.attention_dropout, model.residual_dropout):
         return None
     key = jax.random.fold_in(jax.random.key(task.seed), step)
     return jax.random.fold_in(key, micro_batch)
