@@ -1,0 +1,249 @@
+"""The protocol: answers of each set with each seed, scored by Rouge-L and exact match.
+
+Validation during training, the evaluation phase and `eval.py` all come here, so they sample by the same rules.
+"""
+
+import collections
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from l2m_jax import artefacts
+from l2m_jax.errors import InputError
+from l2m_jax.evaluation.rouge import exact_match, rouge_l_many
+from l2m_jax.evaluation.sets import PromptSet
+from l2m_jax.evaluation.tables import Table
+from l2m_jax.generation import Answer, SamplingRules, generate
+from l2m_jax.models import DecoderConfig
+from l2m_jax.types import Params
+
+SEEDS = (10, 20, 30, 40, 50)
+RESULTS, RESPONSES = "results.json", "responses.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A measure × 100: its mean over the seeds, their sample standard deviation (0 for one seed), each seed's."""
+
+    mean: float
+    std: float
+    per_seed: tuple[float, ...]
+
+    @classmethod
+    def of(cls, per_seed: Sequence[float]) -> "Score":
+        values = tuple(float(value) for value in per_seed)
+        return cls(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The scores of some rows."""
+
+    rows: int
+    rouge_l: Score
+    exact_match: Score
+
+
+@dataclasses.dataclass(frozen=True)
+class SetResult:
+    """The scores of one set (see `PromptSet` for the fields of the same name).
+
+    Attributes:
+        rows: answered prompts.
+        response_tokens: mean length of the answers, without the end of sequence.
+        categories: scores of each category, where the rows have one.
+    """
+
+    name: str
+    title: str
+    rows: int
+    left_out: int
+    unreportable: bool
+    rouge_l: Score
+    exact_match: Score
+    response_tokens: float
+    categories: dict[str, Group]
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What `evaluate` found, and what `results.json` holds.
+
+    Attributes:
+        made_from: fingerprint of the model, the rules, the seeds and the sets.
+    """
+
+    made_from: str
+    seeds: tuple[int, ...]
+    rules: SamplingRules
+    sets: tuple[SetResult, ...]
+
+    @property
+    def rouge_l(self) -> float:
+        """The mean over the sets that may be reported, × 100; over all where there is none."""
+        sets = [found for found in self.sets if not found.unreportable] or self.sets
+        return float(np.mean([found.rouge_l.mean for found in sets]))
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Results":
+        """The inverse of `dataclasses.asdict`, lists in place of tuples allowed."""
+
+        def read_score(value: Mapping[str, Any]) -> Score:
+            return Score(value["mean"], value["std"], tuple(value["per_seed"]))
+
+        def read_group(value: Mapping[str, Any]) -> Group:
+            return Group(value["rows"], read_score(value["rouge_l"]), read_score(value["exact_match"]))
+
+        def read_set(value: Mapping[str, Any]) -> SetResult:
+            scores = {name: read_score(value[name]) for name in ("rouge_l", "exact_match")}
+            categories = {name: read_group(found) for name, found in value["categories"].items()}
+            return SetResult(**{**value, **scores, "categories": categories})
+
+        return cls(
+            value["made_from"],
+            tuple(value["seeds"]),
+            SamplingRules(**value["rules"]),
+            tuple(map(read_set, value["sets"])),
+        )
+
+
+def evaluate(
+    config: DecoderConfig,
+    params: Params,
+    tokenizer: Any,
+    sets: Sequence[PromptSet],
+    rules: SamplingRules,
+    seeds: Sequence[int] = SEEDS,
+    *,
+    folder: Path | None = None,
+    made_from: str | None = None,
+    title: str = "evaluation",
+    slots: int | None = None,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+    mesh: Mesh | None = None,
+) -> Results:
+    """Answers every prompt of every set once with each seed, and scores the answers.
+
+    Args:
+        params: one copy, or global arrays sharded over `mesh` (see `generate`, also for `slots` and `devices`).
+        folder: takes `results.json` and `responses.jsonl` (one object an answer: set, id, category, seed,
+            prompt, response, references, rouge_l). Answers are kept there as they come: an interrupted evaluation
+            continues, and a finished one of the same model, sets, rules and seeds is only read.
+        made_from: fingerprint of parameters and tokenizer; needed with `folder`.
+        title: of the progress bars, which add the set's title.
+
+    Raises:
+        InputError: two sets of one name; and see `generate`.
+    """
+    if folder is not None and made_from is None:
+        raise ValueError("folder needs made_from: it could not tell whose results it holds")
+    names = [prompt_set.name for prompt_set in sets]
+    if (twice := next((name for name in names if names.count(name) > 1), None)) is not None:
+        raise InputError(f"two evaluation sets are called '{twice}': give them as name=file")
+    asked = [(s.name, s.prompts, s.references) for s in sets]
+    fingerprint = artefacts.fingerprint(made_from, config, rules, tuple(seeds), asked)
+    if folder is not None and (found := _finished(folder / RESULTS, fingerprint)):
+        return found
+
+    answers_folder = None if folder is None else folder / ".answers"
+    writes = jax.process_index() == 0
+    results, lines = [], []
+    for prompt_set in sets:
+        output = answers_folder / f"{prompt_set.name}.jsonl" if answers_folder is not None else None
+        answers = generate(
+            config,
+            params,
+            prompt_set.prompts,
+            rules,
+            seeds,
+            eos_token_id=tokenizer.eos_token_id,
+            tokenizer=tokenizer,
+            slots=slots,
+            devices=devices,
+            mesh=mesh,
+            # Without a mesh each process answers for itself, and the first one's file is enough.
+            output=output if writes or mesh is not None else None,
+            made_from=made_from,
+            title=f"{title}: {prompt_set.title}",
+        )
+        rouge_l = rouge_l_many([a.text for a in answers], [prompt_set.references[a.prompt] for a in answers])
+        results.append(summarise(prompt_set, answers, rouge_l, seeds))
+        lines += [_line(prompt_set, *scored) for scored in zip(answers, rouge_l, strict=True)]
+    evaluated = Results(fingerprint, tuple(seeds), rules, tuple(results))
+    if folder is not None and writes:
+        artefacts.write_text(folder / RESPONSES, "".join(lines))
+        artefacts.write_json(folder / RESULTS, evaluated)
+        shutil.rmtree(folder / ".answers")
+    return evaluated
+
+
+def _finished(path: Path, fingerprint: str) -> Results | None:
+    if not path.is_file():
+        return None
+    value = json.loads(path.read_text(encoding="utf-8"))
+    return Results.from_json(value) if value.get("made_from") == fingerprint else None
+
+
+def _line(prompt_set: PromptSet, answer: Answer, rouge_l: float) -> str:
+    i = answer.prompt
+    line = {
+        "set": prompt_set.name,
+        "id": prompt_set.ids[i],
+        "category": prompt_set.categories[i],
+        "seed": answer.seed,
+        "prompt": prompt_set.texts[i],
+        "response": answer.text,
+        "references": prompt_set.references[i],
+        "rouge_l": rouge_l,
+    }
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def summarise(
+    prompt_set: PromptSet, answers: Sequence[Answer], rouge_l: Sequence[float], seeds: Sequence[int]
+) -> SetResult:
+    """The scores of a set from those of its answers, of which there is one for each prompt and seed."""
+    shape = (len(prompt_set), len(seeds))
+    rouge_l_PxS, exact_PxS = np.full(shape, np.nan), np.full(shape, np.nan)
+    column = {seed: s for s, seed in enumerate(seeds)}
+    for answer, value in zip(answers, rouge_l, strict=True):
+        at = answer.prompt, column[answer.seed]
+        rouge_l_PxS[at] = value
+        exact_PxS[at] = exact_match(answer.text, prompt_set.references[answer.prompt])
+
+    def group(rows: Sequence[int] | slice) -> Group:
+        scores = [Score.of(100 * values_PxS[rows].mean(axis=0)) for values_PxS in (rouge_l_PxS, exact_PxS)]
+        return Group(len(rouge_l_PxS[rows]), *scores)
+
+    rows_of = collections.defaultdict(list)
+    for i, category in enumerate(prompt_set.categories):
+        rows_of[category].append(i)
+    whole = group(slice(None))
+    return SetResult(
+        name=prompt_set.name,
+        title=prompt_set.title,
+        rows=whole.rows,
+        left_out=prompt_set.left_out,
+        unreportable=prompt_set.unreportable,
+        rouge_l=whole.rouge_l,
+        exact_match=whole.exact_match,
+        response_tokens=float(np.mean([len(answer.tokens) for answer in answers])),
+        categories={name: group(rows) for name, rows in sorted(rows_of.items()) if name},
+    )
+
+
+def table(results: Mapping[str, Results], *, teacher: str | None = None) -> Table:
+    """Models by sets; `teacher` names the row that the others are compared with."""
+    values = {
+        model: {found.title: found.rouge_l.per_seed for found in result.sets}
+        for model, result in results.items()
+    }
+    unreportable = {found.title for result in results.values() for found in result.sets if found.unreportable}
+    return Table(values, teacher, frozenset(unreportable))
