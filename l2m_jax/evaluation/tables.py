@@ -41,11 +41,13 @@ class Table:
             several training runs, or of several sampling seeds. A missing entry is shown as a dash.
         teacher: the row that the others are compared with; it comes first and is never the best.
         unreportable: columns for tests alone: they carry a dagger and stay out of the average.
+        plain: numbers alone: neither an average nor a best.
     """
 
     values: Mapping[str, Mapping[str, Sequence[float]]]
     teacher: str | None = None
     unreportable: frozenset[str] = frozenset()
+    plain: bool = False
 
     def __post_init__(self):
         if self.teacher is not None and self.teacher not in self.values:
@@ -59,7 +61,7 @@ class Table:
     @property
     def columns(self) -> list[str]:
         """The sets, and their average where there are several to take it over."""
-        return self.sets + [AVERAGE] * (len(self._averaged) > 1)
+        return self.sets + [AVERAGE] * (len(self._averaged) > 1 and not self.plain)
 
     @property
     def _averaged(self) -> list[str]:
@@ -91,12 +93,13 @@ class Table:
         ]
         if self.teacher is not None:
             yield self.teacher, [_Cell(spread) for spread in spreads[self.teacher]]
+        compared = len(others) > 1 and not self.plain
         for name in others:
             cells = []
             for i, value in enumerate(shown[name]):
                 to_beat = None if self.teacher is None else shown[self.teacher][i]
                 beats = value is not None and to_beat is not None and value > to_beat
-                is_best = len(others) > 1 and value is not None and value == best[i]
+                is_best = compared and value is not None and value == best[i]
                 cells.append(_Cell(spreads[name][i], is_best, beats))
             yield name, cells
 
@@ -106,7 +109,7 @@ class Table:
     def notes(self) -> list[str]:
         """What the marks in the table mean."""
         notes = []
-        if len(self.values) - (self.teacher is not None) > 1:
+        if len(self.values) - (self.teacher is not None) > 1 and not self.plain:
             notes.append("Bold: the best, the teacher aside.")
         if self.teacher is not None:
             notes.append("*: better than the teacher.")

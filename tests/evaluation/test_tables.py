@@ -57,6 +57,11 @@ def test_a_set_never_to_report_carries_a_dagger_and_stays_out_of_the_average():
     assert r"short$^\dagger$" in table.latex()
 
 
+def test_a_plain_table_holds_numbers_alone():
+    text = Table({"x": {"a": [1.0], "b": [3.0]}, "y": {"a": [2.0], "b": [2.0]}}, plain=True).markdown()
+    assert text == "|  | a | b |\n| --- | ---: | ---: |\n| x | 1.0 | 3.0 |\n| y | 2.0 | 2.0 |\n"
+
+
 def test_latex():
     assert Table(VALUES, teacher="Teacher").latex().splitlines() == [
         r"\begin{tabular}{lccc}",
