@@ -1,6 +1,7 @@
 """GPT-2, OPT and Llama as one decoder, from and to Hugging Face folders."""
 
 from l2m_jax.models.architecture import DecoderConfig, Rope
+from l2m_jax.models.card import ModelCard
 from l2m_jax.models.decoder import (
     Cache,
     apply_head,
@@ -13,10 +14,13 @@ from l2m_jax.models.decoder import (
     prefill,
     unstack_layers,
 )
+from l2m_jax.models.hub import load, read_config, save
+from l2m_jax.models.student import student_from_teacher
 
 __all__ = [
     "Cache",
     "DecoderConfig",
+    "ModelCard",
     "Rope",
     "apply_head",
     "decode_step",
@@ -24,7 +28,11 @@ __all__ = [
     "head",
     "hidden_states",
     "init",
+    "load",
     "logits",
     "prefill",
+    "read_config",
+    "save",
+    "student_from_teacher",
     "unstack_layers",
 ]

@@ -122,6 +122,8 @@ class DecoderConfig:
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}, "
                 "so the query heads cannot share the key/value heads evenly"
             )
+        if self.rope is not None and self.head_dim % 2:
+            raise InputError(f"head_dim {self.head_dim} is odd, but rotary positions turn pairs of numbers")
         if not 0 < self.valid_vocab_size <= self.vocab_size:
             raise InputError(
                 f"valid_vocab_size {self.valid_vocab_size} must lie between 1 and vocab_size {self.vocab_size}; "

@@ -1,0 +1,79 @@
+"""The model card of a distilled student: README.md with the hub's metadata header."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from huggingface_hub import EvalResult, ModelCardData
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCard:
+    """What a reader of the hub should know about a student.
+
+    Attributes:
+        name: of the model.
+        student: what it started from, a hub name or a description.
+        teacher: hub name or description.
+        method: such as "l2m" or "skl".
+        alpha, beta: the value of each stage.
+        data: what it was trained on, hub names or descriptions.
+        rouge_l: set -> mean Rouge-L, 0 to 100.
+        license: as the hub spells it.
+        language: two letters.
+    """
+
+    name: str
+    student: str
+    teacher: str
+    method: str
+    alpha: tuple[float, ...] = ()
+    beta: tuple[float, ...] = ()
+    data: tuple[str, ...] = ()
+    rouge_l: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    license: str | None = None
+    language: str = "en"
+
+    def render(self) -> str:
+        """The text of README.md."""
+        metadata = ModelCardData(
+            language=self.language,
+            license=self.license,
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=["knowledge-distillation", self.method],
+            base_model=[name for name in (self.student, self.teacher) if _is_hub_name(name)] or None,
+            datasets=[name for name in self.data if _is_hub_name(name)] or None,
+            metrics=["rouge"] if self.rouge_l else None,
+            model_name=self.name,
+            eval_results=[
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type=dataset,
+                    dataset_name=dataset,
+                    metric_type="rouge",
+                    metric_name="Rouge-L",
+                    metric_value=round(score, 2),
+                )
+                for dataset, score in self.rouge_l.items()
+            ]
+            or None,
+        )
+        rows = [
+            ("Student started from", self.student),
+            ("Teacher", self.teacher),
+            ("Method", self.method),
+            ("α of each stage", ", ".join(f"{value:g}" for value in self.alpha)),
+            ("β of each stage", ", ".join(f"{value:g}" for value in self.beta)),
+            ("Data", ", ".join(self.data)),
+        ]
+        lines = ["---", metadata.to_yaml(), "---", "", f"# {self.name}", "", "| | |", "|---|---|"]
+        lines += [f"| {title} | {value} |" for title, value in rows if value]
+        if self.rouge_l:
+            lines += ["", "| set | Rouge-L |", "|---|---|"]
+            lines += [f"| {dataset} | {score:.2f} |" for dataset, score in self.rouge_l.items()]
+        return "\n".join(lines) + "\n"
+
+
+def _is_hub_name(text: str) -> bool:
+    owner, slash, name = text.partition("/")
+    return bool(owner and slash and name) and not text.startswith(".") and "/" not in name and " " not in text
