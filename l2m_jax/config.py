@@ -120,8 +120,6 @@ class Overrides:
     alpha: float = -1.0
     beta: float = -1.0
     temperature: float = 1.0
-    student_share: float = -1.0  # share of student-generated responses
-    replay_share: float = 0.0  # share of those taken from earlier refreshes
 
 
 @dataclass(frozen=True)
@@ -272,7 +270,7 @@ _POSITIVE = (
     "checkpoint_every",
 )
 
-_FRACTIONS = ("curriculum.alpha", "curriculum.beta_first", "curriculum.beta_last", "overrides.replay_share")
+_FRACTIONS = ("curriculum.alpha", "curriculum.beta_first", "curriculum.beta_last")
 
 
 def _validate(config: Config) -> None:

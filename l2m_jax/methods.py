@@ -5,10 +5,8 @@ p is the teacher, q the student.
 | method | loss | responses | curriculum |
 |---|---|---|---|
 | sft | CE | reference | - |
-| seqkd | CE | teacher's | - |
 | kld | KL(p‖q) | reference | - |
 | skl | KL(p‖½p+½q) | reference | - |
-| skl_on_policy | the same | half the student's | - |
 | rkl, jsd, srkl, tvd | the field's other divergences | reference | - |
 | l2m | (1-β_i)·CE + β_i·KL(p‖α_i p+(1-α_i)q) | reference | four Baby-Step stages, easiest first |
 | l2m_no_beta | the same with β_i = 1 | reference | the same |
@@ -31,18 +29,16 @@ from l2m_jax.curriculum import (
     single_stage,
 )
 from l2m_jax.errors import InputError
-from l2m_jax.losses import Objective
+from l2m_jax.losses import DIVERGENCE_NAMES, Objective
 
 
 @dataclass(frozen=True)
 class Method:
     """
     Attributes:
-        divergence: a name of `losses.DIVERGENCES`.
+        divergence: one of `losses.DIVERGENCE_NAMES`.
         alpha: skew of a single-stage method; staged methods take theirs from the curriculum's settings.
         beta: weight of the divergence against cross-entropy: 0 is cross-entropy alone.
-        responses: whose answers are trained on: "reference" or "teacher" (generated once).
-        student_share: share of an epoch's answers that the student generates at the epoch's start.
         staged: Baby-Step stages instead of one pass over everything.
         adaptive_beta: β_i from the curriculum's settings; else `beta` throughout.
         falling_alpha: α_i from α down to 0 instead of up.
@@ -52,8 +48,6 @@ class Method:
     divergence: str = "skew_kl"
     alpha: float = 0.0
     beta: float = 1.0
-    responses: str = "reference"
-    student_share: float = 0.0
     staged: bool = False
     adaptive_beta: bool = False
     falling_alpha: bool = False
@@ -62,10 +56,8 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "sft": Method(beta=0.0),
-    "seqkd": Method(beta=0.0, responses="teacher"),
     "kld": Method(),
     "skl": Method(alpha=0.5),
-    "skl_on_policy": Method(alpha=0.5, student_share=0.5),
     "rkl": Method("reverse_kl"),
     "jsd": Method("jsd", alpha=0.5),
     "srkl": Method("skew_reverse_kl", alpha=0.1),
@@ -88,11 +80,14 @@ def get(name: str, config: Config) -> Method:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise InputError(f"config.method: no method {name!r} ({hint}known: {', '.join(METHODS)})")
     method, o = METHODS[name], config.overrides
+    if o.divergence and o.divergence not in DIVERGENCE_NAMES:
+        raise InputError(
+            f"config.overrides.divergence: {o.divergence!r} is none of {', '.join(DIVERGENCE_NAMES)}"
+        )
     changes = {
         "divergence": o.divergence or method.divergence,
         "alpha": method.alpha if o.alpha < 0 else o.alpha,
         "beta": method.beta if o.beta < 0 else o.beta,
-        "student_share": method.student_share if o.student_share < 0 else o.student_share,
     }
     return dataclasses.replace(method, **changes)
 

@@ -1,0 +1,186 @@
+"""From settings to data and models: what a run starts with."""
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from l2m_jax import artefacts, models
+from l2m_jax import config as settings
+from l2m_jax.data.corpus import Corpus, build_corpus, filter_rows
+from l2m_jax.data.encoding import TokenLimits
+from l2m_jax.data.sources import Row, read_rows, split_rows
+from l2m_jax.data.synthetic import synthetic_rows
+from l2m_jax.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from l2m_jax.errors import InputError
+from l2m_jax.models import DecoderConfig
+from l2m_jax.progress import console
+from l2m_jax.types import Params
+
+
+class Splits(NamedTuple):
+    train: Corpus
+    validation: Corpus
+    test: Corpus
+
+    @property
+    def fingerprint(self) -> str:
+        return artefacts.fingerprint(*(part.fingerprint for part in self))
+
+
+def build_tokenizer(config: settings.Config, folder: Path) -> Any:
+    """The tokenizer of the settings; one trained on synthetic tasks is kept in `folder`."""
+    data = config.data
+    source = data.tokenizer or config.teacher.model.path
+    if source:
+        return load_tokenizer(source)
+    if data.source != "synthetic":
+        raise InputError(
+            "config.data.tokenizer: empty, and the teacher has no path to take it from; give a folder or a hub name"
+        )
+    made_from = artefacts.fingerprint("tokenizer", data.synthetic)
+    if not artefacts.is_finished(folder, made_from):
+        rows = synthetic_rows(data.synthetic.seed, data.synthetic.train, 1, 1).train
+        texts = [f"{row.instruction}\n{row.input}\n{row.references[0]}" for row in rows]
+        with artefacts.writing(folder, made_from) as unfinished:
+            train_tokenizer(texts, data.synthetic.tokenizer_size).save_pretrained(unfinished)
+    return load_tokenizer(folder)
+
+
+def limits(data: settings.Data, *, use: str = "training") -> TokenLimits:
+    """The token limits for `use`, "training" or "evaluation"."""
+    long = "truncate" if data.truncate else "drop"
+    return TokenLimits(
+        data.max_length, data.max_prompt_length or None, long, long, bos=data.bos in (use, "both")
+    )
+
+
+def build_splits(data: settings.Data, tokenizer: Any, folder: Path) -> Splits:
+    """Tokenised training, validation and test rows; prints how many were kept and why others were dropped."""
+    sources = (data.train, data.validation, data.test)
+    made_from = artefacts.fingerprint(
+        data, tokenizer_fingerprint(tokenizer), [_file_hash(source) for source in sources]
+    )
+    names = Splits._fields
+    if not all(artefacts.is_finished(folder / name, made_from) for name in names):
+        rows = _rows(data, tokenizer)
+        for name, part in zip(names, rows, strict=True):
+            build_corpus(part, tokenizer, folder / name, limits(data), made_from=made_from)
+    splits = Splits(*(Corpus.open(folder / name) for name in names))
+    for name, part in zip(names, splits, strict=True):
+        console.print(f"  {name}: {part.counts}, {len(part.tokens):,} tokens")
+    return splits
+
+
+def _rows(data: settings.Data, tokenizer: Any) -> tuple[Iterable[Row], Iterable[Row], Iterable[Row]]:
+    if data.source == "synthetic":
+        s = data.synthetic
+        return synthetic_rows(s.seed, s.train, s.validation, s.test)
+    parts: dict[str, Iterable[Row]] = {}
+    for name, most in (("validation", data.validation_rows), ("test", data.test_rows)):
+        if source := getattr(data, name):
+            parts[name] = itertools.islice(read_rows(source, "evaluation"), most or None)
+    if len(parts) == 2:
+        train = itertools.islice(read_rows(data.train), data.train_rows or None)
+        return train, parts["validation"], parts["test"]
+    # The split comes after the filter, so that its parts have the sizes asked for.
+    kept, counts = filter_rows(read_rows(data.train), tokenizer, limits(data))
+    console.print(f"  {data.train}: {counts}")
+    sizes = [0 if n in parts else getattr(data, f"{n}_rows") for n in ("validation", "test")]
+    train_rows = data.train_rows or max(len(kept) - sum(sizes), 1)
+    train, validation, test = split_rows(kept, (train_rows, *sizes), data.split_seed)
+    return train, parts.get("validation", validation), parts.get("test", test)
+
+
+def _file_hash(source: str) -> str:
+    path = Path(source)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if source and path.is_file() else source
+
+
+def compute_dtype(model: settings.Model) -> str:
+    if model.dtype != "auto":
+        return model.dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def build_model(
+    model: settings.Model,
+    tokenizer: Any,
+    seed: int,
+    teacher: tuple[DecoderConfig, Params] | None = None,
+) -> tuple[DecoderConfig, Params]:
+    """A model as its settings describe it, with float32 parameters.
+
+    Args:
+        teacher: whose layers a student takes with `init = "teacher_layers"`.
+    """
+    if model.init == "teacher_layers":
+        assert teacher is not None
+        config, params = models.student_from_teacher(*teacher, model.layers)
+        config = _computed_as(config, model)
+    elif model.path and model.init == "pretrained":
+        config, params = models.load(model.path)
+        config = _computed_as(config, model)
+    else:
+        config = (
+            models.read_config(model.path) if model.path else _architecture(model.architecture, tokenizer)
+        )
+        config = _computed_as(config, model)
+        params = models.init(config, jax.random.key(seed))
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model '{model.path}' {config.vocab_size}: they do "
+            "not belong together; set config.data.tokenizer to the model's own"
+        )
+    return dataclasses.replace(config, valid_vocab_size=min(config.valid_vocab_size, len(tokenizer))), params
+
+
+def _computed_as(config: DecoderConfig, model: settings.Model) -> DecoderConfig:
+    return dataclasses.replace(
+        config,
+        dtype=compute_dtype(model),
+        remat=model.remat,
+        embedding_dropout=model.dropout,
+        residual_dropout=model.dropout,
+        # As in the published configurations: of the three families, GPT-2 alone drops attention weights.
+        attention_dropout=model.dropout if config.family == "gpt2" else 0.0,
+    )
+
+
+def _architecture(a: settings.Architecture, tokenizer: Any) -> DecoderConfig:
+    if a.hidden_size % a.num_heads:
+        raise InputError(
+            f"config architecture: hidden_size {a.hidden_size} is not a multiple of num_heads {a.num_heads}"
+        )
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    family: dict[str, dict[str, Any]] = {
+        "gpt2": {"activation": "gelu_new", "scaled_residual_init": True},
+        "opt": {"activation": "relu", "position_offset": 2},
+        "llama": {
+            "activation": "silu",
+            "gated_mlp": True,
+            "norm": "rms",
+            "rope": models.Rope(),
+            "attention_bias": False,
+            "mlp_bias": False,
+        },
+    }
+    return DecoderConfig(
+        family=a.family,
+        vocab_size=len(tokenizer),
+        valid_vocab_size=len(tokenizer),
+        hidden_size=a.hidden_size,
+        embed_size=a.hidden_size,
+        num_layers=a.num_layers,
+        num_heads=a.num_heads,
+        num_kv_heads=a.num_kv_heads or a.num_heads,
+        head_dim=a.hidden_size // a.num_heads,
+        intermediate_size=a.intermediate_size or 4 * a.hidden_size,
+        max_positions=a.max_positions,
+        **special,
+        **family[a.family],
+    )
