@@ -9,7 +9,6 @@ The gradient of a chunk is `jax.vjp` of the same `cross_entropy` and `scaled_div
 uses, so the two cannot come to optimise different losses.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -17,10 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from l2m_jax.losses.distillation import Objective, combine, mean, scaled_divergence
-from l2m_jax.losses.divergences import cross_entropy
+from l2m_jax.losses.chunks import Inputs, Static, chunk_result, chunks_with_weight, put_tokens, take_chunk
+from l2m_jax.losses.distillation import Objective, combine, mean
 
-DEFAULT_CHUNK_SIZE = 256
+DEFAULT_CHUNK_SIZE = 512
+
+_ALIGNMENT = 8
 
 
 class LossSums(NamedTuple):
@@ -37,22 +38,6 @@ class LossSums(NamedTuple):
     cross_entropy: jax.Array
     divergence: jax.Array
     weight: jax.Array
-
-
-@dataclass(frozen=True)
-class _Static:
-    objective: Objective
-    vocab_size: int
-    chunk_size: int
-
-
-class _Inputs(NamedTuple):
-    student_hidden: jax.Array  # [..., T, E]
-    student_head_VxE: jax.Array
-    teacher_hidden: jax.Array | None  # [..., T, F]
-    teacher_head_UxF: jax.Array | None
-    labels: jax.Array  # [..., T]
-    weights: jax.Array  # [..., T]
 
 
 def fused_distillation_sums(
@@ -167,7 +152,7 @@ def _prepare(
     objective: Objective,
     valid_vocab_size: int | None,
     chunk_size: int,
-) -> tuple[_Static, _Inputs]:
+) -> tuple[Static, Inputs]:
     if chunk_size < 1:
         raise ValueError(f"chunk_size is at least 1, not {chunk_size}")
     if student_hidden.shape[:-1] != labels.shape or weights.shape != labels.shape:
@@ -193,13 +178,13 @@ def _prepare(
     if not 0 < vocab_size <= min(vocab_sizes):
         raise ValueError(f"valid_vocab_size {vocab_size} does not fit heads of {sorted(vocab_sizes)} entries")
 
-    # Chunks of equal size, none larger than asked for, so that the last one is not mostly padding.
+    # Chunks of about equal size, so that the last one is not mostly padding.
     tokens = labels.shape[-1]
-    chunks = max(1, -(-tokens // chunk_size))
-    chunk_size = max(1, -(-tokens // chunks))
+    chunks = max(1, _divide_up(tokens, chunk_size))
+    chunk_size = max(_ALIGNMENT, _divide_up(_divide_up(tokens, chunks), _ALIGNMENT) * _ALIGNMENT)
     padding = chunks * chunk_size - tokens
     axis = labels.ndim - 1
-    inputs = _Inputs(
+    inputs = Inputs(
         _pad(student_hidden, padding, axis),
         student_head_VxE,
         None if teacher_hidden is None else _pad(teacher_hidden, padding, axis),
@@ -207,7 +192,11 @@ def _prepare(
         _pad(labels, padding, axis),
         _pad(weights.astype(jnp.float32), padding, axis),
     )
-    return _Static(objective, vocab_size, chunk_size), inputs
+    return Static(objective, vocab_size, chunk_size), inputs
+
+
+def _divide_up(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def _pad(x: jax.Array, padding: int, axis: int) -> jax.Array:
@@ -216,68 +205,22 @@ def _pad(x: jax.Array, padding: int, axis: int) -> jax.Array:
     return jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)])
 
 
-def _chunks_with_weight(static: _Static, weights: jax.Array) -> jax.Array:
-    position = lax.broadcasted_iota(jnp.int32, weights.shape, weights.ndim - 1)
-    end = jnp.max(jnp.where(weights != 0, position + 1, 0), initial=0)
-    return (end + static.chunk_size - 1) // static.chunk_size
-
-
-def _take_chunk(static: _Static, inputs: _Inputs, start: jax.Array) -> _Inputs:
-    """The chunk's tokens; hidden states without weight become 0, for 0 times NaN is NaN."""
-    axis = inputs.labels.ndim - 1
-
-    def take(x: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(x, start, static.chunk_size, axis)
-
-    weights = take(inputs.weights)
-
-    def take_hidden(x: jax.Array | None) -> jax.Array | None:
-        return None if x is None else jnp.where((weights != 0)[..., None], take(x), 0)
-
-    return inputs._replace(
-        student_hidden=take_hidden(inputs.student_hidden),
-        teacher_hidden=take_hidden(inputs.teacher_hidden),
-        labels=take(inputs.labels),
-        weights=weights,
-    )
-
-
-def _logits(hidden: jax.Array, head_VxE: jax.Array) -> jax.Array:
-    return jnp.einsum("...e,ve->...v", hidden, head_VxE, preferred_element_type=jnp.float32)
-
-
-def _chunk_terms(
-    student_logits: jax.Array, static: _Static, chunk: _Inputs
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """loss `[..., C]`, and (cross-entropy, divergence). Entries beyond the vocabulary are cut off: logits of −∞."""
-    student_logits = student_logits[..., : static.vocab_size]
-    entropy = cross_entropy(student_logits, chunk.labels)
-    if chunk.teacher_hidden is None or chunk.teacher_head_UxF is None:
-        divergence = jnp.zeros_like(entropy)
-    else:
-        teacher_logits = _logits(chunk.teacher_hidden, chunk.teacher_head_UxF)[..., : static.vocab_size]
-        divergence = scaled_divergence(student_logits, teacher_logits, static.objective)
-    return combine(entropy, divergence, static.objective), (entropy, divergence)
-
-
-def _token_terms(static: _Static, inputs: _Inputs) -> tuple[jax.Array, jax.Array]:
+def _token_terms(static: Static, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     axis = inputs.labels.ndim - 1
     head_VxE = inputs.student_head_VxE.astype(inputs.student_hidden.dtype)
 
-    def body(i: jax.Array, terms: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def body(i: jax.Array, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         start = i * static.chunk_size
-        chunk = _take_chunk(static, inputs, start)
-        _, new = _chunk_terms(_logits(chunk.student_hidden, head_VxE), static, chunk)
-        entropy, divergence = (
-            lax.dynamic_update_slice_in_dim(all_, x, start, axis) for all_, x in zip(terms, new, strict=True)
+        result = chunk_result(static, take_chunk(static, inputs, start), head_VxE, gradient=False)
+        return put_tokens(done[0], result.entropy, start, axis), put_tokens(
+            done[1], result.divergence, start, axis
         )
-        return entropy, divergence
 
     zeros = jnp.zeros_like(inputs.weights)
-    return lax.fori_loop(0, _chunks_with_weight(static, inputs.weights), body, (zeros, zeros))
+    return lax.fori_loop(0, chunks_with_weight(static, inputs.weights), body, (zeros, zeros))
 
 
-def _sum_terms(static: _Static, weights: jax.Array, entropy: jax.Array, divergence: jax.Array) -> LossSums:
+def _sum_terms(static: Static, weights: jax.Array, entropy: jax.Array, divergence: jax.Array) -> LossSums:
     def total(x: jax.Array) -> jax.Array:
         return jnp.sum(weights * x)
 
@@ -290,63 +233,62 @@ def _sum_terms(static: _Static, weights: jax.Array, entropy: jax.Array, divergen
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss_sums(static: _Static, inputs: _Inputs) -> LossSums:
+def _loss_sums(static: Static, inputs: Inputs) -> LossSums:
     """Without a gradient asked for, only the sums are computed."""
     return _sum_terms(static, inputs.weights, *_token_terms(static, inputs))
 
 
-def _loss_sums_forward(static: _Static, inputs: _Inputs):
+def _loss_sums_forward(static: Static, inputs: Inputs):
     axis = inputs.labels.ndim - 1
     token_axes = tuple(range(inputs.labels.ndim))
     dtype = inputs.student_hidden.dtype
     head_VxE = inputs.student_head_VxE.astype(dtype)
 
-    def body(i: jax.Array, carry):
-        terms, hidden_gradient, head_gradient_VxE = carry
+    def body(i: jax.Array, done):
+        entropy, divergence, hidden_gradient, head_gradient_VxE = done
         start = i * static.chunk_size
-        chunk = _take_chunk(static, inputs, start)
-        _, pullback, new = jax.vjp(
-            lambda logits: _chunk_terms(logits, static, chunk),
-            _logits(chunk.student_hidden, head_VxE),
-            has_aux=True,
-        )
-        logits_gradient = pullback(chunk.weights)[0].astype(dtype)
+        chunk = take_chunk(static, inputs, start)
+        result = chunk_result(static, chunk, head_VxE, gradient=True)
+        logits_gradient = result.student_logits.astype(dtype)
         chunk_gradient = jnp.einsum(
             "...v,ve->...e", logits_gradient, head_VxE, preferred_element_type=jnp.float32
         )
-        head_gradient_VxE = head_gradient_VxE + jnp.tensordot(
+        chunk_head_gradient_VxE = jnp.tensordot(
             logits_gradient,
             chunk.student_hidden,
             axes=(token_axes, token_axes),
             preferred_element_type=jnp.float32,
         )
-
-        def put(all_: jax.Array, x: jax.Array) -> jax.Array:
-            return lax.dynamic_update_slice_in_dim(all_, x, start, axis)
-
-        terms = (put(terms[0], new[0]), put(terms[1], new[1]))
-        return terms, put(hidden_gradient, chunk_gradient.astype(dtype)), head_gradient_VxE
+        return (
+            put_tokens(entropy, result.entropy, start, axis),
+            put_tokens(divergence, result.divergence, start, axis),
+            put_tokens(hidden_gradient, chunk_gradient.astype(dtype), start, axis),
+            head_gradient_VxE + chunk_head_gradient_VxE,
+        )
 
     zeros = jnp.zeros_like(inputs.weights)
-    start = (
-        (zeros, zeros),
-        jnp.zeros_like(inputs.student_hidden),
-        jnp.zeros_like(inputs.student_head_VxE, jnp.float32),
-    )
-    terms, hidden_gradient, head_gradient_VxE = lax.fori_loop(
-        0, _chunks_with_weight(static, inputs.weights), body, start
+    entropy, divergence, hidden_gradient, head_gradient_VxE = lax.fori_loop(
+        0,
+        chunks_with_weight(static, inputs.weights),
+        body,
+        (
+            zeros,
+            zeros,
+            jnp.zeros_like(inputs.student_hidden),
+            jnp.zeros_like(inputs.student_head_VxE, jnp.float32),
+        ),
     )
     # The empty array carries the head's dtype to the backward pass, where only arrays can go.
     head_dtype = jnp.zeros((0,), inputs.student_head_VxE.dtype)
     residuals = (hidden_gradient, head_gradient_VxE, head_dtype)
-    return _sum_terms(static, inputs.weights, *terms), residuals
+    return _sum_terms(static, inputs.weights, entropy, divergence), residuals
 
 
-def _loss_sums_backward(static: _Static, residuals, cotangents: LossSums) -> tuple[_Inputs]:
+def _loss_sums_backward(static: Static, residuals, cotangents: LossSums) -> tuple[Inputs]:
     hidden_gradient, head_gradient_VxE, head_dtype = residuals
     scale = cotangents.loss
     return (
-        _Inputs(
+        Inputs(
             (scale * hidden_gradient).astype(hidden_gradient.dtype),
             (scale * head_gradient_VxE).astype(head_dtype.dtype),
             None,

@@ -1,0 +1,152 @@
+"""One chunk of tokens of the fused loss: logits from hidden states, their losses and their gradient."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from l2m_jax.losses.distillation import Objective, combine, scaled_divergence
+from l2m_jax.losses.divergences import cross_entropy
+
+# Softmax, divergence and their gradient hold about ten arrays of a block's logits. On a CPU they pass over them
+# twice as fast where these fit into the cache; elsewhere a block is large enough to fill the device.
+_BLOCK_SIZE_CPU = 16
+_BLOCK_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Static:
+    objective: Objective
+    vocab_size: int
+    chunk_size: int
+
+
+class Inputs(NamedTuple):
+    student_hidden: jax.Array  # [..., T, E]
+    student_head_VxE: jax.Array
+    teacher_hidden: jax.Array | None  # [..., T, F]
+    teacher_head_UxF: jax.Array | None
+    labels: jax.Array  # [..., T]
+    weights: jax.Array  # [..., T]
+
+
+def chunks_with_weight(static: Static, weights: jax.Array) -> jax.Array:
+    position = lax.broadcasted_iota(jnp.int32, weights.shape, weights.ndim - 1)
+    end = jnp.max(jnp.where(weights != 0, position + 1, 0), initial=0)
+    return (end + static.chunk_size - 1) // static.chunk_size
+
+
+def slice_tokens(x: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def put_tokens(x: jax.Array, part: jax.Array, start: jax.Array, axis: int) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(x, part, start, axis)
+
+
+def take_chunk(static: Static, inputs: Inputs, start: jax.Array) -> Inputs:
+    """The chunk's tokens; hidden states without weight become 0, for 0 times NaN is NaN."""
+    axis = inputs.labels.ndim - 1
+
+    def take(x: jax.Array) -> jax.Array:
+        return slice_tokens(x, start, static.chunk_size, axis)
+
+    weights = take(inputs.weights)
+
+    def take_hidden(x: jax.Array) -> jax.Array:
+        return jnp.where((weights != 0)[..., None], take(x), 0)
+
+    return inputs._replace(
+        student_hidden=take_hidden(inputs.student_hidden),
+        teacher_hidden=None if inputs.teacher_hidden is None else take_hidden(inputs.teacher_hidden),
+        labels=take(inputs.labels),
+        weights=weights,
+    )
+
+
+def _logits(hidden: jax.Array, head_VxE: jax.Array) -> jax.Array:
+    return jnp.einsum("...e,ve->...v", hidden, head_VxE, preferred_element_type=jnp.float32)
+
+
+class ChunkResult(NamedTuple):
+    student_logits: jax.Array  # [..., C, V]; where the gradient is asked for, weight times d loss / d logits
+    entropy: jax.Array  # [..., C]
+    divergence: jax.Array  # [..., C]
+
+
+def chunk_result(static: Static, chunk: Inputs, head_VxE: jax.Array, gradient: bool) -> ChunkResult:
+    student_logits = _logits(chunk.student_hidden, head_VxE)
+    teacher_logits = None
+    if chunk.teacher_hidden is not None and chunk.teacher_head_UxF is not None:
+        teacher_logits = _logits(chunk.teacher_hidden, chunk.teacher_head_UxF)
+
+    def in_blocks_of(limit: int):
+        size = max(n for n in range(1, limit + 1) if static.chunk_size % n == 0)
+        return partial(_run_blocks, static, gradient, size)
+
+    return lax.platform_dependent(
+        student_logits,
+        teacher_logits,
+        chunk.labels,
+        chunk.weights,
+        cpu=in_blocks_of(_BLOCK_SIZE_CPU),
+        default=in_blocks_of(_BLOCK_SIZE),
+    )
+
+
+def _run_blocks(
+    static: Static,
+    gradient: bool,
+    block_size: int,
+    student_logits: jax.Array,
+    teacher_logits: jax.Array | None,
+    labels: jax.Array,
+    weights: jax.Array,
+) -> ChunkResult:
+    """Losses of a chunk, block by block; each block's gradient takes the place of its logits."""
+    axis = labels.ndim - 1
+
+    def body(i: jax.Array, done: ChunkResult) -> ChunkResult:
+        start = i * block_size
+        teacher_block = (
+            None if teacher_logits is None else slice_tokens(teacher_logits, start, block_size, axis)
+        )
+        labels_block = slice_tokens(labels, start, block_size, axis)
+        student_block = slice_tokens(done.student_logits, start, block_size, axis)
+        all_logits = done.student_logits
+        if gradient:
+            _, pullback, (entropy, divergence) = jax.vjp(
+                lambda logits: _terms(static, logits, teacher_block, labels_block),
+                student_block,
+                has_aux=True,
+            )
+            (block_gradient,) = pullback(slice_tokens(weights, start, block_size, axis))
+            all_logits = put_tokens(all_logits, block_gradient, start, axis)
+        else:
+            _, (entropy, divergence) = _terms(static, student_block, teacher_block, labels_block)
+        return ChunkResult(
+            all_logits,
+            put_tokens(done.entropy, entropy, start, axis),
+            put_tokens(done.divergence, divergence, start, axis),
+        )
+
+    zeros = jnp.zeros_like(weights)
+    return lax.fori_loop(0, static.chunk_size // block_size, body, ChunkResult(student_logits, zeros, zeros))
+
+
+def _terms(
+    static: Static, student_logits: jax.Array, teacher_logits: jax.Array | None, labels: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """loss, and (cross-entropy, divergence). Entries beyond the vocabulary are cut off, as if they were −∞."""
+    student_logits = student_logits[..., : static.vocab_size]
+    entropy = cross_entropy(student_logits, labels)
+    if teacher_logits is None:
+        divergence = jnp.zeros_like(entropy)
+    else:
+        divergence = scaled_divergence(
+            student_logits, teacher_logits[..., : static.vocab_size], static.objective
+        )
+    return combine(entropy, divergence, static.objective), (entropy, divergence)
