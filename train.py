@@ -11,9 +11,11 @@ from ml_collections import config_flags
 
 from l2m_jax.errors import InputError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, as in configs/quickstart.py:compare")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything the run makes is kept")
-flags.mark_flags_as_required(["config", "workdir"])
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file of configs/, as in configs/quickstart.py:compare"
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything the run makes is kept", required=True)
+flags.mark_flag_as_required("config")
 
 
 def main(arguments: list[str]) -> None:

@@ -158,7 +158,7 @@ def _start(config: Config, workdir: Path, shared: Path) -> Run:
 
 def _use_compilation_cache() -> None:
     """A restart compiles nothing again. The user's own setting, if any, stands."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.read("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "l2m_jax" / "xla"))
 
 

@@ -96,9 +96,11 @@ class Checkpoints:
 
     def _restore(self, step: int, like: Any) -> tuple[Any, Position]:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        found = self._manager.restore(
+        found: Any = self._manager.restore(
             step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()
+            ),
         )
         return found.state, Position(**found.position)
 

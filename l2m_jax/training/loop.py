@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from l2m_jax.data.batches import Examples, micro_batches, order_of_examples, prefetch
+from l2m_jax.data.packing import Shape
 
 from l2m_jax import progress
 from l2m_jax.curriculum import Stage, steps
-from l2m_jax.data.batches import Examples, micro_batches, order_of_examples, prefetch
-from l2m_jax.data.packing import Shape
 from l2m_jax.losses import Objective
 from l2m_jax.training import step as step_functions
 from l2m_jax.training.checkpoint import Checkpoints, Position
@@ -298,5 +298,3 @@ class _StepLog:
             examples=f"{rates['examples_per_second']:.0f}/s",
             tokens=f"{rates['tokens_per_second']:.0f}/s",
         )
-
-

@@ -24,7 +24,7 @@ class Parallel:
     """A mapping ("pmap" or "fsdp") over `devices` (those of all processes, in order)."""
 
     mapping: str
-    devices: tuple[jax.Device, ...]
+    devices: tuple[jax.Device, ...]  # pyright: ignore[reportInvalidTypeForm]
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -107,7 +107,9 @@ class Parallel:
             sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
             local = [d for d in self.devices if d.process_index == jax.process_index()]
             shards = [jax.device_put(x, d)[None] for d in local]
-            return jax.make_array_from_single_device_arrays((self.num_devices, *np.shape(x)), sharding, shards)
+            return jax.make_array_from_single_device_arrays(
+                (self.num_devices, *np.shape(x)), sharding, shards
+            )
 
         return jax.tree.map(replicate, tree)
 

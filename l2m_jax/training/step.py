@@ -56,10 +56,14 @@ class Sums(NamedTuple):
 
 def zero_sums(params: Params) -> Sums:
     zero = jnp.zeros((), jnp.float32)
-    return Sums(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), LossSums(zero, zero, zero, zero))
+    return Sums(
+        jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), LossSums(zero, zero, zero, zero)
+    )
 
 
-def target_hidden(config: DecoderConfig, params: Params, batch: MicroBatch, dropout_key: jax.Array | None = None):
+def target_hidden(
+    config: DecoderConfig, params: Params, batch: MicroBatch, dropout_key: jax.Array | None = None
+):
     """Final hidden states at the positions that carry loss, `[..., T, E]`: all that the vocabulary ever sees."""
     lead, (rows, length) = batch.tokens_RxL.shape[:-2], batch.tokens_RxL.shape[-2:]
     hidden_BxLxE = models.hidden_states(
@@ -147,9 +151,7 @@ def update(
     weight = jnp.maximum(sums.losses.weight, 1e-9)
     gradients = jax.tree.map(lambda g: g / weight, sums.gradients)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-    params = jax.tree.map(
-        lambda p, u: (p - learning_rate * u).astype(p.dtype), state.params, updates
-    )
+    params = jax.tree.map(lambda p, u: (p - learning_rate * u).astype(p.dtype), state.params, updates)
     metrics = {
         "loss": sums.losses.loss / weight,
         "cross_entropy": sums.losses.cross_entropy / weight,

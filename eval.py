@@ -1,0 +1,88 @@
+"""Scores a model folder: `python eval.py --model runs/quickstart/student --sets test=FILE --output runs/scores`.
+
+Sets are names (self_inst, vicuna, s_ni, un_ni), JSON-lines files, or name=file. The same command again goes on
+where the first one stopped.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+from l2m_jax.errors import InputError
+
+_MODEL = flags.DEFINE_string("model", None, "Hugging Face folder, GGUF file or hub name", required=True)
+_SETS = flags.DEFINE_list("sets", ["dolly"], "Names, files, or name=file")
+_OUTPUT = flags.DEFINE_string("output", None, "Where scores, answers and report are kept", required=True)
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder or hub name; by default the model's own")
+_SEEDS = flags.DEFINE_list("seeds", ["10", "20", "30", "40", "50"], "One answer to each prompt a seed")
+_ROWS = flags.DEFINE_integer("rows", 0, "The most rows of each set; 0 takes all")
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 is greedy")
+_TOP_K = flags.DEFINE_integer("top_k", 50, "0 is the whole vocabulary")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "1 switches it off")
+_NGRAM = flags.DEFINE_integer("no_repeat_ngram", 0, "0 allows repetition")
+_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "The most tokens of an answer")
+_PROMPT = flags.DEFINE_integer("max_prompt_length", 0, "Longer prompts are truncated; 0: what the model has room for")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation")
+
+
+def _evaluate() -> None:
+    from l2m_jax import artefacts, models
+    from l2m_jax.data.tokenizer import load_tokenizer
+    from l2m_jax.evaluation import protocol
+    from l2m_jax.evaluation.report import write_report
+    from l2m_jax.evaluation.sets import read_set
+    from l2m_jax.generation import SamplingRules
+    from l2m_jax.progress import console
+
+    output, name = Path(_OUTPUT.value), Path(_MODEL.value).name
+    tokenizer = load_tokenizer(_TOKENIZER.value or _MODEL.value)
+    config, params = models.load(_MODEL.value, dtype=_DTYPE.value)
+    rules = SamplingRules(
+        temperature=_TEMPERATURE.value,
+        top_k=_TOP_K.value,
+        top_p=_TOP_P.value,
+        no_repeat_ngram=_NGRAM.value,
+        max_new_tokens=_NEW_TOKENS.value,
+    )
+    room = config.max_positions - rules.max_new_tokens
+    sets = [
+        read_set(
+            source,
+            tokenizer,
+            output / "sets",
+            max_prompt_length=min(room, _PROMPT.value or room),
+            long_prompt="truncate",
+            rows=_ROWS.value,
+        )
+        for source in _SETS.value
+    ]
+    results = protocol.evaluate(
+        config,
+        params,
+        tokenizer,
+        sets,
+        rules,
+        [int(seed) for seed in _SEEDS.value],
+        folder=output,
+        made_from=artefacts.fingerprint(str(Path(_MODEL.value).resolve()), models.checksum(params)),
+        title=name,
+    )
+    write_report(output, title=f"Evaluation of {name}", results={name: results})
+    console.print(protocol.table({name: results}).markdown())
+    console.print(f"report: {output / 'report.md'}")
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        raise app.UsageError(f"unexpected argument {arguments[1]!r}")
+    try:
+        _evaluate()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from the answers that are there")
+
+
+if __name__ == "__main__":
+    app.run(main)
