@@ -305,15 +305,13 @@ def _difficulty(run: Run, initial: Model) -> tuple[Difficulty, str]:
     mark = path.with_name(".difficulty")
     if not artefacts.is_finished(mark, made_from) or not path.is_file():
         train = run.splits.train
-        prompts = from_corpus("train", train, longest_prompt=_longest_prompt(run, ranking_model[0]))
         rouge_l, cross_entropy = score(
             *ranking_model,
             train,
-            prompts,
             run.tokenizer,
             run.rules,
             run.config.evaluation.seeds[0],
-            shapes=run.shapes,
+            run.shapes,
             output=run.shared / "difficulty_responses.jsonl",
             made_from=made_from,
             **run.placement,

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from l2m_jax.data.packing import Layout, Shape, pack
+from l2m_jax.data.packing import PackedRows, Shape, pack
 from l2m_jax.types import MicroBatch
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ def forward_batches(
 def padded_batch(examples: Examples, indices: Sequence[int], length: int) -> Packed:
     """One example a row, padded to `length`, on one device: what packing is compared with."""
     tokens = [examples.example_tokens(int(i)) for i in indices]
-    layout = Layout(Shape(len(tokens), length), [[[i] for i in range(len(tokens))]])
+    layout = PackedRows(Shape(len(tokens), length), [[[i] for i in range(len(tokens))]])
     return _fill(examples, np.asarray(indices), tokens, layout, None)
 
 
@@ -86,16 +86,16 @@ def _fill(
     examples: Examples,
     indices: np.ndarray,
     tokens: list[np.ndarray],
-    layout: Layout,
+    layout: PackedRows,
     teacher_rows: Callable[[int], np.ndarray] | None,
 ) -> Packed:
-    (rows, length), devices = layout.shape, len(layout.rows)
+    (rows, length), devices = layout.shape, len(layout.rows_AxR)
     slots = np.zeros((3, devices, rows, length), np.int32)
     target_index, labels = np.zeros((2, devices, rows * length), np.int32)
     weights = np.zeros((devices, rows * length), np.float32)
     teacher_hidden = None
     targets = []
-    for device, of_device in enumerate(layout.rows):
+    for device, of_device in enumerate(layout.rows_AxR):
         filled = 0
         for row, members in enumerate(of_device):
             at = 0

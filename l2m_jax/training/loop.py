@@ -241,9 +241,8 @@ def _batches(
             packed = micro_batches(
                 data.examples, chosen, task.shapes, parallel.num_devices, teacher_rows=data.teacher_rows
             )
-            tokens = sum(int((m.segment_ids_RxL > 0).sum()) for m in packed)
-            local = [jax.tree.map(lambda x: x[parallel.local_slice], m) for m in packed]
-            yield _Batch([parallel.feed(m) for m in local], len(chosen), tokens)
+            tokens = sum(len(data.examples.example_tokens(int(i))) for i in chosen)
+            yield _Batch([parallel.feed(p.batch) for p in packed], len(chosen), tokens)
 
     return prefetch(make(), depth=4)
 

@@ -34,12 +34,6 @@ class Parallel:
     def num_devices(self) -> int:
         return len(self.devices)
 
-    @functools.cached_property
-    def local_slice(self) -> slice:
-        """This process's part of a leading device axis."""
-        local = [i for i, d in enumerate(self.devices) if d.process_index == jax.process_index()]
-        return slice(local[0], local[-1] + 1)
-
     def map(
         self,
         function: Callable,
@@ -114,9 +108,13 @@ class Parallel:
         return jax.tree.map(replicate, tree)
 
     def feed(self, tree: Any) -> Any:
-        """Host arrays with a leading axis over this process's devices, each share onto its device."""
+        """Host arrays with a leading device axis, each share onto its device."""
         sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+
+        def put(x):
+            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+        return jax.tree.map(put, tree)
 
     def unplace(self, tree: Any) -> Any:
         """The value behind placed arrays: under "pmap" one device's copy, under "fsdp" the global array."""
