@@ -22,7 +22,9 @@ _TOP_K = flags.DEFINE_integer("top_k", 50, "0 is the whole vocabulary")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "1 switches it off")
 _NGRAM = flags.DEFINE_integer("no_repeat_ngram", 0, "0 allows repetition")
 _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "The most tokens of an answer")
-_PROMPT = flags.DEFINE_integer("max_prompt_length", 0, "Longer prompts are truncated; 0: what the model has room for")
+_PROMPT = flags.DEFINE_integer(
+    "max_prompt_length", 0, "Longer prompts are truncated; 0: what the model has room for"
+)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation")
 
 

@@ -158,7 +158,7 @@ def _start(config: Config, workdir: Path, shared: Path) -> Run:
 
 def _use_compilation_cache() -> None:
     """A restart compiles nothing again. The user's own setting, if any, stands."""
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "l2m_jax" / "xla"))
 
 
@@ -207,7 +207,7 @@ def _sft(
 
 
 def _train_data(run: Run, store: TeacherStore | None) -> Callable[[Stage, int, Params], EpochData]:
-    rows = None if store is None else store.read_one
+    rows = None if store is None else store.read
 
     def data(stage: Stage, epoch: int, params: Params) -> EpochData:
         del epoch, params
@@ -305,13 +305,14 @@ def _difficulty(run: Run, initial: Model) -> tuple[Difficulty, str]:
     mark = path.with_name(".difficulty")
     if not artefacts.is_finished(mark, made_from) or not path.is_file():
         train = run.splits.train
+        prompts = from_corpus("train", train, longest_prompt=_longest_prompt(run, ranking_model[0]))
         rouge_l, cross_entropy = score(
             *ranking_model,
             train,
+            prompts,
             run.tokenizer,
             run.rules,
             run.config.evaluation.seeds[0],
-            run.shapes,
             output=run.shared / "difficulty_responses.jsonl",
             made_from=made_from,
             **run.placement,
@@ -347,7 +348,6 @@ def _teacher_store(run: Run, teacher: Model) -> TeacherStore:
         made_from=teacher.fingerprint,
         width=teacher.config.embed_size,
         dtype=run.config.teacher.store_dtype,
-        shapes=run.shapes,
         num_devices=run.parallel.num_devices,
     )
 

@@ -13,11 +13,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from l2m_jax import losses, models, progress
 from l2m_jax.data.batches import forward_batches, prefetch
 from l2m_jax.data.corpus import Corpus
-from l2m_jax.data.packing import Shape
 from l2m_jax.evaluation.rouge import rouge_l_many
 from l2m_jax.evaluation.sets import PromptSet
 from l2m_jax.generation import SamplingRules, generate
 from l2m_jax.losses import Objective
+from l2m_jax.losses.fused import DEFAULT_CHUNK_SIZE
 from l2m_jax.models import DecoderConfig
 from l2m_jax.types import MicroBatch, Params
 
@@ -33,7 +33,6 @@ def score(
     rules: SamplingRules,
     seed: int,
     *,
-    shapes: Sequence[Shape],
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
     mesh: Mesh | None = None,
     slots: int | None = None,
@@ -47,7 +46,6 @@ def score(
         prompts: those of `corpus` that leave room for an answer. An example without one counts as
             answered wrongly: its Rouge-L is 0.
         seed: of the one answer to each prompt.
-        shapes: micro-batch shapes, of which one holds the longest example.
         devices, mesh, slots, output, made_from: see `generate`.
 
     Returns:
@@ -73,9 +71,7 @@ def score(
     )
     rouge_l_N = np.zeros(len(corpus))
     rouge_l_N[list(prompts.indices)] = rouge_l_many([a.text for a in answers], prompts.references)
-    return rouge_l_N, cross_entropy_by_example(
-        config, params, corpus, shapes=shapes, devices=devices, mesh=mesh
-    )
+    return rouge_l_N, cross_entropy_by_example(config, params, corpus, devices=devices, mesh=mesh)
 
 
 def cross_entropy_by_example(
@@ -83,16 +79,14 @@ def cross_entropy_by_example(
     params: Params,
     corpus: Corpus,
     *,
-    shapes: Sequence[Shape],
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
     mesh: Mesh | None = None,
-    chunk_size: int = losses.DEFAULT_CHUNK_SIZE,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
 ) -> np.ndarray:
     """Mean cross-entropy over the response and end of sequence of each example (Eq. 1 by its length), without dropout.
 
     Args:
         params: one copy, put on all `devices` (None: this process's); or global arrays sharded over `mesh`.
-        shapes: micro-batch shapes, of which one holds the longest example.
         chunk_size: tokens whose logits are held at once.
 
     Returns:
@@ -110,16 +104,14 @@ def cross_entropy_by_example(
         return jax.make_array_from_callback(host.shape, by_device, lambda index: host[index])
 
     found_N = np.zeros(len(corpus))
-    batches = forward_batches(corpus, np.arange(len(corpus)), shapes, mesh.size)
     with progress.bar("cross-entropy", len(corpus)) as bar:
-        for packed in prefetch(batches):
-            for batch, targets in packed:
-                fed = jax.tree.map(feed, batch)
-                losses_AxT = np.asarray(token_losses(config, chunk_size, params, fed), np.float64)
-                for example, device, start, count in targets:
-                    found_N[example] = losses_AxT[device, start : start + count].mean()
-                bar.advance(len(targets))
-    return found_N
+        for batch in prefetch(forward_batches(corpus, np.arange(len(corpus)), mesh.size)):
+            fed = jax.tree.map(feed, batch.micro_batch)
+            losses_AxT = np.asarray(token_losses(config, chunk_size, params, fed), np.float64)
+            real_AxT = batch.example_AxT >= 0
+            np.add.at(found_N, batch.example_AxT[real_AxT], losses_AxT[real_AxT])
+            bar.advance(len(batch.indices))
+    return found_N / corpus.response_lengths
 
 
 def _token_losses(config: DecoderConfig, chunk_size: int, params: Params, batch: MicroBatch) -> jax.Array:

@@ -1,137 +1,208 @@
-"""From examples to what the step takes: the order of an epoch, packed micro-batches, and feeding ahead."""
+"""From examples to the arrays of a step: the order of an epoch, packed micro-batches, and their prefetching."""
 
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from l2m_jax.data.packing import PackedRows, Shape, pack
+from l2m_jax.data.packing import PackedRows, Shape, pack, pack_rows
 from l2m_jax.types import MicroBatch
 
 T = TypeVar("T")
 
+# Examples packed together in a pass over the whole data set.
+_POOL = 8192
+
 
 class Examples(Protocol):
-    """Token arrays by number: a `Corpus`, or answers made during training."""
+    """Token sequences by number, each a prompt followed by its targets; `Corpus` is one."""
 
     @property
-    def prompt_lengths(self) -> np.ndarray: ...
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, [n]."""
+        ...
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """How many of them are the prompt's, [n]."""
+        ...
 
     def example_tokens(self, i: int) -> np.ndarray: ...
 
 
-class Targets(NamedTuple):
-    """Where an example's targets lie in a packed micro-batch: `[device, start : start + count]` of its T axis."""
+@dataclass(frozen=True)
+class ListedExamples:
+    """Examples held in memory, such as prompts with responses just generated."""
 
-    example: int
-    device: int
-    start: int
-    count: int
+    tokens: Sequence[np.ndarray]
+    prompt_lengths: np.ndarray
 
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(tokens) for tokens in self.tokens], np.int32)
 
-class Packed(NamedTuple):
-    """A micro-batch of NumPy arrays with a leading device axis, and where each example's targets are in it."""
-
-    batch: MicroBatch
-    targets: list[Targets]
+    def example_tokens(self, i: int) -> np.ndarray:
+        return self.tokens[i]
 
 
 def order_of_examples(seed: int, stage: int, epoch: int, indices: np.ndarray) -> np.ndarray:
-    """`indices` shuffled: a pure function of seed, stage and epoch, whatever order they come in."""
-    return np.random.default_rng([seed, stage, epoch]).permutation(np.sort(indices))
+    """`indices` in the order of an epoch: a function of these numbers and the set of indices alone."""
+    # Raw random bits: numpy keeps these the same from version to version, unlike its permutations.
+    keys = np.random.PCG64(np.random.SeedSequence([seed, stage, epoch])).random_raw(len(indices))
+    return np.sort(indices)[np.argsort(keys, kind="stable")]
 
 
 def micro_batches(
     examples: Examples,
     indices: Sequence[int] | np.ndarray,
     shapes: Sequence[Shape],
-    num_devices: int,
-    *,
+    num_devices: int = 1,
     teacher_rows: Callable[[int], np.ndarray] | None = None,
-) -> list[Packed]:
-    """The examples of one batch, packed.
+) -> list[MicroBatch]:
+    """One batch, packed: NumPy arrays with a leading device axis A.
 
     Args:
-        teacher_rows: the stored hidden states of an example's targets, `[r_i, E]`.
+        indices: the examples of the batch.
+        shapes: the shapes that a micro-batch may have (`choose_shapes`).
+        teacher_rows: gives the teacher's final hidden states at the targets of an example, `[r_i, E]`.
+
+    Raises:
+        ValueError: an example is longer than every row, or has no prompt to predict its first target from.
     """
-    indices = np.asarray(indices)
-    tokens = [examples.example_tokens(int(i)) for i in indices]
-    layouts = pack([len(t) for t in tokens], shapes, num_devices)
-    return [_fill(examples, indices, tokens, layout, teacher_rows) for layout in layouts]
+    packed = pack(examples.lengths[indices].tolist(), shapes, num_devices)
+    return [_arrange(examples, indices, rows, teacher_rows)[0] for rows in packed]
+
+
+def padded_batch(
+    examples: Examples,
+    indices: Sequence[int] | np.ndarray,
+    length: int,
+    num_devices: int = 1,
+    teacher_rows: Callable[[int], np.ndarray] | None = None,
+) -> MicroBatch:
+    """The same batch as one micro-batch with one example a row, padded to `length`: what packing is measured by."""
+    rows = -(-len(indices) // num_devices)
+    slots = [[i] if i < len(indices) else [] for i in range(rows * num_devices)]
+    rows_AxR = [slots[device::num_devices] for device in range(num_devices)]
+    return _arrange(examples, indices, PackedRows(Shape(rows, length), rows_AxR), teacher_rows)[0]
+
+
+class ForwardBatch(NamedTuple):
+    """A micro-batch of a pass over the data set, and where its targets come from.
+
+    Attributes:
+        micro_batch: NumPy arrays with a leading device axis A.
+        example_AxT: the example that each target belongs to; -1 beyond the real ones.
+        target_AxT: which of this example's targets it is, from 0.
+        indices: the examples in it; each lies in one batch only.
+    """
+
+    micro_batch: MicroBatch
+    example_AxT: np.ndarray
+    target_AxT: np.ndarray
+    indices: np.ndarray
 
 
 def forward_batches(
     examples: Examples,
     indices: Sequence[int] | np.ndarray,
-    shapes: Sequence[Shape],
-    num_devices: int,
+    num_devices: int = 1,
     *,
-    batch_size: int = 64,
-) -> Iterator[list[Packed]]:
-    """All of `indices` in their order, packed `batch_size` at a time: for passes where order means nothing."""
-    for start in range(0, len(indices), batch_size):
-        yield micro_batches(examples, indices[start : start + batch_size], shapes, num_devices)
+    slots: int = 8192,
+    row_length: int = 512,
+) -> Iterator[ForwardBatch]:
+    """All of `indices`, tightly packed, for passes that take no gradient: teacher store, cross-entropy.
+
+    Two shapes at most: rows of `row_length` slots, and longer ones for the examples that need them.
+
+    Args:
+        slots: about how many a device gets at a time.
+    """
+    indices = np.asarray(indices)
+    if len(indices) == 0:
+        return
+    lengths = examples.lengths[indices]
+    longest = -(-int(lengths.max()) // 64) * 64
+    row_length = min(row_length, longest)
+    for start in range(0, len(indices), _POOL):
+        pool = indices[start : start + _POOL]
+        usual, long = pack_rows(lengths[start : start + _POOL].tolist(), row_length, longest)
+        for rows, length in ((usual, row_length), (long, longest)):
+            # The same number of rows in every pool, so that there is one program for each length.
+            tokens = int(lengths[(lengths <= row_length) == (length == row_length)].sum())
+            per_device = max(1, min(slots // length, -(-tokens // (num_devices * length))))
+            at_once = num_devices * per_device
+            for first in range(0, len(rows), at_once):
+                chosen = rows[first : first + at_once]
+                chosen += [[] for _ in range(at_once - len(chosen))]
+                packed = PackedRows(
+                    Shape(per_device, length), [chosen[device::num_devices] for device in range(num_devices)]
+                )
+                yield ForwardBatch(
+                    *_arrange(examples, pool, packed), pool[[i for row in chosen for i in row]]
+                )
 
 
-def padded_batch(examples: Examples, indices: Sequence[int], length: int) -> Packed:
-    """One example a row, padded to `length`, on one device: what packing is compared with."""
-    tokens = [examples.example_tokens(int(i)) for i in indices]
-    layout = PackedRows(Shape(len(tokens), length), [[[i] for i in range(len(tokens))]])
-    return _fill(examples, np.asarray(indices), tokens, layout, None)
-
-
-def _fill(
+def _arrange(
     examples: Examples,
-    indices: np.ndarray,
-    tokens: list[np.ndarray],
-    layout: PackedRows,
-    teacher_rows: Callable[[int], np.ndarray] | None,
-) -> Packed:
-    (rows, length), devices = layout.shape, len(layout.rows_AxR)
-    slots = np.zeros((3, devices, rows, length), np.int32)
-    target_index, labels = np.zeros((2, devices, rows * length), np.int32)
-    weights = np.zeros((devices, rows * length), np.float32)
+    indices: Sequence[int] | np.ndarray,
+    packed: PackedRows,
+    teacher_rows: Callable[[int], np.ndarray] | None = None,
+) -> tuple[MicroBatch, np.ndarray, np.ndarray]:
+    """The arrays of packed rows, with the example and the number of each target."""
+    num_devices, (rows, length) = len(packed.rows_AxR), packed.shape
+    tokens, segment_ids, positions = np.zeros((3, num_devices, rows, length), np.int32)
+    target_index, labels, targets = np.zeros((3, num_devices, rows * length), np.int32)
+    owners = np.full((num_devices, rows * length), -1, np.int64)
+    weights = np.zeros((num_devices, rows * length), np.float32)
     teacher_hidden = None
-    targets = []
-    for device, of_device in enumerate(layout.rows_AxR):
-        filled = 0
-        for row, members in enumerate(of_device):
-            at = 0
-            for segment, member in enumerate(members, start=1):
-                example, t = int(indices[member]), tokens[member]
-                prompt = int(examples.prompt_lengths[example])
-                slots[0, device, row, at : at + len(t)] = t
-                slots[1, device, row, at : at + len(t)] = segment
-                slots[2, device, row, at : at + len(t)] = np.arange(len(t))
-                # Token j of an example is predicted from the slot before it.
-                count = len(t) - prompt
-                here = slice(filled, filled + count)
-                target_index[device, here] = row * length + at + np.arange(prompt - 1, len(t) - 1)
-                labels[device, here] = t[prompt:]
-                weights[device, here] = 1
+    for device, rows_R in enumerate(packed.rows_AxR):
+        done = 0
+        for row, row_examples in enumerate(rows_R):
+            start = 0
+            for segment, place in enumerate(row_examples, start=1):
+                example = int(indices[place])
+                ids, prompt = examples.example_tokens(example), int(examples.prompt_lengths[example])
+                if prompt < 1:
+                    raise ValueError(f"example {example} has no prompt to predict its first target from")
+                end, responses = start + len(ids), len(ids) - prompt
+                tokens[device, row, start:end] = ids
+                segment_ids[device, row, start:end] = segment
+                positions[device, row, start:end] = np.arange(len(ids))
+                at = slice(done, done + responses)
+                # A target is predicted from the slot before it.
+                before = row * length + start + prompt - 1
+                target_index[device, at] = np.arange(before, before + responses)
+                labels[device, at] = ids[prompt:]
+                weights[device, at] = 1.0
+                owners[device, at] = example
+                targets[device, at] = np.arange(responses)
                 if teacher_rows is not None:
-                    stored = teacher_rows(example)
+                    hidden = teacher_rows(example)
                     if teacher_hidden is None:
-                        shape = (devices, rows * length, stored.shape[-1])
-                        teacher_hidden = np.zeros(shape, stored.dtype)
-                    teacher_hidden[device, here] = stored
-                targets.append(Targets(example, device, filled, count))
-                at, filled = at + len(t), filled + count
-    batch = MicroBatch(slots[0], slots[1], slots[2], target_index, labels, weights, teacher_hidden)
-    return Packed(batch, targets)
+                        teacher_hidden = np.zeros((*labels.shape, hidden.shape[-1]), hidden.dtype)
+                    teacher_hidden[device, at] = hidden
+                start, done = end, done + responses
+    batch = MicroBatch(tokens, segment_ids, positions, target_index, labels, weights, teacher_hidden)  # type: ignore[arg-type]
+    return batch, owners, targets
 
 
-def prefetch(items: Iterator[T], depth: int = 4) -> Iterator[T]:
-    """`items`, made in a thread up to `depth` ahead; what it raises is raised here."""
-    ready: queue.Queue = queue.Queue(depth)
-    stop, end = threading.Event(), object()
+def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:
+    """`items`, made ahead of time by a thread, at most `depth` of them; its exceptions are raised here.
 
-    def put(item: object) -> bool:
-        while not stop.is_set():
+    The thread ends with the iterator: when it is exhausted, closed or dropped.
+    """
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(kind: str, value: Any) -> bool:
+        while not stopped.is_set():
             try:
-                ready.put(item, timeout=0.1)
+                ready.put((kind, value), timeout=0.1)
                 return True
             except queue.Full:
                 continue
@@ -140,19 +211,22 @@ def prefetch(items: Iterator[T], depth: int = 4) -> Iterator[T]:
     def work() -> None:
         try:
             for item in items:
-                if not put(item):
+                if not put("item", item):
                     return
-            put(end)
+            put("end", None)
         except BaseException as error:
-            put(error)
+            put("error", error)
 
-    thread = threading.Thread(target=work, daemon=True, name="prefetch")
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
-        while (item := ready.get()) is not end:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        while True:
+            kind, value = ready.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
     finally:
-        stop.set()
+        stopped.set()
         thread.join()

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from l2m_jax.data.batches import Examples, micro_batches, order_of_examples, prefetch
-from l2m_jax.data.packing import Shape
 
 from l2m_jax import progress
 from l2m_jax.curriculum import Stage, steps
+from l2m_jax.data.batches import Examples, micro_batches, order_of_examples, prefetch
+from l2m_jax.data.packing import Shape
 from l2m_jax.losses import Objective
 from l2m_jax.training import step as step_functions
 from l2m_jax.training.checkpoint import Checkpoints, Position
@@ -241,8 +241,8 @@ def _batches(
             packed = micro_batches(
                 data.examples, chosen, task.shapes, parallel.num_devices, teacher_rows=data.teacher_rows
             )
-            tokens = sum(len(data.examples.example_tokens(int(i))) for i in chosen)
-            yield _Batch([parallel.feed(p.batch) for p in packed], len(chosen), tokens)
+            tokens = int(data.examples.lengths[chosen].sum())
+            yield _Batch([parallel.feed(m) for m in packed], len(chosen), tokens)
 
     return prefetch(make(), depth=4)
 
