@@ -122,8 +122,9 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list
 def _fit(
     prompt: list[int], response: list[int], limits: TokenLimits, prompt_end: int, counts: Counts
 ) -> tuple[list[int], int] | None:
+    # A prompt leaves room for at least one target.
+    longest_prompt = min(limits.max_prompt_length or limits.max_length, limits.max_length - 1)
     truncated = False
-    longest_prompt = limits.max_prompt_length or limits.max_length
     if len(prompt) > longest_prompt:
         if limits.long_prompt == "drop":
             counts.long_prompt += 1
@@ -133,7 +134,7 @@ def _fit(
         truncated = True
     tokens = prompt + response
     if len(tokens) > limits.max_length:
-        if limits.long_response == "drop" or len(prompt) >= limits.max_length:
+        if limits.long_response == "drop":
             counts.too_long += 1
             return None
         tokens = tokens[: limits.max_length]
