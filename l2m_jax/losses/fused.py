@@ -70,8 +70,8 @@ def fused_distillation_sums(
         objective: static under `jax.jit`.
         valid_vocab_size: entries of either vocabulary from here on are padding: they have logits of −∞. It must be
             given where V and U differ.
-        chunk_size: tokens a chunk, for each entry of the leading axes. A few float32 arrays
-            `[..., chunk_size, V]` are held at a time.
+        chunk_size: tokens a chunk, for each entry of the leading axes; rounded up to a multiple of 8. Two float32
+            arrays `[..., chunk_size, V]` are held at a time, so axes that are not sharded are better flattened.
 
     Returns:
         LossSums of float32 scalars.
