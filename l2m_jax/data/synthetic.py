@@ -1,5 +1,9 @@
 """Graded instruction tasks from a seed: from copying a word to sorting many, for runs that download nothing."""
 
+# Words read better as a text than as a list.
+# ruff: noqa: SIM905
+
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,18 +11,22 @@ import numpy as np
 
 from l2m_jax.data.sources import Row
 
+# Each word once, and no colour among the things: the tasks tell them apart.
 _WORDS = (
     "apple bird boat book bread cake car cat chair city cloud coat corn cow cup dog door duck farm fish flag "
-    "frog game gate gift goat gold green hand hat hill horse house ice ink jar key king kite lake lamp leaf "
-    "lion map milk moon mouse night nose ocean owl paper park pear pen pig pond queen rain red ring river road "
+    "frog game gate gift goat hand hat hill horse house ice ink jar key king kite lake lamp leaf "
+    "lion map milk moon mouse night nose ocean owl paper park pear pen pig pond queen rain ring river road "
     "rock rose salt sand ship shoe snow song star stone sun table tree turtle van wall water west wind wolf wood"
 ).split()
-_NAMES = "anna ben carl dora emma finn gina hugo iris jack kate liam mona nora otto paul rosa sam tina uma".split()
+_NAMES = (
+    "anna ben carl dora emma finn gina hugo iris jack kate liam mona nora otto paul rosa sam tina uma".split()
+)
 _COLOURS = "black blue brown gold green grey orange pink red silver white yellow".split()
 _NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty"
 ).split()
+_DRAWS = 50  # rows tried before a kind that has few of them gives way to the next
 
 
 class SyntheticRows(NamedTuple):
@@ -116,7 +124,10 @@ def synthetic_rows(seed: int, train: int, validation: int, test: int) -> Synthet
     """
     seen: set[tuple[str, str]] = set()
     # The small splits first: asking for more training rows does not change what they are tested on.
-    parts = [_rows(np.random.default_rng([seed, n]), size, seen) for n, size in enumerate((test, validation, train))]
+    parts = [
+        _rows(np.random.default_rng([seed, n]), size, seen)
+        for n, size in enumerate((test, validation, train))
+    ]
     named = [
         [row._replace(id=f"{name}/{i}") for i, row in enumerate(rows)]
         for name, rows in zip(("test", "validation", "train"), parts, strict=True)
@@ -126,12 +137,15 @@ def synthetic_rows(seed: int, train: int, validation: int, test: int) -> Synthet
 
 def _rows(rng: np.random.Generator, count: int, seen: set[tuple[str, str]]) -> list[Row]:
     rows: list[Row] = []
-    while len(rows) < count:
-        task, fewest, most = _TASKS[len(rows) % len(_TASKS)]
-        words = [_WORDS[i] for i in rng.permutation(len(_WORDS))[: rng.integers(fewest, most + 1)]]
-        instruction, given, answer = task(words, rng)
-        if (instruction, given) in seen:
-            continue
-        seen.add((instruction, given))
-        rows.append(Row("", instruction, given, (answer,), task.__name__.strip("_").replace("_", " ")))
-    return rows
+    for task, fewest, most in itertools.cycle(_TASKS):
+        if len(rows) == count:
+            return rows
+        for _ in range(_DRAWS):
+            words = [_WORDS[i] for i in rng.permutation(len(_WORDS))[: rng.integers(fewest, most + 1)]]
+            instruction, given, answer = task(words, rng)
+            if (instruction, given) not in seen:
+                seen.add((instruction, given))
+                kind = task.__name__.strip("_").replace("_", " ")
+                rows.append(Row("", instruction, given, (answer,), kind))
+                break
+    raise AssertionError("there is always a next kind")
