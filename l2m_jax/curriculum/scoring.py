@@ -103,15 +103,15 @@ def cross_entropy_by_example(
     def feed(host: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(host.shape, by_device, lambda index: host[index])
 
-    found_N = np.zeros(len(corpus))
+    sums_N = np.zeros(len(corpus))
     with progress.bar("cross-entropy", len(corpus)) as bar:
         for batch in prefetch(forward_batches(corpus, np.arange(len(corpus)), mesh.size)):
             fed = jax.tree.map(feed, batch.micro_batch)
             losses_AxT = np.asarray(token_losses(config, chunk_size, params, fed), np.float64)
-            real_AxT = batch.example_AxT >= 0
-            np.add.at(found_N, batch.example_AxT[real_AxT], losses_AxT[real_AxT])
+            real = batch.example_AxT >= 0
+            np.add.at(sums_N, batch.example_AxT[real], losses_AxT[real])
             bar.advance(len(batch.indices))
-    return found_N / corpus.response_lengths
+    return sums_N / corpus.response_lengths
 
 
 def _token_losses(config: DecoderConfig, chunk_size: int, params: Params, batch: MicroBatch) -> jax.Array:

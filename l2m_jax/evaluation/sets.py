@@ -22,6 +22,7 @@ class PromptSet:
     Attributes:
         name: in files; the corpus's own splits are called "test" and "validation".
         title: in tables.
+        indices: where the rows stand in their corpus.
         ids: of the rows.
         prompts: token ids of each prompt.
         texts: the same prompts as text.
@@ -34,6 +35,7 @@ class PromptSet:
 
     name: str
     title: str
+    indices: tuple[int, ...]
     ids: tuple[str, ...]
     prompts: tuple[tuple[int, ...], ...]
     texts: tuple[str, ...]
@@ -83,6 +85,7 @@ def from_corpus(
     return PromptSet(
         name=name,
         title=rules.title if rules else name,
+        indices=tuple(kept),
         ids=tuple(row.id for row in found),
         prompts=tuple(prompts[i] for i in kept),
         texts=tuple(corpus.prompt_text(i) for i in kept),
@@ -126,7 +129,13 @@ def read_set(
         tokenizer,
         folder / name,
         # The answer is compared as text, so its length drops no row: it may take as much again as the prompt.
-        TokenLimits(2 * max_prompt_length, max_prompt_length, long_prompt, "truncate", bos),
+        TokenLimits(
+            max_length=2 * max_prompt_length,
+            max_prompt_length=max_prompt_length,
+            long_prompt=long_prompt,
+            long_response="truncate",
+            bos=bos,
+        ),
     )
     prompts = from_corpus(name, corpus, rows=rows)
     return dataclasses.replace(prompts, left_out=counts.dropped)

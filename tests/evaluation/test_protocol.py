@@ -15,6 +15,7 @@ from l2m_jax.generation import Answer, SamplingRules
 SET = PromptSet(
     name="self_inst",
     title="SelfInst",
+    indices=(0, 1, 2),
     ids=("a", "b", "c"),
     prompts=((5, 6), (7,), (8, 9, 10)),
     texts=("five six", "seven", "eight nine ten"),

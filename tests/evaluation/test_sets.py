@@ -41,6 +41,7 @@ def test_prompts_and_references_of_a_corpus(corpus, tokenizer):
 def test_long_prompts_are_left_out_and_counted(corpus):
     prompts = from_corpus("test", corpus, longest_prompt=60)
     assert prompts.ids == ("r1", "r3") and prompts.left_out == 1
+    assert prompts.indices == (0, 2)
     assert prompts.references == (ROWS[0].references, ROWS[2].references)
     assert from_corpus("test", corpus, rows=2, longest_prompt=60).ids == ("r1",)
     with pytest.raises(InputError, match="none of 3 prompts has at most 3 tokens"):
