@@ -6,7 +6,7 @@ again goes on where the first one stopped.
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from l2m_jax.errors import InputError
@@ -21,6 +21,7 @@ flags.mark_flag_as_required("config")
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected argument {arguments[1]!r}")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every checkpoint otherwise
     try:
         from l2m_jax import config, pipeline
 

@@ -55,7 +55,11 @@ def limits(data: settings.Data, *, use: str = "training") -> TokenLimits:
     """The token limits for `use`, "training" or "evaluation"."""
     long = "truncate" if data.truncate else "drop"
     return TokenLimits(
-        data.max_length, data.max_prompt_length or None, long, long, bos=data.bos in (use, "both")
+        max_length=data.max_length,
+        max_prompt_length=data.max_prompt_length or None,
+        long_prompt=long,
+        long_response=long,
+        bos=data.bos in (use, "both"),
     )
 
 

@@ -339,13 +339,13 @@ def _needs_teacher(run: Run, name: str, difficulty: Difficulty) -> bool:
 
 
 def _teacher_store(run: Run, teacher: Model) -> TeacherStore:
-    hidden = run.parallel.map(functools.partial(_forward, teacher.config), static=(), donate=(), broadcast=())
+    hidden = run.parallel.map(functools.partial(_forward, teacher.config))
     placed = run.parallel.place(teacher.params)
     return build_store(
         run.shared / "teacher_store",
-        lambda batch: run.parallel.to_host(hidden(placed, run.parallel.feed(batch))),
+        lambda batch: np.asarray(hidden(placed, run.parallel.feed(batch))),
         run.splits.train,
-        made_from=teacher.fingerprint,
+        teacher=teacher.fingerprint,
         width=teacher.config.embed_size,
         dtype=run.config.teacher.store_dtype,
         num_devices=run.parallel.num_devices,
