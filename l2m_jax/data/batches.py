@@ -21,14 +21,11 @@ _POOL = 8192
 class Examples(Protocol):
     """Token sequences by number, each a prompt followed by its targets; `Corpus` is one."""
 
+    prompt_lengths: np.ndarray  # how many of its tokens are the prompt's, [n]
+
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, [n]."""
-        ...
-
-    @property
-    def prompt_lengths(self) -> np.ndarray:
-        """How many of them are the prompt's, [n]."""
         ...
 
     def example_tokens(self, i: int) -> np.ndarray: ...
@@ -41,8 +38,12 @@ class ListedExamples:
     tokens: Sequence[np.ndarray]
     prompt_lengths: np.ndarray
 
-    @cached_property
+    @property
     def lengths(self) -> np.ndarray:
+        return self._lengths
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
         return np.array([len(tokens) for tokens in self.tokens], np.int32)
 
     def example_tokens(self, i: int) -> np.ndarray:

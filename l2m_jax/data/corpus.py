@@ -58,9 +58,13 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.prompt_lengths)
 
-    @cached_property
+    @property
     def lengths(self) -> np.ndarray:
         """int32 [n], tokens of each example."""
+        return self._lengths
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
         return np.diff(self.offsets).astype(np.int32)
 
     @property

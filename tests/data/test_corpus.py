@@ -62,7 +62,7 @@ def test_opening_maps_files_and_reads_no_row(corpus):
         while isinstance(base, np.ndarray):
             base = base.base
         assert isinstance(base, mmap.mmap)
-    assert {"rows", "ids", "lengths"}.isdisjoint(vars(opened))
+    assert {"rows", "ids", "_lengths"}.isdisjoint(vars(opened))
     assert opened.fingerprint == corpus.fingerprint
 
 
