@@ -118,34 +118,36 @@ def forward_batches(
 ) -> Iterator[ForwardBatch]:
     """All of `indices`, tightly packed, for passes that take no gradient: teacher store, cross-entropy.
 
-    Two shapes at most: rows of `row_length` slots, and longer ones for the examples that need them.
+    Two shapes at most: rows of `row_length` slots, and longer ones for the examples that need them. They depend
+    on `examples` alone, so that one part of them after another needs no new program.
 
     Args:
         slots: about how many a device gets at a time.
     """
     indices = np.asarray(indices)
-    if len(indices) == 0:
-        return
-    lengths = examples.lengths[indices]
-    longest = -(-int(lengths.max()) // 64) * 64
+    longest = -(-int(examples.lengths.max()) // 64) * 64
     row_length = min(row_length, longest)
+    is_long = examples.lengths > row_length
+    shapes = [
+        _forward_shape(int(examples.lengths[~is_long].sum()), row_length, num_devices, slots),
+        _forward_shape(int(examples.lengths[is_long].sum()), longest, num_devices, slots),
+    ]
     for start in range(0, len(indices), _POOL):
         pool = indices[start : start + _POOL]
-        usual, long = pack_rows(lengths[start : start + _POOL].tolist(), row_length, longest)
-        for rows, length in ((usual, row_length), (long, longest)):
-            # The same number of rows in every pool, so that there is one program for each length.
-            tokens = int(lengths[(lengths <= row_length) == (length == row_length)].sum())
-            per_device = max(1, min(slots // length, -(-tokens // (num_devices * length))))
-            at_once = num_devices * per_device
+        packed = pack_rows(examples.lengths[pool].tolist(), row_length, longest)
+        for rows, shape in zip(packed, shapes, strict=True):
+            at_once = num_devices * shape.rows
             for first in range(0, len(rows), at_once):
                 chosen = rows[first : first + at_once]
                 chosen += [[] for _ in range(at_once - len(chosen))]
-                packed = PackedRows(
-                    Shape(per_device, length), [chosen[device::num_devices] for device in range(num_devices)]
-                )
-                yield ForwardBatch(
-                    *_arrange(examples, pool, packed), pool[[i for row in chosen for i in row]]
-                )
+                rows_AxR = [chosen[device::num_devices] for device in range(num_devices)]
+                arrays = _arrange(examples, pool, PackedRows(shape, rows_AxR))
+                yield ForwardBatch(*arrays, pool[[i for row in chosen for i in row]])
+
+
+def _forward_shape(tokens: int, length: int, num_devices: int, slots: int) -> Shape:
+    """Rows of `length` in about `slots`, or fewer where there are not so many tokens in all."""
+    return Shape(max(1, min(slots // length, -(-tokens // (num_devices * length)))), length)
 
 
 def _arrange(

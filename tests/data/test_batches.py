@@ -139,6 +139,18 @@ def test_forward_pass_reaches_every_target_once(num_devices, row_length):
     assert not found
 
 
+def test_forward_shapes_are_those_of_the_whole():
+    examples = make_examples(200, longest=60)
+
+    def shapes(indices):
+        batches = forward_batches(examples, indices, 2, slots=256, row_length=32)
+        return {batch.micro_batch.tokens_RxL.shape for batch in batches}
+
+    short = np.flatnonzero(examples.lengths <= 20)
+    assert shapes(np.arange(50)) == shapes(np.arange(50, 200)) == shapes(np.arange(200))
+    assert shapes(short[:3]) < shapes(np.arange(200))
+
+
 def test_forward_pass_over_nothing():
     assert list(forward_batches(make_examples(3), [])) == []
 
