@@ -78,6 +78,8 @@ class GgufFile:
             raise InputError(
                 f"{self.file} stretches its rotary positions; load the safetensors folder instead"
             )
+        if "model.embed_tokens.weight" not in self.shapes:
+            raise InputError(f"{self.file} lacks token_embd.weight; convert the model again")
         width, heads = need("embedding_length"), need("attention.head_count")
         layer = "model.layers.0"
         return llama.read_config(
@@ -104,13 +106,13 @@ class GgufFile:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         tensor = self._tensors[name]
-        array = self._dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes[name])
+        rows = np.arange(self.shapes[name][0])
         if ".q_proj." in name:
-            array = _halves(array, int(self._get("llama.attention.head_count")))
+            rows = _halves(rows, int(self._get("llama.attention.head_count")))
         elif ".k_proj." in name:
             heads = self._get("llama.attention.head_count_kv", self._get("llama.attention.head_count"))
-            array = _halves(array, int(heads))
-        return array[index]
+            rows = _halves(rows, int(heads))
+        return self._dequantize(tensor.data[rows[index[0]]], tensor.tensor_type)[:, *index[1:]]
 
     def place(self, name: str) -> str:
         return str(self.file)
@@ -155,8 +157,6 @@ class GgufFile:
         return tokenizer
 
 
-def _halves(array: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q and k from llama.cpp's order, which turns neighbours (2d, 2d+1), to ours: (d, d + D/2)."""
-    D = array.shape[0] // heads
-    pairs = array.reshape(heads, D // 2, 2, *array.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(array.shape)
+def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Where the rows of q and k lie in llama.cpp's order, which turns neighbours (2d, 2d+1), not (d, d + D/2)."""
+    return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)

@@ -32,6 +32,7 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path, prefix: str, ignored: str | None):
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self._folder = folder
         self._stored: dict[str, tuple[Path, str]] = {}
         for file in _files(folder):
             with _opened(file) as opened:
@@ -50,9 +51,8 @@ class SafetensorsFolder:
             return opened.get_slice(stored)[index]
 
     def place(self, name: str) -> str:
-        """The file with tensor `name`; the first file where no file has it."""
-        file, _ = self._stored.get(name) or next(iter(self._stored.values()))
-        return str(file)
+        """The file with tensor `name`; the folder where no file has it."""
+        return str(self._stored[name][0] if name in self._stored else self._folder)
 
     def drop(self, name: str) -> None:
         """Takes a tensor out of what there is to place."""

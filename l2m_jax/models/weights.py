@@ -1,5 +1,6 @@
 """Tables of names: which tensor of a Hugging Face file is which parameter, applied in both directions."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ from l2m_jax.types import Params
 
 ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 _SHOWN = 8
+_CHUNK_NUMBERS = 1 << 22
 
 
 class Weight(NamedTuple):
@@ -103,7 +105,7 @@ def fill(
     shapes = parameter_shapes(config)
     _check(table, shapes, source)
     by_path = {weight.path: weight for weight in table}
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     leaves = {}
     for path in sorted(shapes, key=lambda path: -np.prod(shapes[path])):
         weight, shape = by_path[path], shapes[path]
@@ -124,11 +126,25 @@ def _reader(weight: Weight, shape: tuple[int, ...], source: Source, dtype: np.dt
             offset = weight.part * shape[-1]
             slices[-1] = slice(slices[-1].start + offset, slices[-1].stop + offset)
         for row, layer in enumerate(layers):
-            tensor = source.read(weight.name.format(layer), tuple(slices))
-            host[row] = tensor.T if weight.transpose else tensor
+            target = host[row].T if weight.transpose else host[row]
+            for chunk in _row_chunks(slices):
+                start = chunk[0].start - slices[0].start
+                target[start : start + _length(chunk[0])] = source.read(weight.name.format(layer), chunk)
         return host if _is_stacked(weight.path) else host[0]
 
     return read
+
+
+def _length(s: slice) -> int:
+    return s.stop - s.start
+
+
+def _row_chunks(slices: list[slice]) -> Iterator[tuple[slice, ...]]:
+    """The same piece a few rows at a time: an embedding in the file's dtype would be much beside the rest."""
+    first, *others = slices
+    rows = max(1, _CHUNK_NUMBERS // max(1, math.prod(map(_length, others))))
+    for start in range(first.start, first.stop, rows):
+        yield (slice(start, min(start + rows, first.stop)), *others)
 
 
 def _check(table: list[Weight], shapes: dict[str, tuple[int, ...]], source: Source) -> None:
@@ -169,13 +185,13 @@ def tensors(config: DecoderConfig, table: list[Weight], params: Params) -> Itera
         InputError: `params` do not belong to `config`.
     """
     leaves = _flat(params)
-    shapes = parameter_shapes(config)
-    for path in shapes.keys() | leaves.keys():
-        if path not in leaves or path not in shapes or np.shape(leaves[path]) != shapes[path]:
-            found, wanted = (
-                list(np.shape(tree[path])) if path in tree else "absent" for tree in (leaves, shapes)
+    shapes, found = parameter_shapes(config), {path: np.shape(leaf) for path, leaf in leaves.items()}
+    for path in sorted(shapes.keys() | found.keys()):
+        if shapes.get(path) != found.get(path):
+            raise InputError(
+                f"parameter {path}: the config makes its shape {shapes.get(path)}, not {found.get(path)}; "
+                "save parameters with the config they were made for"
             )
-            raise InputError(f"parameter {path} is {found} where the config makes it {wanted}")
     names: dict[str, list[Weight]] = {}
     for weight in table:
         names.setdefault(weight.name, []).append(weight)

@@ -1,0 +1,126 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2m_jax.models import DecoderConfig, Rope
+from l2m_jax.models import attention as module
+
+B, L, H, K, D = 2, 6, 4, 2, 8
+CONFIG = DecoderConfig(
+    family="llama",
+    vocab_size=9,
+    valid_vocab_size=9,
+    hidden_size=32,
+    embed_size=32,
+    num_layers=1,
+    num_heads=H,
+    num_kv_heads=K,
+    head_dim=D,
+    intermediate_size=8,
+    max_positions=16,
+)
+
+
+@pytest.fixture
+def qkv():
+    keys = jax.random.split(jax.random.key(0), 3)
+    return tuple(jax.random.normal(k, (B, L, n, D)) for k, n in zip(keys, (H, K, K), strict=True))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_form_with_dropout_is_the_same_attention(qkv, packed, scaled):
+    config = dataclasses.replace(CONFIG, scale_attention=scaled)
+    attend = module.causal(config, jnp.array([[1, 1, 2, 2, 2, 0]] * B) if packed else None)
+    fused, kept = attend(*qkv, None)
+    explicit, _ = attend(*qkv, lambda probabilities: probabilities)
+    np.testing.assert_allclose(explicit, fused, atol=1e-5)
+    assert kept is None
+
+
+def test_dropout_falls_on_normalised_probabilities(qkv):
+    seen = []
+
+    def dropout(probabilities):
+        seen.append(probabilities)
+        return 2 * probabilities
+
+    attend = module.causal(CONFIG, None)
+    doubled, _ = attend(*qkv, dropout)
+    np.testing.assert_allclose(seen[0].sum(-1), np.ones((B, K, H // K, L)), atol=1e-5)
+    np.testing.assert_allclose(doubled, 2 * attend(*qkv, None)[0], atol=1e-5)
+
+
+def test_each_row_writes_its_own_slot(qkv):
+    query, key, value = (x[:, :1] for x in qkv)
+    cache = module.LayerCache(jnp.zeros((B, K, L, D)), jnp.zeros((B, K, L, D)))
+    _, updated = module.cached(CONFIG, cache, jnp.array([1, 4]))(query, key, value, None)
+    expected = np.zeros((B, K, L, D), np.float32)
+    expected[0, :, 1], expected[1, :, 4] = key[0, 0], key[1, 0]
+    np.testing.assert_array_equal(updated.key_BxKxSxD, expected)
+    assert (np.asarray(updated.value_BxKxSxD)[1, :, 4] == value[1, 0]).all()
+
+
+def test_rotation_turns_pairs_as_complex_numbers(qkv):
+    query = qkv[0]
+    positions = jnp.array([[0, 1, 2, 3, 4, 5], [7, 7, 0, 2, 1, 9]])
+    ours = module.rotate(query, module.rope_angles(Rope(theta=50.0), D, positions))
+    x = np.asarray(query)
+    pairs = x[..., : D // 2] + 1j * x[..., D // 2 :]
+    frequencies = 50.0 ** (-np.arange(D // 2) / (D // 2))
+    turned = pairs * np.exp(1j * np.asarray(positions)[:, :, None, None] * frequencies)
+    np.testing.assert_allclose(ours, np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
+
+
+def test_scores_depend_on_relative_positions_alone(qkv):
+    query, key, _ = qkv
+    positions = jnp.array([[0, 1, 2, 3, 4, 5]] * B)
+
+    def scores(shift):
+        angles = module.rope_angles(Rope(), D, positions + shift)
+        q, k = module.rotate(query[:, :, :K], angles), module.rotate(key, angles)
+        return jnp.einsum("BLKD,BSKD->BKLS", q, k)
+
+    np.testing.assert_allclose(scores(0), scores(11), atol=1e-4)
+
+
+def test_rotation_keeps_the_dtype(qkv):
+    angles = module.rope_angles(Rope(), D, jnp.zeros((B, L), jnp.int32))
+    assert module.rotate(qkv[0].astype(jnp.bfloat16), angles).dtype == jnp.bfloat16
+
+
+def test_the_implementation_is_a_setting(qkv):
+    assert module._implementation(CONFIG, qkv[0]) == "xla"
+    assert module._implementation(dataclasses.replace(CONFIG, attention="cudnn"), qkv[0]) == "cudnn"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "length", "capability", "expected"),
+    [
+        ("bfloat16", 64, 128, "8.0", "cudnn"),
+        ("float16", 128, 2, "9.0", "cudnn"),
+        ("float32", 64, 128, "9.0", "xla"),
+        ("bfloat16", 60, 128, "9.0", "xla"),
+        ("bfloat16", 256, 128, "9.0", "xla"),
+        ("bfloat16", 64, 127, "9.0", "xla"),
+        ("bfloat16", 64, 128, "7.5", "xla"),
+    ],
+)
+def test_auto_takes_cudnn_where_it_runs(monkeypatch, dtype, head_dim, length, capability, expected):
+    class Card:
+        compute_capability = capability
+
+    class Client:
+        platform, platform_version = "gpu", "PJRT C API\ncuda 12090"
+
+        def local_devices(self):
+            return [Card()]
+
+    monkeypatch.setattr(module.backend, "get_backend", Client)
+    query = jax.ShapeDtypeStruct((1, length, 2, head_dim), dtype)
+    assert module._implementation(CONFIG, query) == expected
+    monkeypatch.setattr(Client, "platform_version", "rocm 6")
+    assert module._implementation(CONFIG, query) == "xla"

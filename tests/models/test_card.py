@@ -1,0 +1,42 @@
+import yaml
+
+from l2m_jax.models import ModelCard
+
+CARD = ModelCard(
+    name="gpt2-small-l2m",
+    student="openai-community/gpt2",
+    teacher="openai-community/gpt2-xl, fine-tuned",
+    method="l2m",
+    alpha=(0.0, 0.05, 0.1, 0.15),
+    beta=(0.7, 0.8, 0.9, 1.0),
+    data=("databricks/databricks-dolly-15k", "own rows"),
+    rouge_l={"dolly": 25.217, "vicuna": 17.0},
+    license="cc-by-sa-3.0",
+)
+
+
+def test_the_header_is_what_the_hub_reads():
+    _, header, _ = CARD.render().split("---\n", 2)
+    metadata = yaml.safe_load(header)
+    assert metadata["base_model"] == ["openai-community/gpt2"], "a description is no hub name"
+    assert metadata["datasets"] == ["databricks/databricks-dolly-15k"]
+    assert metadata["license"] == "cc-by-sa-3.0"
+    assert metadata["library_name"] == "transformers"
+    assert metadata["pipeline_tag"] == "text-generation"
+    results = metadata["model-index"][0]["results"]
+    assert [(r["dataset"]["name"], r["metrics"][0]["value"]) for r in results] == [
+        ("dolly", 25.22),
+        ("vicuna", 17.0),
+    ]
+
+
+def test_the_text_names_teacher_method_schedules_data_and_scores():
+    text = CARD.render().split("---\n", 2)[2]
+    for part in ("gpt2-xl, fine-tuned", "l2m", "0, 0.05, 0.1, 0.15", "0.7, 0.8, 0.9, 1", "own rows", "25.22"):
+        assert part in text
+
+
+def test_a_card_without_scores_has_no_empty_tables():
+    text = ModelCard(name="x", student="./local", teacher="t", method="sft").render()
+    assert "model-index" not in text and "Rouge-L" not in text and "α" not in text
+    assert "base_model" not in text
