@@ -127,6 +127,8 @@ def token_loss(
     >>> print(f"{token_loss(student, teacher, jnp.array(0), objective):.4f}")
     0.4385
     """
+    # Here and not only in each part: the parts' gradients then add up in float32 and are rounded once.
+    student_logits = student_logits.astype(jnp.float32)
     entropy = divergence = None
     if objective.needs_labels:
         if labels is None:

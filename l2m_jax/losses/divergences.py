@@ -145,7 +145,7 @@ def skew_reverse_kl(
     References:
         Ko et al., DistiLLM, 2024; Ko et al., DistiLLM-2: A Contrastive Approach Boosts the Distillation of LLMs, 2025.
     """
-    log_p, log_q = _log_probabilities(teacher_logits), _log_probabilities(student_logits)
+    log_q, log_p = _log_probabilities(student_logits), _log_probabilities(teacher_logits)
     log_q_in_mixture = log_q if mixture_gradient else jax.lax.stop_gradient(log_q)
     return _kl(log_q, _log_mixture(log_q_in_mixture, log_p, alpha))
 

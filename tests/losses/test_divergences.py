@@ -140,11 +140,9 @@ def test_alpha_zero_is_exactly_the_plain_divergence(name, plain):
 
     for actual, expected in zip(both(name, {"alpha": 0.0}), both(plain, {}), strict=True):
         np.testing.assert_array_equal(actual, expected)
-    programs = [
-        jax.jit(divergence(n, o)).lower(student, teacher).as_text()
-        for n, o in ((name, {"alpha": 0.0}), (plain, {}))
-    ]
-    assert programs[0] == programs[1]
+    assert str(jax.make_jaxpr(divergence(name, {"alpha": 0.0}))(student, teacher)) == str(
+        jax.make_jaxpr(divergence(plain, {}))(student, teacher)
+    )
 
 
 @pytest.mark.parametrize("name", ["skew_kl", "skew_reverse_kl", "jsd"])
