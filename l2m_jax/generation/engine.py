@@ -167,13 +167,18 @@ def _arrays(moves: list[list[Move]], slots: int, keys: np.ndarray, columns: dict
 
 def _check(config: DecoderConfig, rules: SamplingRules, prompts: Sequence[Sequence[int]]) -> None:
     room = config.max_positions - rules.max_new_tokens
+    if room < 1:
+        raise InputError(
+            f"max_new_tokens {rules.max_new_tokens} leaves no room for a prompt in the model's "
+            f"{config.max_positions} positions: lower it"
+        )
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise InputError(f"prompt {i} has no tokens: begin it with the model's BOS or end-of-text token")
         if len(prompt) > room:
             raise InputError(
                 f"prompt {i} has {len(prompt)} tokens and {rules.max_new_tokens} new ones may follow, but the model "
-                f"holds {config.max_positions} positions: cut prompts to {max(room, 0)} tokens or lower max_new_tokens"
+                f"holds {config.max_positions} positions: cut prompts to {room} tokens or lower max_new_tokens"
             )
         if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
             raise InputError(

@@ -1,6 +1,7 @@
 """The sampling rules against an independent NumPy version, and sampled frequencies against the distribution."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from l2m_jax.generation.sampling import (
 )
 
 EOS = 3
+sample_jit = jax.jit(sample, static_argnums=(5, 6))
 
 
 def repr_of_changes(rules):
@@ -54,6 +56,7 @@ def numpy_probabilities(logits, tokens, length, new_tokens, rules):
     return probabilities
 
 
+@functools.partial(jax.jit, static_argnums=4)
 def our_probabilities(logits_BxV, tokens_BxS, lengths_B, new_B, rules):
     """The distribution that `sample` draws from, by the same steps."""
     if rules.no_repeat_ngram:
@@ -61,12 +64,10 @@ def our_probabilities(logits_BxV, tokens_BxS, lengths_B, new_B, rules):
     if rules.min_new_tokens:
         logits_BxV = ban_early_end(logits_BxV, new_B, rules.min_new_tokens, EOS)
     kept, ids = candidates(logits_BxV, rules)
-    probabilities = np.asarray(jax.nn.softmax(kept, axis=-1))
+    probabilities = jax.nn.softmax(kept, axis=-1)
     if ids is None:
         return probabilities
-    full = np.zeros(logits_BxV.shape)
-    np.put_along_axis(full, np.asarray(ids), probabilities, axis=1)
-    return full
+    return jnp.zeros(logits_BxV.shape).at[jnp.arange(len(ids))[:, None], ids].set(probabilities)
 
 
 def random_rows(seed, B=16, V=37, S=24):
@@ -102,7 +103,7 @@ def random_rows(seed, B=16, V=37, S=24):
 def test_rules_equal_numpy(rules):
     for seed in range(3):
         rows = random_rows(seed)
-        ours = our_probabilities(*map(jnp.asarray, rows), rules)
+        ours = np.asarray(our_probabilities(*rows, rules))
         expected = np.stack([numpy_probabilities(*row, rules) for row in zip(*rows, strict=True)])
         np.testing.assert_array_equal(ours > 0, expected > 0)
         np.testing.assert_allclose(ours, expected, atol=2e-6)
@@ -116,7 +117,7 @@ def test_greedy_takes_the_largest_that_is_not_banned(n):
         logits, tokens, lengths, new = random_rows(seed)
         logits[:, :5] += 10  # the tokens that the rows hold
         keys = np.zeros((len(logits), 2), np.uint32)
-        ours = sample(*map(jnp.asarray, (logits, tokens, lengths, new, keys)), rules, EOS)
+        ours = sample_jit(logits, tokens, lengths, new, keys, rules, EOS)
         expected = [
             numpy_probabilities(*row, rules).argmax()
             for row in zip(logits, tokens, lengths, new, strict=True)
@@ -131,9 +132,9 @@ def _frequencies(logits_V, rules, draws):
     prompts, positions = draws // 50, 50
     keys = np.repeat(answer_keys([[i] for i in range(prompts)], [10])[:, 0], positions, axis=0)
     position = np.tile(np.arange(positions, dtype=np.int32), prompts)
-    logits = jnp.broadcast_to(jnp.asarray(logits_V)[None], (draws, len(logits_V)))
+    logits = np.broadcast_to(logits_V[None], (draws, len(logits_V)))
     tokens = np.zeros((draws, 1), np.int32)
-    chosen = jax.jit(sample, static_argnums=(5, 6))(logits, tokens, position, position, keys, rules, EOS)
+    chosen = sample_jit(logits, tokens, position, position, keys, rules, EOS)
     return np.bincount(np.asarray(chosen), minlength=len(logits_V))
 
 
