@@ -97,7 +97,6 @@ def train_tokenizer(
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     bpe.train_from_iterator(
         texts,
         trainers.BpeTrainer(
@@ -107,6 +106,8 @@ def train_tokenizer(
             show_progress=False,
         ),
     )
+    # After training, which numbers its entries from 0 whatever has been added before.
+    bpe.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
     )

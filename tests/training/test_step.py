@@ -1,0 +1,168 @@
+"""One update, however it is spread: over devices, micro-batches, packing, and kinds of mapping."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2m_jax import losses, models
+from l2m_jax.data.batches import ListedExamples, micro_batches, padded_batch
+from l2m_jax.data.packing import Shape
+from l2m_jax.losses import Objective
+from l2m_jax.models import DecoderConfig
+from l2m_jax.training import step
+from l2m_jax.training.optimizer import OptimizerSettings, learning_rate_schedule, make_optimizer
+from l2m_jax.training.parallel import Parallel
+from l2m_jax.training.step import StepSettings, Sums, Teacher, TrainState
+
+STUDENT = DecoderConfig(
+    family="gpt2", vocab_size=61, valid_vocab_size=60, hidden_size=16, embed_size=16, num_layers=2, num_heads=2,
+    num_kv_heads=2, head_dim=8, intermediate_size=32, max_positions=32, init_std=0.3,
+)  # fmt: skip
+TEACHER = dataclasses.replace(STUDENT, hidden_size=24, embed_size=24, head_dim=12, num_layers=1)
+SETTINGS = StepSettings(STUDENT, TEACHER, 60, chunk_size=8)
+OBJECTIVE = Objective("skew_kl", alpha=0.1, beta=0.7)
+SHAPES = (Shape(2, 32), Shape(1, 32))
+
+
+def _examples() -> ListedExamples:
+    """Ten examples whose lengths and response lengths differ widely, so that shares of a batch are uneven."""
+    rng = np.random.default_rng(0)
+    lengths = [4, 25, 9, 31, 6, 14, 5, 22, 8, 11]
+    prompts = [2, 3, 8, 5, 1, 12, 4, 20, 2, 6]
+    tokens = [rng.integers(0, 60, size=n).astype(np.int32) for n in lengths]
+    return ListedExamples(tokens, np.array(prompts, np.int32))
+
+
+def _params():
+    return models.init(STUDENT, jax.random.key(0)), models.init(TEACHER, jax.random.key(1))
+
+
+def _updated(parallel: Parallel, batches, *, updates: int = 2, teacher_hidden: bool = False):
+    """Parameters and metrics after training on the same batch `updates` times."""
+    optimizer = make_optimizer(OptimizerSettings())
+
+    def update(state, sums, learning_rate, *, axis_name):
+        return step.update(optimizer, state, sums, learning_rate, axis_name=axis_name)
+
+    accumulate = parallel.map(step.accumulate, static=(0, 1), donate=(3,), broadcast=(6,))
+    mapped_update = parallel.map(update, donate=(0, 1), broadcast=(2,))
+    start = parallel.map(lambda params, *, axis_name: optimizer.init(params))
+    zeros = parallel.map(lambda params, *, axis_name: step.zero_sums(params))
+    student, teacher = _params()
+    params = parallel.place(student)
+    state, sums = TrainState(params, start(params)), zeros(params)
+    head = parallel.place(models.head(TEACHER, teacher))
+    signal = Teacher(head, None if teacher_hidden else parallel.place(teacher))
+    metrics = None
+    for _ in range(updates):
+        for batch in batches:
+            sums = accumulate(SETTINGS, OBJECTIVE, state.params, sums, parallel.feed(batch), signal, None)
+        state, sums, metrics = mapped_update(state, sums, np.float32(1e-2))
+    return jax.tree.map(np.asarray, parallel.unplace(state.params)), parallel.read(metrics)
+
+
+def _parallel(mapping: str, count: int) -> Parallel:
+    return Parallel(mapping, tuple(jax.devices()[:count]))
+
+
+@pytest.fixture(scope="module")
+def padded():
+    """The reference: all examples padded in one micro-batch on one device."""
+    return _updated(_parallel("pmap", 1), [padded_batch(_examples(), range(10), 32)])
+
+
+def _assert_same(found, expected) -> None:
+    def same(path, a, b):
+        # A bias of the keys shifts all scores of a query alike: its gradient is 0, and Adam makes a step of the rounding.
+        if [str(key.key) for key in path[-2:]] != ["key", "bias"]:
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4, err_msg=str(path))
+
+    jax.tree_util.tree_map_with_path(same, found[0], expected[0])
+    for name in ("loss", "cross_entropy", "divergence", "grad_norm", "target_tokens"):
+        np.testing.assert_allclose(found[1][name], expected[1][name], rtol=1e-4)
+
+
+@pytest.mark.parametrize("mapping", ["pmap", "fsdp"])
+@pytest.mark.parametrize("devices", [1, 3, 4])
+def test_devices_packing_and_accumulation_leave_the_update_alone(padded, mapping, devices):
+    batches = micro_batches(_examples(), np.arange(10), SHAPES, devices)
+    assert devices > 1 or len(batches) > 1  # on one device the batch takes several micro-batches
+    _assert_same(_updated(_parallel(mapping, devices), batches), padded)
+
+
+def test_the_division_is_by_all_targets_of_the_batch(padded):
+    examples = _examples()
+    count = int((examples.lengths - examples.prompt_lengths).sum())
+    assert padded[1]["target_tokens"] == count
+
+
+def test_first_loss_is_that_of_the_dense_logits():
+    """Independent of the step: logits of each example by itself, the loss of its response, one mean."""
+    examples = _examples()
+    student, teacher = _params()
+    total = 0.0
+    for i in range(10):
+        tokens = jnp.asarray(examples.example_tokens(i))[None]
+        prompt = int(examples.prompt_lengths[i])
+        q = models.logits(STUDENT, student, tokens)[0, prompt - 1 : -1, :60]
+        p = models.logits(TEACHER, teacher, tokens)[0, prompt - 1 : -1, :60]
+        total += float(losses.token_loss(q, p, tokens[0, prompt:], OBJECTIVE).sum())
+    _, metrics = _updated(_parallel("pmap", 2), micro_batches(examples, np.arange(10), SHAPES, 2), updates=1)
+    np.testing.assert_allclose(metrics["loss"], total / metrics["target_tokens"], rtol=1e-5)
+
+
+def test_stored_hidden_states_of_the_teacher_equal_the_live_teacher(padded):
+    examples = _examples()
+    _, teacher = _params()
+
+    def rows(i: int) -> np.ndarray:
+        tokens = jnp.asarray(examples.example_tokens(i))[None]
+        hidden = models.hidden_states(TEACHER, teacher, tokens)[0]
+        return np.asarray(hidden[examples.prompt_lengths[i] - 1 : -1])
+
+    batches = micro_batches(examples, np.arange(10), SHAPES, 2, rows)
+    _assert_same(_updated(_parallel("pmap", 2), batches, teacher_hidden=True), padded)
+
+
+def test_a_stage_compiles_once_for_each_shape():
+    traced = []
+
+    def counted(settings, objective, params, sums, batch, teacher, key, *, axis_name):
+        traced.append((objective, batch.tokens_RxL.shape))
+        return step.accumulate(settings, objective, params, sums, batch, teacher, key, axis_name=axis_name)
+
+    parallel = _parallel("pmap", 1)
+    accumulate = parallel.map(counted, static=(0, 1), donate=(3,), broadcast=(6,))
+    student, teacher = _params()
+    params, signal = (
+        parallel.place(student),
+        Teacher(parallel.place(models.head(TEACHER, teacher)), parallel.place(teacher)),
+    )
+    sums: Sums = parallel.map(lambda params, *, axis_name: step.zero_sums(params))(params)
+    for alpha, beta in ((0.0, 0.7), (0.1, 1.0)):
+        for chosen in (np.arange(10), np.arange(5), np.arange(3, 10)):
+            for batch in micro_batches(_examples(), chosen, SHAPES, 1):
+                objective = Objective("skew_kl", alpha, beta)  # equal, not identical
+                sums = accumulate(SETTINGS, objective, params, sums, parallel.feed(batch), signal, None)
+    assert len(traced) == len(set(traced)) <= 2 * len(SHAPES)
+
+
+def test_learning_rate_rises_over_the_warmup_and_falls_to_the_end():
+    rate = learning_rate_schedule(OptimizerSettings(learning_rate=1.0, warmup_fraction=0.1), 100)
+    rates = [rate(step) for step in range(100)]
+    assert max(rates) == rates[10] == 1.0
+    assert all(b > a for a, b in itertools.pairwise(rates[:11]))
+    assert all(b < a for a, b in itertools.pairwise(rates[10:]))
+    assert 0 < rates[-1] < 0.02
+
+
+def test_weight_decay_spares_biases_and_norms():
+    from l2m_jax.training.optimizer import decayed
+
+    flat = jax.tree_util.tree_flatten_with_path(decayed(_params()[0]))[0]
+    spared = {str(path[-1].key) for path, decay in flat if not decay}
+    assert spared == {"bias", "scale"}
