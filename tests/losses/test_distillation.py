@@ -98,6 +98,7 @@ def test_tokens_without_weight_are_as_if_cut_off():
     student_nan, teacher_nan = student.copy(), teacher.copy()
     student_nan[6:], teacher_nan[5:] = np.nan, np.nan
 
+    @jax.jit
     def both(student, teacher, labels, weights):
         return jax.value_and_grad(distillation_loss)(student, teacher, labels, weights, objective)
 

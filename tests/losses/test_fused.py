@@ -86,7 +86,7 @@ def assert_same(actual, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCE_NAMES)
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     alpha=st.sampled_from([0.0, 0.1, 0.5]),
@@ -141,13 +141,10 @@ def test_sums_equal_float64_oracle(oracle, beta):
     np.testing.assert_allclose(each[1], divergence if beta else 0 * divergence, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 17])
-def test_chunk_boundaries(tokens):
+@pytest.mark.parametrize(("tokens", "chunk_size"), [(1, 8), (16, 8), (17, 8), (17, 1000)])
+def test_chunk_boundaries(tokens, chunk_size):
     batch = inputs(3, tokens=tokens)
-    whole = fused_with_gradient(*batch, chunk_size=1000)
-    assert_same(whole, dense_with_gradient(*batch))
-    for chunk_size in (1, 16):
-        assert_same(fused_with_gradient(*batch, chunk_size=chunk_size), whole)
+    assert_same(fused_with_gradient(*batch, chunk_size=chunk_size), dense_with_gradient(*batch))
 
 
 @pytest.mark.parametrize("targets", [0, 16, 17])
@@ -196,7 +193,7 @@ def test_heads_of_different_size():
         student, teacher = jnp.where(valid, student, -jnp.inf), jnp.where(valid, teacher, -jnp.inf)
         return distillation_loss(student, teacher, wide.labels, wide.weights, OBJECTIVE)
 
-    value, (hidden_gradient, head_gradient) = jax.value_and_grad(loss, (0, 1))(*wide[:2])
+    value, (hidden_gradient, head_gradient) = jax.jit(jax.value_and_grad(loss, (0, 1)))(*wide[:2])
     assert_same(result, (value, (hidden_gradient, head_gradient[:29])))
 
 
@@ -259,15 +256,17 @@ def test_sums_are_float32():
 def test_only_loss_carries_gradient_and_only_to_the_student():
     batch = inputs(11)
 
-    def total(name, floats, labels):
-        return getattr(fused_distillation_sums(*floats[:4], labels, floats[4], OBJECTIVE), name)
+    @jax.jit
+    def gradients(floats, labels):
+        def sums(floats):
+            return fused_distillation_sums(*floats[:4], labels, floats[4], OBJECTIVE)
 
-    floats = (*batch[:4], batch.weights)
-    for name in ("cross_entropy", "divergence", "weight"):
-        for gradient in jax.grad(total, 1)(name, floats, batch.labels):
-            np.testing.assert_array_equal(gradient, 0)
-    gradients = jax.grad(total, 1)("loss", floats, batch.labels)
-    assert [bool(np.any(g)) for g in gradients] == [True, True, False, False, False]
+        return jax.jacrev(sums)(floats)
+
+    by_name = gradients((*batch[:4], batch.weights), batch.labels)
+    for name, of_each_argument in by_name._asdict().items():
+        nonzero = [bool(np.any(g)) for g in of_each_argument]
+        assert nonzero == ([True, True, False, False, False] if name == "loss" else [False] * 5)
 
 
 def test_without_teacher_or_gradient():
