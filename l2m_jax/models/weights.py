@@ -1,7 +1,8 @@
 """Tables of names: which tensor of a Hugging Face file is which parameter, applied in both directions."""
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -62,7 +63,8 @@ def norm(config: DecoderConfig, name: str, path: str) -> list[Weight]:
     return [scale, Weight(f"{name}.bias", f"{path}/bias")] if config.norm == "layer" else [scale]
 
 
-def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache
+def parameter_shapes(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
     """The shape of every parameter by its path."""
     tree = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
     return {path: leaf.shape for path, leaf in _flat(tree).items()}
@@ -147,7 +149,7 @@ def _row_chunks(slices: list[slice]) -> Iterator[tuple[slice, ...]]:
         yield (slice(start, min(start + rows, first.stop)), *others)
 
 
-def _check(table: list[Weight], shapes: dict[str, tuple[int, ...]], source: Source) -> None:
+def _check(table: list[Weight], shapes: Mapping[str, tuple[int, ...]], source: Source) -> None:
     expected = {
         weight.name.format(layer): tensor_shape(weight, shapes[weight.path])
         for weight in table

