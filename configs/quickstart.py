@@ -13,14 +13,14 @@ def get_config(variant: str = ""):
     config = defaults()
     config.data.source = "synthetic"
     config.data.synthetic.train = 4000
-    config.data.max_length = 128
+    config.data.max_length = 40
     config.max_shapes = 1
 
-    config.teacher.model.architecture.update(num_layers=3, num_heads=4, hidden_size=128, max_positions=160)
+    config.teacher.model.architecture.update(num_layers=3, num_heads=4, hidden_size=128, max_positions=64)
     config.teacher.model.dropout = 0.0
-    config.teacher.finetune.update(epochs=16, batch_size=64, learning_rate=3e-3)
+    config.teacher.finetune.update(epochs=12, batch_size=64, learning_rate=3e-3)
 
-    config.student.model.architecture.update(num_layers=2, num_heads=4, hidden_size=64, max_positions=160)
+    config.student.model.architecture.update(num_layers=2, num_heads=4, hidden_size=64, max_positions=64)
     config.student.model.dropout = 0.0
     # A few passes before the ranking, so that its answers say something about difficulty.
     config.student.warmup.update(epochs=3, batch_size=64, learning_rate=3e-3)
