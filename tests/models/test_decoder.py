@@ -16,7 +16,7 @@ _GPT2 = models.DecoderConfig(
     valid_vocab_size=40,
     hidden_size=16,
     embed_size=16,
-    num_layers=3,
+    num_layers=2,
     num_heads=4,
     num_kv_heads=4,
     head_dim=4,
@@ -177,7 +177,7 @@ def test_scan_and_remat_change_nothing_but_the_cost(variant, tokens):
 
 def test_remat_holds_less_for_the_backward_pass():
     def temporaries(remat):
-        config = dataclasses.replace(_GPT2, num_layers=6, remat=remat)
+        config = dataclasses.replace(_GPT2, num_layers=4, remat=remat)
         params = models.init(config, jax.random.key(0))
         tokens = jnp.zeros((8, 32), jnp.int32)
         gradient = jax.jit(jax.grad(lambda params: models.hidden_states(config, params, tokens).mean()))

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from l2m_jax import models
 from l2m_jax.models import hub, layers, weights
@@ -50,16 +50,10 @@ class _Tensors:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request, tmp_path_factory) -> Case:
+def case(request, tmp_path_factory, write_model) -> Case:
     folder = tmp_path_factory.mktemp(request.param)
-    golden = load_file(GOLDEN / f"{request.param}.safetensors")
-    prefix = "weight/"
-    save_file(
-        {k.removeprefix(prefix): v for k, v in golden.items() if k.startswith(prefix)},
-        folder / "model.safetensors",
-    )
-    (folder / "config.json").write_text(json.dumps(CASES[request.param]))
-    return Case(*models.load(folder), golden)
+    write_model(folder, request.param)
+    return Case(*models.load(folder), load_file(GOLDEN / f"{request.param}.safetensors"))
 
 
 def assert_close(ours, golden, tolerance=1e-4, what=""):

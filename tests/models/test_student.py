@@ -13,9 +13,9 @@ from l2m_jax.models import hub
 CASES = json.loads((Path(__file__).parent / "golden" / "cases.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "opt_350m", "llama_gqa_tied", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "opt_350m", "llama"])
 def test_a_student_of_the_teachers_layers(name):
-    config = hub._FAMILIES[CASES[name]["model_type"]].read_config(CASES[name] | {"vocab_size": 40})
+    config = hub._FAMILIES[CASES[name]["model_type"]].read_config(CASES[name])
     params = models.init(config, jax.random.key(0))
     student_config, student = models.student_from_teacher(config, params, (1,))
     assert student_config.num_layers == 1
