@@ -11,21 +11,33 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import ml_dtypes
 import numpy as np
 
 from l2m_jax import artefacts, progress
-from l2m_jax.data.batches import ForwardBatch, forward_batches, prefetch
-from l2m_jax.data.corpus import Corpus
+from l2m_jax.data.batches import Examples, ForwardBatch, forward_batches, prefetch
 from l2m_jax.errors import InputError
 from l2m_jax.types import MicroBatch
 
 _HIDDEN, _MARK = "hidden.bin", "store.json"
 _BLOCK = 4096  # examples between two notes of progress
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+class Corpus(Examples, Protocol):
+    """What the store needs of the data set; `data.corpus.Corpus` is one."""
+
+    fingerprint: str
+
+    @property
+    def response_lengths(self) -> np.ndarray:
+        """Targets of each example, [n]."""
+        ...
+
+    def __len__(self) -> int: ...
 
 
 class TeacherStore:

@@ -1,0 +1,1 @@
+"""Measurements: throughput and memory, ours and the peers'."""
