@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from rich import box
 from rich.table import Table
 
 from l2m_jax.progress import console
 
 _LARGEST_PRODUCT = 16384
+_WIDTH_IN_FILES = 160
 _LONG_ENOUGH = 0.05  # seconds, so that starting a product does not count
 
 
@@ -83,12 +85,13 @@ def show(title: str, result: dict[str, Any]) -> None:
     console.rule(title, align="left")
     rows = result.get("rows", [])
     if rows:
-        table = Table()
-        for name in rows[0]:
-            table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+        table = Table(box=box.SIMPLE)
+        for name, value in rows[0].items():
+            # Words apart, so that a narrow screen breaks between them.
+            table.add_column(name.replace("_", " "), justify="left" if isinstance(value, str) else "right")
         for row in rows:
             table.add_row(*(_text(value) for value in row.values()))
-        console.print(table)
+        console.print(table, width=None if console.is_terminal else _WIDTH_IN_FILES)
     for name, value in _lines(result):
         console.print(f"  {name}: {value}")
 
