@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from l2m_jax.progress import console
@@ -91,7 +92,7 @@ def show(title: str, result: dict[str, Any]) -> None:
             table.add_column(name.replace("_", " "), justify="left" if isinstance(value, str) else "right")
         for row in rows:
             table.add_row(*(_text(value) for value in row.values()))
-        console.print(table, width=None if console.is_terminal else _WIDTH_IN_FILES)
+        (console if console.is_terminal else Console(width=_WIDTH_IN_FILES)).print(table)
     for name, value in _lines(result):
         console.print(f"  {name}: {value}")
 
