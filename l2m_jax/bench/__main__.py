@@ -19,6 +19,7 @@ from l2m_jax.progress import console
 SUITES = {
     "loss": "fused against plain loss: time and memory",
     "store": "the teacher store: size, speed, and what its dtype does to the loss",
+    "generate": "the decode engine against transformers (--data, --tokenizer, --peer-python)",
     "rouge": "Rouge-L against rouge-score (--data)",
 }
 
