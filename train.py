@@ -32,5 +32,13 @@ def main(arguments: list[str]) -> None:
         sys.exit("interrupted: the same command goes on from the last checkpoint")
 
 
+def _parse_flags(arguments: list[str]) -> list[str]:
+    """A config file that is not there, or a setting that is not in it, is said in a sentence."""
+    try:
+        return app.parse_flags_with_usage(arguments)
+    except (OSError, LookupError, AttributeError, TypeError, ValueError) as error:
+        sys.exit(f"error: {str(error).strip().splitlines()[0]}")
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)
