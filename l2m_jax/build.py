@@ -37,7 +37,11 @@ def build_tokenizer(config: settings.Config, folder: Path) -> Any:
     data = config.data
     source = data.tokenizer or config.teacher.model.path
     if source:
-        return load_tokenizer(source)
+        setting = "data.tokenizer" if data.tokenizer else "teacher.model.path"
+        try:
+            return load_tokenizer(source)
+        except InputError as error:
+            raise InputError(f"config.{setting}: {error}") from error
     if data.source != "synthetic":
         raise InputError(
             "config.data.tokenizer: empty, and the teacher has no path to take it from; give a folder or a hub name"

@@ -6,6 +6,7 @@ Each leaves an artefact with a fingerprint of what it was made from, and is skip
 import contextlib
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -513,7 +514,16 @@ def _evaluate(run: Run, teacher: Model, initial: Model, students: dict[str, Mode
             **run.placement,
         )
     artefacts.write_json(folder / "results.json", results)
+    artefacts.write_text(folder / "responses.jsonl", "".join(_responses(folder, list(evaluated))))
     return results
+
+
+def _responses(folder: Path, names: list[str]) -> Iterator[str]:
+    """The answers of all models, each line with its model."""
+    for name in names:
+        with (folder / name.replace(" ", "_") / "responses.jsonl").open(encoding="utf-8") as lines:
+            for line in lines:
+                yield json.dumps({"model": name, **json.loads(line)}, ensure_ascii=False) + "\n"
 
 
 def _report(run: Run, results: dict[str, Results], difficulty: Difficulty, teacher: Model) -> None:

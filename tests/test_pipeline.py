@@ -64,6 +64,8 @@ def test_the_workdir_holds_what_the_readme_says(finished):
         assert (run / name / "model.safetensors").is_file() and (run / name / "tokenizer.json").is_file()
     results = json.loads((run / "evaluation" / "results.json").read_text())
     assert list(results) == ["teacher", "student before", "l2m", "sft"]
+    answers = [json.loads(line) for line in (run / "evaluation" / "responses.jsonl").read_text().splitlines()]
+    assert len(answers) == 4 * 4 * 2  # models, test rows, seeds
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     student = [line for line in steps if line["phase"] == "student" and "loss" in line]
     assert [line["step"] for line in student] == list(range(1, len(student) + 1))
