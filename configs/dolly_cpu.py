@@ -4,7 +4,8 @@
         --config.data.train=dolly/train.jsonl --config.data.validation=dolly/dev.jsonl \
         --config.data.test=dolly/test.jsonl --config.data.tokenizer=tokenizers/gpt2
 
-`:smoke` takes a few hundred rows and ends within five minutes. The models start from random weights, so they learn the
+A step takes a second or more, most of it in the heads of 50,257 entries: count on an hour or two. `:smoke` takes a few
+hundred rows and ends within five minutes. The models start from random weights, so they learn the
 form of the answers and some words, and not to answer: this is a check of the machinery on real text.
 """
 
@@ -16,7 +17,7 @@ def get_config(variant: str = ""):
     config.data.validation_rows = 100
     config.data.test_rows = 100
     config.teacher.model.architecture.update(num_layers=4, num_heads=4, hidden_size=128, max_positions=512)
-    config.teacher.finetune.update(epochs=3, learning_rate=1e-3)
+    config.teacher.finetune.update(epochs=1, learning_rate=1e-3)
     config.student.model.architecture.update(num_layers=2, num_heads=2, hidden_size=64, max_positions=512)
     config.student.warmup.update(epochs=1, learning_rate=1e-3)
     config.curriculum.update(alpha=0.15, epochs_per_stage=1)

@@ -18,6 +18,7 @@ from l2m_jax.data.synthetic import synthetic_rows
 from l2m_jax.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from l2m_jax.errors import InputError
 from l2m_jax.models import DecoderConfig
+from l2m_jax.models.gguf import GgufFile
 from l2m_jax.progress import console
 from l2m_jax.types import Params
 
@@ -37,6 +38,8 @@ def build_tokenizer(config: settings.Config, folder: Path) -> Any:
     data = config.data
     source = data.tokenizer or config.teacher.model.path
     if source:
+        if source.endswith(".gguf"):
+            return GgufFile(Path(source)).tokenizer()
         setting = "data.tokenizer" if data.tokenizer else "teacher.model.path"
         try:
             return load_tokenizer(source)

