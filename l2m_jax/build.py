@@ -58,6 +58,27 @@ def build_tokenizer(config: settings.Config, folder: Path) -> Any:
     return load_tokenizer(folder)
 
 
+def check_tokenizers(config: settings.Config, tokenizer: Any) -> None:
+    """Refuses a pretrained teacher or student whose tokenizer gives other ids than the run's.
+
+    Raises:
+        InputError: naming the model.
+    """
+    for who, model in (("teacher", config.teacher.model), ("student", config.student.model)):
+        if not model.path or model.init != "pretrained" or model.path.endswith(".gguf"):
+            continue
+        folder = Path(model.path)
+        if folder.is_dir() and not any(
+            (folder / name).is_file() for name in ("tokenizer.json", "vocab.json")
+        ):
+            continue  # a folder of weights alone says nothing about its tokenizer
+        if tokenizer_fingerprint(load_tokenizer(model.path)) != tokenizer_fingerprint(tokenizer):
+            raise InputError(
+                f"config.{who}.model.path: the tokenizer of '{model.path}' gives other ids than the run's "
+                f"('{config.data.tokenizer or config.teacher.model.path}'); teacher and student must share one"
+            )
+
+
 def limits(data: settings.Data, *, use: str = "training") -> TokenLimits:
     """The token limits for `use`, "training" or "evaluation"."""
     long = "truncate" if data.truncate else "drop"

@@ -130,7 +130,11 @@ def run(config: Config, workdir: str | Path, shared: str | Path | None = None) -
     with run.phase("evaluation"):
         results = _evaluate(run, teacher, initial, students)
     run.metrics.close()
-    _report(run, results, difficulty, teacher)
+    for name, student in students.items():
+        stages = methods.stages(methods.get(name, config), config, difficulty.order)
+        rouge_l = {found.title: found.rouge_l.mean for found in results[name].sets}
+        artefacts.write_text(student.folder / "README.md", _card(run, name, stages, rouge_l).render())
+    _report(run, results, difficulty)
     return results
 
 
@@ -142,6 +146,7 @@ def _start(config: Config, workdir: Path, shared: Path) -> Run:
     parallel = _parallel(config)
     console.rule("data", align="left")
     tokenizer = build.build_tokenizer(config, shared / "data" / "tokenizer")
+    build.check_tokenizers(config, tokenizer)
     splits = build.build_splits(config.data, tokenizer, shared / "data")
     shapes = choose_shapes(
         splits.train.lengths,
@@ -387,7 +392,16 @@ def _student(
     def make() -> tuple[DecoderConfig, Params]:
         return initial.config, _distil(run, method, phase, stages, teacher, initial, store, made_from)
 
-    card = models.ModelCard(
+    card = _card(run, name, stages)
+    loaded = _saved(run, folder, made_from, make, card)
+    return Model(folder, made_from, *_as_set(run, loaded, config.student.model))
+
+
+def _card(
+    run: Run, name: str, stages: tuple[Stage, ...], rouge_l: dict[str, float] | None = None
+) -> models.ModelCard:
+    config = run.config
+    return models.ModelCard(
         name=f"{name} student",
         student=config.student.model.path or "random weights",
         teacher=config.teacher.model.path or "a teacher trained on the same data",
@@ -395,9 +409,8 @@ def _student(
         alpha=tuple(stage.alpha for stage in stages),
         beta=tuple(stage.beta for stage in stages),
         data=("synthetic tasks",) if config.data.source == "synthetic" else (config.data.train,),
+        rouge_l=rouge_l or {},
     )
-    loaded = _saved(run, folder, made_from, make, card)
-    return Model(folder, made_from, *_as_set(run, loaded, config.student.model))
 
 
 def _distil(
@@ -526,7 +539,7 @@ def _responses(folder: Path, names: list[str]) -> Iterator[str]:
                 yield json.dumps({"model": name, **json.loads(line)}, ensure_ascii=False) + "\n"
 
 
-def _report(run: Run, results: dict[str, Results], difficulty: Difficulty, teacher: Model) -> None:
+def _report(run: Run, results: dict[str, Results], difficulty: Difficulty) -> None:
     config = run.config
     stages = methods.stages(methods.get(config.method, config), config, difficulty.order)
     easiest, hardest = extremes(difficulty)

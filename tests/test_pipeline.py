@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from l2m_jax.config import defaults, parse
+from l2m_jax.data.tokenizer import train_tokenizer
 from l2m_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,6 +74,24 @@ def test_the_workdir_holds_what_the_readme_says(finished):
     # Eq. 6 and 7 for n = 4, as the steps saw them.
     assert list(dict.fromkeys(line["alpha"] for line in student)) == pytest.approx([0, 0.1 / 3, 0.2 / 3, 0.1])
     assert list(dict.fromkeys(line["beta"] for line in student)) == pytest.approx([0.7, 0.8, 0.9, 1.0])
+
+
+def test_the_student_says_how_it_was_made_and_how_well_it_does(finished):
+    card = (finished / "run" / "student" / "README.md").read_text()
+    results = json.loads((finished / "run" / "evaluation" / "results.json").read_text())
+    assert "l2m" in card and "rouge" in card
+    assert f"{results['l2m']['sets'][0]['rouge_l']['mean']:.2f}"[:3] in card
+
+
+def test_a_student_with_another_tokenizer_is_refused(finished, tmp_path):
+    other = train_tokenizer(["quite other words than those of the tasks"] * 9, 300)
+    student = tmp_path / "student"
+    shutil.copytree(finished / "run" / "student", student)
+    other.save_pretrained(student)
+    done = _run(tmp_path, f"--config.student.model.path={student}")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "config.student.model.path: the tokenizer of" in done.stderr
+    assert not (tmp_path / "run" / "teacher").exists()
 
 
 def test_a_run_killed_within_a_stage_ends_as_one_that_was_not(finished, tmp_path):
