@@ -1,0 +1,112 @@
+"""What all phases of a run share, and how a run starts."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from l2m_jax import artefacts, build
+from l2m_jax.config import Config
+from l2m_jax.data.packing import Shape, choose_shapes
+from l2m_jax.errors import InputError
+from l2m_jax.generation import SamplingRules
+from l2m_jax.models import DecoderConfig
+from l2m_jax.progress import console
+from l2m_jax.training.metrics import MetricsLog
+from l2m_jax.training.parallel import Parallel
+from l2m_jax.types import Params
+
+
+class Model(NamedTuple):
+    """A model as a finished artefact."""
+
+    folder: Path
+    fingerprint: str
+    config: DecoderConfig
+    params: Params
+
+
+@dataclasses.dataclass
+class Run:
+    """What all phases share."""
+
+    config: Config
+    workdir: Path
+    shared: Path
+    parallel: Parallel
+    tokenizer: Any
+    splits: build.Splits
+    shapes: tuple[Shape, ...]
+    metrics: MetricsLog
+    seconds: dict[str, float]
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        console.rule(name, align="left")
+        start = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - start
+
+    @property
+    def rules(self) -> SamplingRules:
+        s = self.config.sampling
+        return SamplingRules(
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            no_repeat_ngram=s.no_repeat_ngram,
+            max_new_tokens=s.max_new_tokens,
+        )
+
+    @property
+    def placement(self) -> dict[str, Any]:
+        """How generation is spread over devices: the same way as the step."""
+        slots = self.config.sampling.slots or None
+        if self.parallel.mapping == "fsdp":
+            return {"mesh": self.parallel.mesh, "slots": slots}
+        local = [d for d in self.parallel.devices if d.process_index == jax.process_index()]
+        return {"devices": local, "slots": slots}
+
+
+def start(config: Config, workdir: Path, shared: Path) -> Run:
+    workdir.mkdir(parents=True, exist_ok=True)
+    shared.mkdir(parents=True, exist_ok=True)
+    artefacts.write_json(workdir / "config.json", config)
+    _use_compilation_cache()
+    parallel = _parallel(config)
+    console.rule("data", align="left")
+    tokenizer = build.build_tokenizer(config, shared / "data" / "tokenizer")
+    build.check_tokenizers(config, tokenizer)
+    splits = build.build_splits(config.data, tokenizer, shared / "data")
+    shapes = choose_shapes(
+        splits.train.lengths,
+        batch_size=config.training.batch_size,
+        num_devices=parallel.num_devices,
+        max_shapes=config.max_shapes,
+    )
+    console.print(
+        f"  packed into micro-batches of {', '.join(f'{s.rows} × {s.length}' for s in shapes)} tokens"
+    )
+    tensorboard = workdir / "tensorboard" if config.tensorboard else None
+    metrics = MetricsLog(workdir / "metrics.jsonl", tensorboard)
+    return Run(config, workdir, shared, parallel, tokenizer, splits, shapes, metrics, {})
+
+
+def _use_compilation_cache() -> None:
+    """A restart compiles nothing again. The user's own setting, if any, stands."""
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "l2m_jax" / "xla"))
+
+
+def _parallel(config: Config) -> Parallel:
+    devices = jax.devices()
+    count = config.devices.count or len(devices)
+    if count > len(devices):
+        raise InputError(
+            f"config.devices.count: {count} devices asked for, {len(devices)} found ({devices[0].platform})"
+        )
+    return Parallel(config.devices.mapping, tuple(devices[:count]))
