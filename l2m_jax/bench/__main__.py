@@ -18,7 +18,9 @@ from l2m_jax.progress import console
 
 SUITES = {
     "loss": "fused against plain loss: time and memory",
+    "step": "the training step by its parts (--data, --tokenizer)",
     "store": "the teacher store: size, speed, and what its dtype does to the loss",
+    "peers": "distillation against PyTorch and TRL (--data, --tokenizer, --peer-python)",
     "generate": "the decode engine against transformers (--data, --tokenizer, --peer-python)",
     "rouge": "Rouge-L against rouge-score (--data)",
 }

@@ -37,7 +37,7 @@ def run(
     *,
     peer_python: str | None = None,
     config: DecoderConfig | None = None,
-    prompts: int = 96,
+    prompts: int = 48,
     seeds: Sequence[int] = SEEDS,
     slots: int | None = None,
     repeats: int = 1,

@@ -21,7 +21,10 @@ _POOL = 8192
 class Examples(Protocol):
     """Token sequences by number, each a prompt followed by its targets; `Corpus` is one."""
 
-    prompt_lengths: np.ndarray  # how many of its tokens are the prompt's, [n]
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """How many of its tokens are the prompt's, [n]."""
+        ...
 
     @property
     def lengths(self) -> np.ndarray:

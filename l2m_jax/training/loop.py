@@ -67,11 +67,11 @@ class Task:
     validation_every: int = 1
 
 
-class _Functions:
-    """The step, compiled for the devices."""
+class StepFunctions:
+    """The step, mapped over devices: compiled at the first call for each objective and shape."""
 
-    def __init__(self, task: Task, parallel: Parallel):
-        optimizer = make_optimizer(task.optimizer)
+    def __init__(self, settings: OptimizerSettings, parallel: Parallel):
+        optimizer = make_optimizer(settings)
 
         def update(state, sums, learning_rate, *, axis_name):
             return step_functions.update(optimizer, state, sums, learning_rate, axis_name=axis_name)
@@ -112,7 +112,7 @@ def train(
     Returns:
         The last parameters and the best ones by validation (the last ones without validation), placed.
     """
-    functions = _Functions(task, parallel)
+    functions = StepFunctions(task.optimizer, parallel)
     state = TrainState(params, functions.start(params))
     position = Position()
     if (found := checkpoints.restore_latest(parallel.unplace(state))) is not None:
@@ -135,7 +135,7 @@ def _train_stage(
     task: Task,
     stage: Stage,
     parallel: Parallel,
-    functions: _Functions,
+    functions: StepFunctions,
     state: TrainState,
     position: Position,
     data: Callable[[Stage, int, Params], EpochData],

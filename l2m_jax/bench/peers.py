@@ -1,0 +1,134 @@
+"""The same distillation work through ours and through PyTorch: examples a second and peak memory."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l2m_jax.bench.common import Spread
+from l2m_jax.bench.workload import PASSES, STUDENT, TEACHER, make_request
+from l2m_jax.errors import InputError
+from l2m_jax.models import DecoderConfig
+from l2m_jax.progress import console
+
+_PEER = Path(__file__).with_name("peer_distil.py")
+_WAYS = {
+    "padded_512": "rows padded to 512, live teacher, all logits",
+    "padded_longest": "rows padded to the longest of the batch",
+    "trl": "TRL GKDTrainer, off-policy",
+}
+_COMPARED = 3  # first steps whose losses must agree
+_TOLERANCE = 1e-3  # relative; float32 and AdamW's first steps, which turn rounding into whole steps
+
+
+def run(
+    data: Path,
+    tokenizer: Path,
+    peer_python: str,
+    *,
+    batches: int = 12,
+    peer_steps: int = 4,
+    batch_size: int = 16,
+    student: DecoderConfig = STUDENT,
+    teacher: DecoderConfig = TEACHER,
+) -> dict[str, Any]:
+    """KL(teacher‖student) on response tokens, AdamW, float32; every way in a process of its own, one after another.
+
+    Args:
+        data: JSON lines, for instance Dolly's training split; rows of more than 512 tokens are left out.
+        peer_python: a Python with PyTorch, transformers and trl.
+        batches: that ours is timed on.
+        peer_steps: of each peer, the first to warm up.
+
+    Returns:
+        `rows` with examples a second, peak memory and the losses' largest relative difference from ours over the
+        first steps. Ours twice: the steps after the first pass over the data, and the whole schedule of 20 passes,
+        the store's building included. `ratio_vs_padded`, `ratio_vs_longest`, `ratio_vs_trl`: of the whole schedule;
+        `memory_ratio_vs_...`: ours by theirs, peak resident memory; `parts` of our step.
+
+    Raises:
+        InputError: the peer's Python cannot run them.
+        RuntimeError: the losses of the first steps differ: figures of different work are worth nothing.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "request.json"
+        make_request(
+            Path(folder),
+            data,
+            tokenizer,
+            batches=batches,
+            batch_size=batch_size,
+            student=student,
+            teacher=teacher,
+        ).write(file)
+        console.print("  ours ...")
+        ours = _result([sys.executable, "-m", "l2m_jax.bench.distil", str(file)], "our own side")
+        peers = {}
+        for way in _WAYS:
+            console.print(f"  {way} ...")
+            command = [peer_python, str(_PEER), str(file), way, str(peer_steps)]
+            peers[way] = _result(command, f"--peer-python {peer_python}")
+            _check_losses(way, ours["losses"], peers[way]["losses"])
+    examples = batches * batch_size
+    step_rate = examples / sum(ours["step_seconds"])
+    schedule_rate = PASSES * examples / (ours["store_seconds"] + PASSES * sum(ours["step_seconds"]))
+    rows = [
+        _row("ours, after the first pass", step_rate, ours, ours["losses"]),
+        _row(f"ours, {PASSES} passes and the store", schedule_rate, ours, ours["losses"]),
+    ]
+    ratios = {}
+    for way, peer in peers.items():
+        rate = batch_size / float(np.median(peer["step_seconds"][1:]))
+        rows.append(_row(_WAYS[way], rate, peer, ours["losses"]))
+        name = way.removeprefix("padded_") if way != "padded_512" else "padded"
+        ratios[f"ratio_vs_{name}"] = schedule_rate / rate
+        ratios[f"memory_ratio_vs_{name}"] = ours["peak_rss_mb"] / peer["peak_rss_mb"]
+    return {
+        "rows": rows,
+        **ratios,
+        "step_seconds": {
+            "ours": Spread.of(ours["step_seconds"])._asdict(),
+            **{way: Spread.of(peer["step_seconds"][1:])._asdict() for way, peer in peers.items()},
+        },
+        "store_seconds": ours["store_seconds"],
+        "compile_seconds": ours["compile_seconds"],
+        "parts": {part.pop("part"): part for part in ours["parts"]},
+        "matmul_gflops": ours["matmul_gflops"],
+        "threads": peers["trl"]["threads"],
+        "torch": peers["trl"]["torch"],
+    }
+
+
+def _row(name: str, rate: float, side: dict[str, Any], expected: list[float]) -> dict[str, Any]:
+    return {
+        "way": name,
+        "examples_a_second": rate,
+        "peak_rss_mb": side["peak_rss_mb"],
+        "loss_difference": _difference(expected, side["losses"]),
+    }
+
+
+def _difference(expected: list[float], found: list[float]) -> float:
+    pairs = list(zip(expected, found, strict=False))[:_COMPARED]
+    return max(abs(b - a) / abs(a) for a, b in pairs)
+
+
+def _check_losses(way: str, expected: list[float], found: list[float]) -> None:
+    if not _difference(expected, found) <= _TOLERANCE:
+        raise RuntimeError(
+            f"{way}: losses of the first steps {found[:_COMPARED]} differ from ours {expected[:_COMPARED]}: not the "
+            "same work, so there is nothing to compare"
+        )
+
+
+def _result(command: list[str], what: str) -> dict[str, Any]:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+        raise InputError(f"{what}: cannot run {' '.join(command[1:])}: {reason}") from error
+    return json.loads(done.stdout.strip().splitlines()[-1])
