@@ -58,7 +58,7 @@ def run(request: Request) -> dict[str, Any]:
     student_config, student = models.load(request.student)
     teacher_config, teacher = models.load(request.teacher)
     settings = StepSettings(student_config, teacher_config, student_config.valid_vocab_size)
-    objective = Objective()
+    objective = Objective(alpha=0.0)  # KL(teacher‖student)
     with tempfile.TemporaryDirectory() as folder:
         store, store_seconds = _store(Path(folder), parallel, teacher_config, teacher, corpus)
         head = parallel.place(models.head(teacher_config, teacher))

@@ -114,7 +114,7 @@ def _row(name: str, rate: float, side: dict[str, Any], expected: list[float]) ->
 
 def _difference(expected: list[float], found: list[float]) -> float:
     pairs = list(zip(expected, found, strict=False))[:_COMPARED]
-    return max(abs(b - a) / abs(a) for a, b in pairs)
+    return float(np.max([abs(b - a) / abs(a) for a, b in pairs]))  # NaN if any is
 
 
 def _check_losses(way: str, expected: list[float], found: list[float]) -> None:

@@ -17,8 +17,10 @@ from l2m_jax.data.tokenizer import load_tokenizer
 from l2m_jax.errors import InputError
 from l2m_jax.models import DecoderConfig, gpt2
 
-TEACHER = gpt2.read_config({"n_layer": 12, "n_embd": 768, "n_head": 12})
-STUDENT = gpt2.read_config({"n_layer": 4, "n_embd": 256, "n_head": 4})
+# No side drops anything, so that losses can be compared.
+_NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+TEACHER = gpt2.read_config({"n_layer": 12, "n_embd": 768, "n_head": 12, **_NO_DROPOUT})
+STUDENT = gpt2.read_config({"n_layer": 4, "n_embd": 256, "n_head": 4, **_NO_DROPOUT})
 ROW_LENGTH = 512  # what the published code pads every row to
 PASSES = 20  # over the training set in a whole run
 

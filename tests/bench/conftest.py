@@ -20,11 +20,12 @@ def work(tmp_path_factory) -> tuple[Request, dict]:
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = folder / "tokenizer"
-    train_tokenizer([str(row) for row in rows], 300).save_pretrained(tokenizer)
+    vocabulary = train_tokenizer([str(row) for row in rows], 300)
+    vocabulary.save_pretrained(tokenizer)
     arguments = {"data": data, "tokenizer": tokenizer}
     for name, width in (("student", 16), ("teacher", 24)):
         arguments[name] = gpt2.read_config(
-            {"n_layer": 2, "n_embd": width, "n_head": 2, "vocab_size": 320, "n_positions": 512}
+            {"n_layer": 2, "n_embd": width, "n_head": 2, "vocab_size": len(vocabulary), "n_positions": 512}
         )
     request = make_request(
         folder,
