@@ -23,9 +23,11 @@ def main(arguments: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {arguments[1]!r}")
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every checkpoint otherwise
     try:
-        from l2m_jax import config, pipeline
+        from l2m_jax import config, pipeline, processes
 
-        pipeline.run(config.parse(_CONFIG.value), _WORKDIR.value)
+        parsed = config.parse(_CONFIG.value)
+        processes.start(parsed.devices)
+        pipeline.run(parsed, _WORKDIR.value)
     except InputError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
