@@ -96,7 +96,8 @@ def main(arguments: list[str]) -> None:
     try:
         _evaluate()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the answers that are there")
 

@@ -29,7 +29,8 @@ def main(arguments: list[str]) -> None:
         processes.start(parsed.devices)
         pipeline.run(parsed, _WORKDIR.value)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)  # a restart would not put that right
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the last checkpoint")
 

@@ -81,7 +81,7 @@ def start(config: Config, workdir: Path, shared: Path) -> Run:
     shared.mkdir(parents=True, exist_ok=True)
     first(lambda: artefacts.write_json(workdir / "config.json", config))
     _use_compilation_cache()
-    parallel = _parallel(config)
+    parallel = parallel_of(config)
     console.rule("data", align="left")
     tokenizer = build.build_tokenizer(config, shared / "data" / "tokenizer")
     build.check_tokenizers(config, tokenizer)
@@ -106,7 +106,7 @@ def _use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "l2m_jax" / "xla"))
 
 
-def _parallel(config: Config) -> Parallel:
+def parallel_of(config: Config) -> Parallel:
     hosts = [jax.local_devices(process_index=process) for process in range(jax.process_count())]
     found = sum(map(len, hosts))
     count = config.devices.count or found
