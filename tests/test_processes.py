@@ -195,7 +195,7 @@ def test_each_process_has_the_same_share_of_the_devices(monkeypatch, count, host
 @pytest.mark.parametrize(("count", "hosts"), [(3, (4, 4)), (0, (4, 2)), (9, (4, 4))])
 def test_devices_that_cannot_be_shared_out_are_refused(monkeypatch, count, hosts):
     _fake_hosts(monkeypatch, hosts)
-    with pytest.raises(InputError, match="config.devices.count"):
+    with pytest.raises(InputError, match=r"config\.devices\.count"):
         runs.parallel_of(_config(count))
 
 

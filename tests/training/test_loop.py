@@ -21,7 +21,7 @@ from l2m_jax.training.parallel import Parallel
 from l2m_jax.training.step import StepSettings
 
 CONFIG = DecoderConfig(
-    family="gpt2", vocab_size=60, valid_vocab_size=60, hidden_size=16, embed_size=16, num_layers=2, num_heads=2,
+    family="gpt2", vocab_size=60, valid_vocab_size=60, hidden_size=16, embed_size=16, num_layers=1, num_heads=2,
     num_kv_heads=2, head_dim=8, intermediate_size=32, max_positions=32, init_std=0.3,
 )  # fmt: skip
 EXAMPLES = 12
