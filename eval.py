@@ -42,7 +42,8 @@ def _checksum(params: Any) -> str:
 
 
 def _evaluate() -> None:
-    from l2m_jax import models
+    from l2m_jax import models, processes
+    from l2m_jax.config import Devices
     from l2m_jax.data.tokenizer import load_tokenizer
     from l2m_jax.evaluation import protocol
     from l2m_jax.evaluation.report import write_report
@@ -50,6 +51,7 @@ def _evaluate() -> None:
     from l2m_jax.generation import SamplingRules
     from l2m_jax.progress import console
 
+    processes.start(Devices())
     output, name = Path(_OUTPUT.value), Path(_MODEL.value).name
     tokenizer = load_tokenizer(_TOKENIZER.value or _MODEL.value)
     config, params = models.load(_MODEL.value, dtype=_DTYPE.value)
@@ -83,7 +85,7 @@ def _evaluate() -> None:
         made_from=_checksum(params),
         title=name,
     )
-    write_report(output, title=f"Evaluation of {name}", results={name: results})
+    processes.first(lambda: write_report(output, title=f"Evaluation of {name}", results={name: results}))
     console.print(protocol.table({name: results}).markdown())
     console.print(f"report: {output / 'report.md'}")
 
@@ -94,7 +96,8 @@ def main(arguments: list[str]) -> None:
     try:
         _evaluate()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the answers that are there")
 

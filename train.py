@@ -5,6 +5,7 @@ again goes on where the first one stopped.
 """
 
 import sys
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -23,13 +24,21 @@ def main(arguments: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {arguments[1]!r}")
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every checkpoint otherwise
     try:
-        from l2m_jax import config, pipeline
+        from l2m_jax import config, pipeline, processes
 
-        pipeline.run(config.parse(_CONFIG.value), _WORKDIR.value)
+        parsed = config.parse(_CONFIG.value)
+        processes.start(parsed.devices)
+        pipeline.run(parsed, _WORKDIR.value)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        _refuse(str(error))
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the last checkpoint")
+
+
+def _refuse(message: str) -> NoReturn:
+    """Status 2 tells what restarts a run that this would not help."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:
@@ -38,9 +47,9 @@ def _parse_flags(arguments: list[str]) -> list[str]:
         return app.parse_flags_with_usage(arguments)
     except (LookupError, AttributeError) as error:
         name = str(error).strip("'\"").splitlines()[0]
-        sys.exit(f"error: --config: no such setting {name!r} (l2m_jax/config.py lists them all)")
+        _refuse(f"--config: no such setting {name!r} (l2m_jax/config.py lists them all)")
     except (OSError, TypeError, ValueError) as error:
-        sys.exit(f"error: {str(error).strip().splitlines()[0]}")
+        _refuse(str(error).strip().splitlines()[0])
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from l2m_jax.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_
 from l2m_jax.errors import InputError
 from l2m_jax.models import DecoderConfig
 from l2m_jax.models.gguf import GgufFile
+from l2m_jax.processes import first
 from l2m_jax.progress import console
 from l2m_jax.types import Params
 
@@ -50,11 +51,16 @@ def build_tokenizer(config: settings.Config, folder: Path) -> Any:
             "config.data.tokenizer: empty, and the teacher has no path to take it from; give a folder or a hub name"
         )
     made_from = artefacts.fingerprint("tokenizer", data.synthetic)
-    if not artefacts.is_finished(folder, made_from):
+
+    def build() -> None:
+        if artefacts.is_finished(folder, made_from):
+            return
         rows = synthetic_rows(data.synthetic.seed, data.synthetic.train, 1, 1).train
         texts = [f"{row.instruction}\n{row.input}\n{row.references[0]}" for row in rows]
         with artefacts.writing(folder, made_from) as unfinished:
             train_tokenizer(texts, data.synthetic.tokenizer_size).save_pretrained(unfinished)
+
+    first(build)
     return load_tokenizer(folder)
 
 
@@ -98,10 +104,14 @@ def build_splits(data: settings.Data, tokenizer: Any, folder: Path) -> Splits:
         data, tokenizer_fingerprint(tokenizer), [_file_hash(source) for source in sources]
     )
     names = Splits._fields
-    if not all(artefacts.is_finished(folder / name, made_from) for name in names):
-        rows = _rows(data, tokenizer)
-        for name, part in zip(names, rows, strict=True):
-            build_corpus(part, tokenizer, folder / name, limits(data), made_from=made_from)
+
+    def build() -> None:
+        if not all(artefacts.is_finished(folder / name, made_from) for name in names):
+            rows = _rows(data, tokenizer)
+            for name, part in zip(names, rows, strict=True):
+                build_corpus(part, tokenizer, folder / name, limits(data), made_from=made_from)
+
+    first(build)
     splits = Splits(*(Corpus.open(folder / name) for name in names))
     for name, part in zip(names, splits, strict=True):
         console.print(f"  {name}: {part.counts}, {len(part.tokens):,} tokens")

@@ -146,9 +146,12 @@ class Evaluation:
 class Devices:
     mapping: str = "pmap"  # "pmap" (replicated) or "fsdp" (sharded parameters)
     count: int = 0  # 0: all
-    coordinator: str = ""  # host:port; empty: from the environment (SLURM, Kubernetes) or one process
-    num_processes: int = 0
-    process_id: int = -1
+    coordinator: str = ""  # host:port of process 0; empty: from the environment, or one process
+    num_processes: int = (
+        0  # 0: from the environment (SLURM, Open MPI, Kubernetes, TPU pods); 1: only this one
+    )
+    process_id: int = -1  # 0, 1, ...; -1: from the environment
+    timeout: int = 300  # seconds that processes wait for each other at the start
 
 
 @dataclass(frozen=True)
@@ -268,6 +271,7 @@ _POSITIVE = (
     "max_shapes",
     "chunk_size",
     "checkpoint_every",
+    "devices.timeout",
 )
 
 _FRACTIONS = ("curriculum.alpha", "curriculum.beta_first", "curriculum.beta_last")
@@ -291,6 +295,15 @@ def _validate(config: Config) -> None:
             raise InputError(f"config.{path}: {at(path)!r} must lie between 0 and 1")
     if not config.evaluation.seeds:
         raise InputError("config.evaluation.seeds: empty; give at least one seed, as in (10,)")
+    d = config.devices
+    if d.coordinator and not d.coordinator.rpartition(":")[2].isdigit():
+        raise InputError(
+            f"config.devices.coordinator: {d.coordinator!r} is no host:port, as in 'node1:12345'"
+        )
+    if d.num_processes > 0 and d.process_id >= d.num_processes:
+        raise InputError(
+            f"config.devices.process_id: {d.process_id} is not below num_processes {d.num_processes}; ranks start at 0"
+        )
     if config.teacher.model.init == "teacher_layers":
         raise InputError("config.teacher.model.init: 'teacher_layers' is for students only")
     if config.student.model.init == "teacher_layers" and not config.student.model.layers:

@@ -18,6 +18,7 @@ from l2m_jax.evaluation.protocol import Results, evaluate
 from l2m_jax.evaluation.sets import PromptSet, from_corpus, read_set
 from l2m_jax.losses import Objective
 from l2m_jax.models import DecoderConfig
+from l2m_jax.processes import first, is_first
 from l2m_jax.progress import console
 from l2m_jax.runs import Model, Run
 from l2m_jax.training.checkpoint import Checkpoints
@@ -59,7 +60,7 @@ def _sft(
     placed = run.parallel.place(params)
     last, _ = train(task, run.parallel, placed, _train_data(run, None), None, checkpoints, run.metrics)
     checkpoints.close()
-    return run.parallel.unplace(last)
+    return run.parallel.collect(last)
 
 
 def _train_data(run: Run, store: TeacherStore | None) -> Callable[[Stage, int, Params], EpochData]:
@@ -76,13 +77,17 @@ def _saved(
     run: Run, folder: Path, made_from: str, make: Callable[[], tuple[DecoderConfig, Params]], card=None
 ):
     """The model of `folder`; made and saved there first unless it is there already."""
-    if not artefacts.is_finished(folder, made_from):
+    if not first(lambda: artefacts.is_finished(folder, made_from)):
         config, params = make()
-        with artefacts.writing(folder, made_from) as unfinished:
-            models.save(unfinished, config, params, tokenizer=run.tokenizer, card=card)
+
+        def save() -> None:
+            with artefacts.writing(folder, made_from) as unfinished:
+                models.save(unfinished, config, params, tokenizer=run.tokenizer, card=card)
+
+        first(save)
     else:
         console.print(f"  already there: {folder}")
-    return models.load(folder)
+    return run.load(folder)
 
 
 def _as_set(run: Run, loaded: tuple[DecoderConfig, Params], model: Any) -> tuple[DecoderConfig, Params]:
@@ -153,13 +158,13 @@ def ranked(run: Run, initial: Model) -> tuple[Difficulty, str]:
     c, path = run.config.curriculum, run.shared / "difficulty.parquet"
     ranking_model = (initial.config, initial.params)
     if c.ranking_model:
-        loaded = models.load(c.ranking_model)
+        loaded = run.load(c.ranking_model)
         ranking_model = _as_set(run, loaded, run.config.student.model)
     made_from = artefacts.fingerprint(
         "difficulty", c.ranking_model or initial.fingerprint, c.ranking, c.stages, run.rules, run.config.seed
     )
     mark = path.with_name(".difficulty")
-    if not artefacts.is_finished(mark, made_from) or not path.is_file():
+    if not first(lambda: artefacts.is_finished(mark, made_from) and path.is_file()):
         train = run.splits.train
         prompts = from_corpus("train", train, longest_prompt=_longest_prompt(run, ranking_model[0]))
         rouge_l, cross_entropy = score(
@@ -176,9 +181,13 @@ def ranked(run: Run, initial: Model) -> tuple[Difficulty, str]:
         difficulty = Difficulty.of(
             train.ids, rouge_l, cross_entropy, subsets=c.stages, method=c.ranking, seed=run.config.seed
         )
-        difficulty.write(path)
-        with artefacts.writing(mark, made_from):
-            pass
+
+        def write() -> None:
+            difficulty.write(path)
+            with artefacts.writing(mark, made_from):
+                pass
+
+        first(write)
     difficulty = Difficulty.read(path)
     for number, indices in enumerate(difficulty.subsets, start=1):
         console.print(
@@ -196,10 +205,10 @@ def needs_teacher(run: Run, name: str, difficulty: Difficulty) -> bool:
 
 def teacher_store(run: Run, teacher: Model) -> TeacherStore:
     hidden = run.parallel.map(functools.partial(_forward, teacher.config))
-    placed = run.parallel.place(teacher.params)
+    placed = run.parallel.place(teacher.params, may_alias=True)
     return build_store(
         run.shared / "teacher_store",
-        lambda batch: np.asarray(hidden(placed, run.parallel.feed(batch))),
+        lambda batch: run.parallel.gather(hidden(placed, run.parallel.feed(batch))),
         run.splits.train,
         teacher=teacher.fingerprint,
         width=teacher.config.embed_size,
@@ -278,7 +287,7 @@ def _distil(
     signal = None
     if any(objective(stage).needs_teacher for stage in stages):
         head = parallel.place(models.head(teacher.config, teacher.params))
-        signal = Teacher(head, None if store is not None else parallel.place(teacher.params))
+        signal = Teacher(head, None if store is not None else parallel.place(teacher.params, may_alias=True))
     task = Task(
         phase=phase,
         settings=StepSettings(
@@ -331,7 +340,7 @@ def _distil(
         validate,
     )
     checkpoints.close()
-    return parallel.unplace(best if config.evaluation.select == "best" else last)
+    return parallel.collect(best if config.evaluation.select == "best" else last)
 
 
 def _sets(run: Run, config: DecoderConfig) -> list[PromptSet]:
@@ -365,10 +374,9 @@ def evaluated_models(
     folder = run.workdir / "evaluation"
     results = {}
     for name, model in evaluated.items():
-        params = run.parallel.place(model.params) if run.parallel.mapping == "fsdp" else model.params
         results[name] = evaluate(
             model.config,
-            params,
+            model.params,
             run.tokenizer,
             sets,
             run.rules,
@@ -378,8 +386,9 @@ def evaluated_models(
             title=name,
             **run.placement,
         )
-    artefacts.write_json(folder / "results.json", results)
-    artefacts.write_text(folder / "responses.jsonl", "".join(_responses(folder, list(evaluated))))
+    if is_first():
+        artefacts.write_json(folder / "results.json", results)
+        artefacts.write_text(folder / "responses.jsonl", "".join(_responses(folder, list(evaluated))))
     return results
 
 

@@ -3,6 +3,7 @@
 Each leaves an artefact with a fingerprint of what it was made from, and is skipped when that artefact is there.
 """
 
+import functools
 from pathlib import Path
 
 from rich.table import Table
@@ -23,6 +24,7 @@ from l2m_jax.phases import (
     ranked,
     teacher_store,
 )
+from l2m_jax.processes import first
 from l2m_jax.progress import console
 from l2m_jax.runs import Model, Run, start
 from l2m_jax.training.metrics import read_metrics
@@ -71,8 +73,9 @@ def run(config: Config, workdir: str | Path, shared: str | Path | None = None) -
     for name, student in students.items():
         stages = methods.stages(methods.get(name, config), config, difficulty.order)
         rouge_l = {found.title: found.rouge_l.mean for found in results[name].sets}
-        artefacts.write_text(student.folder / "README.md", card(run, name, stages, rouge_l).render())
-    _report(run, results, difficulty)
+        text = card(run, name, stages, rouge_l).render()
+        first(functools.partial(artefacts.write_text, student.folder / "README.md", text))
+    first(lambda: _report(run, results, difficulty))
     return results
 
 

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from l2m_jax import artefacts, build
+from l2m_jax import artefacts, build, models
 from l2m_jax.config import Config
 from l2m_jax.data.packing import Shape, choose_shapes
 from l2m_jax.errors import InputError
 from l2m_jax.generation import SamplingRules
 from l2m_jax.models import DecoderConfig
+from l2m_jax.processes import first
 from l2m_jax.progress import console
 from l2m_jax.training.metrics import MetricsLog
 from l2m_jax.training.parallel import Parallel
@@ -68,16 +69,19 @@ class Run:
         slots = self.config.sampling.slots or None
         if self.parallel.mapping == "fsdp":
             return {"mesh": self.parallel.mesh, "slots": slots}
-        local = [d for d in self.parallel.devices if d.process_index == jax.process_index()]
-        return {"devices": local, "slots": slots}
+        return {"devices": self.parallel.devices, "slots": slots}
+
+    def load(self, folder: str | Path) -> tuple[DecoderConfig, Params]:
+        """The model of a folder, its parameters where generation needs them: sharded, or one copy."""
+        sharded = self.parallel.mapping == "fsdp"
+        return models.load(folder, sharding=self.parallel.parameter_sharding if sharded else None)
 
 
 def start(config: Config, workdir: Path, shared: Path) -> Run:
-    workdir.mkdir(parents=True, exist_ok=True)
     shared.mkdir(parents=True, exist_ok=True)
-    artefacts.write_json(workdir / "config.json", config)
+    first(lambda: artefacts.write_json(workdir / "config.json", config))
     _use_compilation_cache()
-    parallel = _parallel(config)
+    parallel = parallel_of(config)
     console.rule("data", align="left")
     tokenizer = build.build_tokenizer(config, shared / "data" / "tokenizer")
     build.check_tokenizers(config, tokenizer)
@@ -102,11 +106,19 @@ def _use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "l2m_jax" / "xla"))
 
 
-def _parallel(config: Config) -> Parallel:
-    devices = jax.devices()
-    count = config.devices.count or len(devices)
-    if count > len(devices):
+def parallel_of(config: Config) -> Parallel:
+    hosts = [jax.local_devices(process_index=process) for process in range(jax.process_count())]
+    found = sum(map(len, hosts))
+    count = config.devices.count or found
+    if count > found:
         raise InputError(
-            f"config.devices.count: {count} devices asked for, {len(devices)} found ({devices[0].platform})"
+            f"config.devices.count: {count} devices asked for, {found} found ({hosts[0][0].platform})"
         )
-    return Parallel(config.devices.mapping, tuple(devices[:count]))
+    share, rest = divmod(count, len(hosts))
+    if rest or any(len(devices) < share for devices in hosts):
+        raise InputError(
+            f"config.devices.count: {count} devices cannot be shared out evenly over {len(hosts)} processes, which "
+            f"have {', '.join(str(len(devices)) for devices in hosts)}; set it to a multiple of {len(hosts)} that "
+            "each has its share of"
+        )
+    return Parallel(config.devices.mapping, tuple(device for devices in hosts for device in devices[:share]))

@@ -1,11 +1,11 @@
-"""Four fake CPU devices, strict promotion, and the shared data where it lies beside the repository."""
+"""Eight fake CPU devices, strict promotion, and the shared data where it lies beside the repository."""
 
 import os
 from pathlib import Path
 
 # These are read when jax starts, so they come before its import.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax

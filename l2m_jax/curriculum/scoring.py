@@ -86,16 +86,20 @@ def cross_entropy_by_example(
     """Mean cross-entropy over the response and end of sequence of each example (Eq. 1 by its length), without dropout.
 
     Args:
-        params: one copy, put on all `devices` (None: this process's); or global arrays sharded over `mesh`.
+        params: one copy, put on all `devices` (None: all there are); or global arrays sharded over `mesh`.
         chunk_size: tokens whose logits are held at once.
 
     Returns:
         cross_entropy_N: float64, nats a token, in the order of the corpus.
     """
     if mesh is None:
-        devices = jax.local_devices() if devices is None else devices
+        devices = jax.devices() if devices is None else devices
         mesh = Mesh(np.array(devices), ("devices",), axis_types=(AxisType.Auto,))
-        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        copies = NamedSharding(mesh, PartitionSpec())
+        # Not device_put: between processes it would compare what each of them puts.
+        params = jax.tree.map(
+            lambda x: jax.make_array_from_callback(np.shape(x), copies, lambda index: x[index]), params
+        )
     by_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     everywhere = NamedSharding(mesh, PartitionSpec())
     token_losses = jax.jit(_token_losses, static_argnums=(0, 1), out_shardings=everywhere)

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -66,6 +66,7 @@ def micro_batches(
     shapes: Sequence[Shape],
     num_devices: int = 1,
     teacher_rows: Callable[[int], np.ndarray] | None = None,
+    filled: Container[int] | None = None,
 ) -> list[MicroBatch]:
     """One batch, packed: NumPy arrays with a leading device axis A.
 
@@ -73,12 +74,13 @@ def micro_batches(
         indices: the examples of the batch.
         shapes: the shapes that a micro-batch may have (`choose_shapes`).
         teacher_rows: gives the teacher's final hidden states at the targets of an example, `[r_i, E]`.
+        filled: the devices whose part is needed, as those of this process; the others stay 0. None: all.
 
     Raises:
         ValueError: an example is longer than every row, or has no prompt to predict its first target from.
     """
     packed = pack(examples.lengths[indices].tolist(), shapes, num_devices)
-    return [_arrange(examples, indices, rows, teacher_rows)[0] for rows in packed]
+    return [_arrange(examples, indices, rows, teacher_rows, filled)[0] for rows in packed]
 
 
 def padded_batch(
@@ -158,6 +160,7 @@ def _arrange(
     indices: Sequence[int] | np.ndarray,
     packed: PackedRows,
     teacher_rows: Callable[[int], np.ndarray] | None = None,
+    filled: Container[int] | None = None,
 ) -> tuple[MicroBatch, np.ndarray, np.ndarray]:
     """The arrays of packed rows, with the example and the number of each target."""
     num_devices, (rows, length) = len(packed.rows_AxR), packed.shape
@@ -166,7 +169,12 @@ def _arrange(
     owners = np.full((num_devices, rows * length), -1, np.int64)
     weights = np.zeros((num_devices, rows * length), np.float32)
     teacher_hidden = None
+    if teacher_rows is not None:
+        any_hidden = teacher_rows(int(indices[0]))
+        teacher_hidden = np.zeros((*labels.shape, any_hidden.shape[-1]), any_hidden.dtype)
     for device, rows_R in enumerate(packed.rows_AxR):
+        if filled is not None and device not in filled:
+            continue
         done = 0
         for row, row_examples in enumerate(rows_R):
             start = 0
@@ -187,11 +195,8 @@ def _arrange(
                 weights[device, at] = 1.0
                 owners[device, at] = example
                 targets[device, at] = np.arange(responses)
-                if teacher_rows is not None:
-                    hidden = teacher_rows(example)
-                    if teacher_hidden is None:
-                        teacher_hidden = np.zeros((*labels.shape, hidden.shape[-1]), hidden.dtype)
-                    teacher_hidden[device, at] = hidden
+                if teacher_rows is not None and teacher_hidden is not None:
+                    teacher_hidden[device, at] = teacher_rows(example)
                 start, done = end, done + responses
     batch = MicroBatch(tokens, segment_ids, positions, target_index, labels, weights, teacher_hidden)  # type: ignore[arg-type]
     return batch, owners, targets

@@ -22,6 +22,7 @@ from l2m_jax.evaluation.sets import PromptSet
 from l2m_jax.evaluation.tables import Table
 from l2m_jax.generation import Answer, SamplingRules, generate
 from l2m_jax.models import DecoderConfig
+from l2m_jax.processes import first, is_first
 from l2m_jax.types import Params
 
 SEEDS = (10, 20, 30, 40, 50)
@@ -149,11 +150,10 @@ def evaluate(
         raise InputError(f"two evaluation sets are called '{twice}': give them as name=file")
     asked = [(s.name, s.prompts, s.references) for s in sets]
     fingerprint = artefacts.fingerprint(made_from, config, rules, tuple(seeds), asked)
-    if folder is not None and (found := _finished(folder / RESULTS, fingerprint)):
+    if folder is not None and (found := first(lambda: _finished(folder / RESULTS, fingerprint))):
         return found
 
     answers_folder = None if folder is None else folder / ".answers"
-    writes = jax.process_index() == 0
     results, lines = [], []
     for prompt_set in sets:
         output = answers_folder / f"{prompt_set.name}.jsonl" if answers_folder is not None else None
@@ -168,8 +168,7 @@ def evaluate(
             slots=slots,
             devices=devices,
             mesh=mesh,
-            # Without a mesh each process answers for itself, and the first one's file is enough.
-            output=output if writes or mesh is not None else None,
+            output=output,
             made_from=made_from,
             title=f"{title}: {prompt_set.title}",
         )
@@ -177,7 +176,7 @@ def evaluate(
         results.append(summarise(prompt_set, answers, rouge_l, seeds))
         lines += [_line(prompt_set, *scored) for scored in zip(answers, rouge_l, strict=True)]
     evaluated = Results(fingerprint, tuple(seeds), rules, tuple(results))
-    if folder is not None and writes:
+    if folder is not None and is_first():
         artefacts.write_text(folder / RESPONSES, "".join(lines))
         artefacts.write_json(folder / RESULTS, evaluated)
         shutil.rmtree(folder / ".answers")

@@ -10,6 +10,7 @@ from l2m_jax.data.corpus import Corpus, build_corpus
 from l2m_jax.data.encoding import TokenLimits
 from l2m_jax.data.sources import EVALUATION_SETS, read_evaluation_set
 from l2m_jax.errors import InputError
+from l2m_jax.processes import first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,18 +125,19 @@ def read_set(
         name, path = Path(source).stem, source
         if not Path(path).is_file():
             list(read_evaluation_set(source))  # says which sets there are
-    corpus, counts = build_corpus(
-        read_evaluation_set(name, path or None, tokenizer),
-        tokenizer,
-        folder / name,
-        # The answer is compared as text, so its length drops no row: it may take as much again as the prompt.
-        TokenLimits(
-            max_length=2 * max_prompt_length,
-            max_prompt_length=max_prompt_length,
-            long_prompt=long_prompt,
-            long_response="truncate",
-            bos=bos,
-        ),
+    # The answer is compared as text, so its length drops no row: it may take as much again as the prompt.
+    limits = TokenLimits(
+        max_length=2 * max_prompt_length,
+        max_prompt_length=max_prompt_length,
+        long_prompt=long_prompt,
+        long_response="truncate",
+        bos=bos,
     )
-    prompts = from_corpus(name, corpus, rows=rows)
-    return dataclasses.replace(prompts, left_out=counts.dropped)
+
+    def build() -> int:
+        found = read_evaluation_set(name, path or None, tokenizer)
+        return build_corpus(found, tokenizer, folder / name, limits).counts.dropped
+
+    dropped = first(build)
+    prompts = from_corpus(name, Corpus.open(folder / name), rows=rows)
+    return dataclasses.replace(prompts, left_out=dropped)

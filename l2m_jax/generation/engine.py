@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from l2m_jax import progress
@@ -19,6 +18,7 @@ from l2m_jax.generation.responses import Answer, ResponseFile
 from l2m_jax.generation.sampling import SamplingRules, answer_keys
 from l2m_jax.generation.schedule import Move, PrefillBatch, Schedule, bucket
 from l2m_jax.models import DecoderConfig
+from l2m_jax.processes import first, is_first
 from l2m_jax.types import Params
 
 _SMALLEST_CACHE, _CACHE_SIZES_PER_OCTAVE = 64, 4
@@ -56,7 +56,7 @@ class Engine:
         self._config, self._rules, self._eos_token_id = config, rules, eos_token_id
         self._slots, self._prefill_tokens = slots, prefill_tokens
         if mesh is None:
-            self._programs = Programs.replicated(tuple(devices or jax.local_devices()))
+            self._programs = Programs.replicated(tuple(devices or jax.devices()))
         else:
             self._programs = Programs.sharded_over(mesh)
         self._stacked_params, self._layer_params = self._programs.prepare(config, params)
@@ -215,14 +215,15 @@ def generate(
         eos_token_id: ends an answer, and is not part of it.
         tokenizer: turns tokens into `Answer.text`, if given.
         slots: sequences decoded at once on each device; None: from the model's size.
-        devices: where to decode, each with its own copy of the parameters; None: this process's devices.
-        mesh: instead of `devices`, where `params` are global arrays sharded over it. All its processes
-            call this together, and all get all answers.
+        devices: where to decode, each with its own copy of the parameters: those of all processes, one process
+            after another. None: all there are.
+        mesh: instead of `devices`, where `params` are global arrays sharded over it.
         output: JSON lines file that takes the answers as they come. What it already holds is not made again, if it
-            was made from the same prompts, rules, config and `made_from`. Under a mesh of several processes it lies
-            on a file system that all of them see; the first one writes.
+            was made from the same prompts, rules, config and `made_from`.
         made_from: fingerprint of the parameters (and the tokenizer); needed with `output`.
         title: of the progress bar.
+
+    Several processes call this together. They share the work, the first one writes `output`, and all get all answers.
 
     Returns:
         The answers in the order of prompts, and of seeds within each.
@@ -238,17 +239,14 @@ def generate(
     if output is not None:
         if made_from is None:
             raise ValueError("output needs made_from: the file could not tell whose answers it holds")
-        file = ResponseFile(
-            output, fingerprint(made_from, config, rules, eos_token_id, [list(map(int, p)) for p in prompts])
-        )
+        made_from = fingerprint(made_from, config, rules, eos_token_id, [list(map(int, p)) for p in prompts])
+        file = first(lambda: ResponseFile(output, made_from))
     answers = {(a.prompt, a.seed): a for a in (file.answers if file else ())}
     wanted = [(p, seed) for p in range(len(prompts)) for seed in seeds]
     missing = [work for work in wanted if work not in answers]
 
     with contextlib.ExitStack() as stack:
-        if file is not None and mesh is not None and jax.process_count() > 1:
-            multihost_utils.sync_global_devices("responses are read")
-            file = file if jax.process_index() == 0 else None
+        file = file if is_first() else None
         if file is not None:
             stack.enter_context(file)
         bar = stack.enter_context(progress.bar(title, len(wanted)))

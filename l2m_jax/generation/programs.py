@@ -161,30 +161,33 @@ def keep(slots: Slots, rows_B: jax.Array) -> Slots:
 
 @dataclass(frozen=True)
 class Programs:
-    """The functions above, mapped over the devices of `mesh`.
+    """The functions above, mapped over devices.
 
     Attributes:
         mesh: slots are split over all of its axes.
         sharded: parameters are global arrays over `mesh` (`jax.jit`), not copies on every device (`jax.pmap`).
+            Copies need no other process's devices, so `mesh` then has those of this one alone.
+        num_devices: of all processes.
+        first_device: where those of `mesh` begin among them.
     """
 
     mesh: Mesh
     sharded: bool
+    num_devices: int
+    first_device: int = 0
 
     # Cached, so that a second call finds its programs compiled.
     @staticmethod
     @functools.cache
     def replicated(devices: tuple[jax.Device, ...]) -> "Programs":  # pyright: ignore[reportInvalidTypeForm]
-        return Programs(Mesh(np.array(devices), ("slots",), axis_types=(AxisType.Auto,)), sharded=False)
+        own = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
+        mesh = Mesh(np.array(devices)[own], ("slots",), axis_types=(AxisType.Auto,))
+        return Programs(mesh, False, len(devices), own[0])
 
     @staticmethod
     @functools.cache
     def sharded_over(mesh: Mesh) -> "Programs":
-        return Programs(mesh, sharded=True)
-
-    @property
-    def num_devices(self) -> int:
-        return self.mesh.size
+        return Programs(mesh, True, mesh.size)
 
     @functools.cached_property
     def split(self) -> NamedSharding:
@@ -247,18 +250,19 @@ class Programs:
     def empty_slots(self, config: DecoderConfig, B: int, S: int) -> Slots:
         def stacked():
             slots = empty_slots(config, B, S)
-            return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (self.num_devices, *x.shape)), slots)
+            return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (self.mesh.size, *x.shape)), slots)
 
         return jax.jit(stacked, out_shardings=self.split)()
 
     def feed(self, tree: Any) -> Any:
-        """Host arrays with a leading device axis, onto the devices."""
-        return jax.tree.map(
-            lambda x: jax.make_array_from_callback(x.shape, self.split, lambda index: x[index]), tree
-        )
+        """Host arrays with a leading axis of all devices: each share onto its device, if that is this process's."""
+
+        def put(x):
+            x = x[self.first_device : self.first_device + self.mesh.size]
+            return jax.make_array_from_callback(x.shape, self.split, lambda index: x[index])
+
+        return jax.tree.map(put, tree)
 
     def read(self, tree: Any) -> Any:
         """The same arrays on the host, in every process."""
-        if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
-            return jax.tree.map(np.asarray, tree)
         return multihost_utils.process_allgather(tree, tiled=True)

@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from l2m_jax.errors import InputError
+from l2m_jax.processes import first
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,17 @@ class Position:
     not_better: int = 0
 
 
+def _claim(folder: Path, made_from: str) -> None:
+    owner = folder / "made_from.json"
+    if owner.is_file() and json.loads(owner.read_text())["fingerprint"] != made_from:
+        raise InputError(
+            f"{folder}: these checkpoints belong to other settings or data; choose another --workdir, or "
+            "delete this folder to train anew"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    owner.write_text(json.dumps({"fingerprint": made_from}) + "\n")
+
+
 class Checkpoints:
     """Checkpoints in `folder`, all made from what `made_from` (a fingerprint) stands for.
 
@@ -45,14 +57,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, made_from: str):
-        owner = folder / "made_from.json"
-        if owner.is_file() and json.loads(owner.read_text())["fingerprint"] != made_from:
-            raise InputError(
-                f"{folder}: these checkpoints belong to other settings or data; choose another --workdir, or "
-                "delete this folder to train anew"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        owner.write_text(json.dumps({"fingerprint": made_from}) + "\n")
+        first(lambda: _claim(folder, made_from))
         # The latest to resume from, and the best; Orbax's own best_fn would delete the latest.
         keep = policies.AnyPreservationPolicy(
             [

@@ -115,7 +115,7 @@ def train(
     functions = StepFunctions(task.optimizer, parallel)
     state = TrainState(params, functions.start(params))
     position = Position()
-    if (found := checkpoints.restore_latest(parallel.unplace(state))) is not None:
+    if (found := checkpoints.restore_latest(parallel.snapshot(state))) is not None:
         state, position = parallel.place(found[0]), found[1]
     metrics.drop_after(task.phase, position.step)
 
@@ -127,7 +127,7 @@ def train(
         )
     if position.best_rouge_l < 0:
         return state.params, state.params
-    best, _ = checkpoints.restore_best(parallel.unplace(state))
+    best, _ = checkpoints.restore_best(parallel.snapshot(state))
     return state.params, parallel.place(best.params)
 
 
@@ -239,7 +239,12 @@ def _batches(
         for start in range(position.batch * task.batch_size, len(order), task.batch_size):
             chosen = order[start : start + task.batch_size]
             packed = micro_batches(
-                data.examples, chosen, task.shapes, parallel.num_devices, teacher_rows=data.teacher_rows
+                data.examples,
+                chosen,
+                task.shapes,
+                parallel.num_devices,
+                teacher_rows=data.teacher_rows,
+                filled=parallel.local,
             )
             tokens = int(data.examples.lengths[chosen].sum())
             yield _Batch([parallel.feed(m) for m in packed], len(chosen), tokens)

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from l2m_jax import artefacts
+from l2m_jax.processes import is_first
 
 
 class MetricsLog:
-    """Appends lines to `path`; with `tensorboard` (a folder) the numbers go there as well.
+    """Appends lines to `path`, in the first process alone; with `tensorboard` (a folder) the numbers go there as well.
 
     Raises:
         ImportError: TensorBoard is asked for and `tensorboardX` (extra: tracking) is not installed.
@@ -18,12 +19,15 @@ class MetricsLog:
     def __init__(self, path: Path, tensorboard: Path | None = None):
         self._path = path
         self._writer = None
-        if tensorboard is not None:
+        self._writes = is_first()
+        if tensorboard is not None and self._writes:
             from tensorboardX import SummaryWriter
 
             self._writer = SummaryWriter(str(tensorboard))
 
     def write(self, phase: str, step: int, **values: Any) -> None:
+        if not self._writes:
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"phase": phase, "step": step, **values}) + "\n")
         if self._writer is not None:
@@ -33,6 +37,8 @@ class MetricsLog:
 
     def drop_after(self, phase: str, step: int) -> None:
         """Forgets the lines of `phase` beyond `step`, and a last line that was cut short by a kill."""
+        if not self._writes:
+            return
         kept = [line for line in read_metrics(self._path) if line["phase"] != phase or line["step"] <= step]
         artefacts.write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 

@@ -3,6 +3,8 @@
 The same functions of `step.py` run under both. Under "pmap" parameters and optimiser state carry a leading
 device axis, and each device sees its own share of a micro-batch. Under "fsdp" they are global arrays, each
 sharded along its largest divisible axis, and the micro-batch keeps its device axis, sharded.
+
+With several processes, a device axis under "pmap" is that of this process's devices alone.
 """
 
 import functools
@@ -14,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "devices"
@@ -21,7 +24,7 @@ AXIS = "devices"
 
 @dataclass(frozen=True)
 class Parallel:
-    """A mapping ("pmap" or "fsdp") over `devices` (those of all processes, in order)."""
+    """A mapping ("pmap" or "fsdp") over `devices`: those of all processes, one process after another."""
 
     mapping: str
     devices: tuple[jax.Device, ...]  # pyright: ignore[reportInvalidTypeForm]
@@ -33,6 +36,18 @@ class Parallel:
     @property
     def num_devices(self) -> int:
         return len(self.devices)
+
+    @functools.cached_property
+    def local(self) -> range:
+        """Which of `devices` are this process's."""
+        own = [i for i, device in enumerate(self.devices) if device.process_index == jax.process_index()]
+        return range(own[0], own[-1] + 1)
+
+    @property
+    def _by_device(self) -> NamedSharding:
+        """One entry of the first axis on each device: on each of this process's under "pmap"."""
+        mesh = self.mesh.local_mesh if self.mapping == "pmap" else self.mesh
+        return NamedSharding(mesh, PartitionSpec(AXIS))
 
     def map(
         self,
@@ -80,39 +95,48 @@ class Parallel:
             spec[max(axes, key=lambda i: shape[i])] = AXIS
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
+    def parameter_sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
+        """The same for a parameter by its path, such as "blocks/mlp/up/kernel"."""
+        return self.sharding(shape, stacked=path.startswith("blocks/"))
+
     def _constrain(self, tree: Any) -> Any:
         def constrain(path, x):
             return jax.lax.with_sharding_constraint(x, self.sharding(x.shape, stacked=_is_stacked(path)))
 
         return jax.tree_util.tree_map_with_path(constrain, tree)
 
-    def place(self, tree: Any) -> Any:
-        """Parameters or state, given as host or single-device arrays, onto all devices."""
+    def place(self, tree: Any, *, may_alias: bool = False) -> Any:
+        """Parameters or state onto all devices, into buffers of their own, which a step may take over.
+
+        `may_alias` spares the copy where they lie there already (under "fsdp", loaded by `Run.load`).
+        """
         if self.mapping == "fsdp":
 
             def shard(path, x):
                 sharding = self.sharding(np.shape(x), stacked=_is_stacked(path))
+                if isinstance(x, jax.Array) and x.sharding.device_set == sharding.device_set:
+                    placed = jax.device_put(x, sharding)
+                    return placed if may_alias else jnp.copy(placed)
                 host = np.asarray(x)
                 return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
             return jax.tree_util.tree_map_with_path(shard, tree)
 
         def replicate(x):
-            sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
-            local = [d for d in self.devices if d.process_index == jax.process_index()]
-            shards = [jax.device_put(x, d)[None] for d in local]
+            shards = [jax.device_put(x, self.devices[i])[None] for i in self.local]
             return jax.make_array_from_single_device_arrays(
-                (self.num_devices, *np.shape(x)), sharding, shards
+                (len(shards), *np.shape(x)), self._by_device, shards
             )
 
         return jax.tree.map(replicate, tree)
 
     def feed(self, tree: Any) -> Any:
-        """Host arrays with a leading device axis, each share onto its device."""
-        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        """Host arrays with a leading axis of all devices: each share onto its device, if that is this process's."""
 
         def put(x):
-            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+            if self.mapping == "pmap":
+                x = x[self.local.start : self.local.stop]
+            return jax.make_array_from_callback(x.shape, self._by_device, lambda index: x[index])
 
         return jax.tree.map(put, tree)
 
@@ -123,10 +147,24 @@ class Parallel:
         return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
 
     def snapshot(self, tree: Any) -> Any:
-        """A copy of the value behind placed arrays, which stays as it is when a step reuses their buffers."""
+        """A copy of the value behind placed arrays, which stays as it is when a step reuses their buffers.
+
+        Under "pmap" on the host: every process has the same, and Orbax has the first one write it.
+        """
         if self.mapping == "fsdp":
             return jax.tree.map(jnp.copy, tree)
-        return self.unplace(tree)  # taking one device's copy off the device axis copies
+        return jax.tree.map(np.asarray, self.unplace(tree))  # taking one device off the device axis copies
+
+    def collect(self, tree: Any) -> Any:
+        """What `unplace` gives, whole in every process, for the first one to write."""
+        return jax.tree.map(
+            lambda x: x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True),
+            self.unplace(tree),
+        )
+
+    def gather(self, x: Any) -> np.ndarray:
+        """The result of a mapped function with its leading axis of all devices, in every process."""
+        return multihost_utils.process_allgather(x, tiled=True)
 
     def read(self, tree: Any) -> Any:
         """Small replicated results as NumPy values."""

@@ -20,6 +20,7 @@ import numpy as np
 from l2m_jax import artefacts, progress
 from l2m_jax.data.batches import Examples, ForwardBatch, forward_batches, prefetch
 from l2m_jax.errors import InputError
+from l2m_jax.processes import first, is_first
 from l2m_jax.types import MicroBatch
 
 _HIDDEN, _MARK = "hidden.bin", "store.json"
@@ -74,6 +75,7 @@ def build_store(
     Args:
         forward: the teacher's hidden states at the targets of a micro-batch with leading device axis, `[A, T, E]`.
             Where they are jax arrays still being computed, the device works on one batch while another is written.
+            With several processes, all devices' states in each of them; the first one writes.
         teacher: fingerprint of the teacher's parameters.
         dtype: "float32", "bfloat16" or "float16".
 
@@ -82,23 +84,33 @@ def build_store(
     """
     made_from = {"teacher": teacher, "data set": corpus.fingerprint, "width": width, "dtype": dtype}
     offsets = np.concatenate([[0], np.cumsum(corpus.response_lengths, dtype=np.int64)])
-    file, mark = folder / _HIDDEN, folder / _MARK
+    mark = folder / _MARK
     size = int(offsets[-1]) * width * np.dtype(_DTYPES[dtype]).itemsize
-    done = _examples_done(mark, made_from)
-    if not file.is_file() or file.stat().st_size != size:
-        done = 0  # the data is cut short or gone: a note of progress is worth nothing
+
+    def prepare() -> int:
+        done = _examples_done(mark, made_from)
+        file = folder / _HIDDEN
+        if not file.is_file() or file.stat().st_size != size:
+            done = 0  # the data is cut short or gone: a note of progress is worth nothing
+        if done < len(corpus):
+            _reserve(file, size)
+            artefacts.write_json(mark, made_from | {"examples": done})
+        return done
+
+    done = first(prepare)
     if done < len(corpus):
-        _reserve(file, size)
-        artefacts.write_json(mark, made_from | {"examples": done})
-        hidden_TxE = _mapped(folder, offsets, width, dtype, "r+")
+        # Network file systems write whole pages, so two hosts could not write rows beside each other.
+        hidden_TxE = _mapped(folder, offsets, width, dtype, "r+") if is_first() else None
         with progress.bar("teacher's hidden states", len(corpus)) as bar:
             bar.resume_at(done)
             # Block by block, so that a number says what is done, and a resumed pass packs as an uninterrupted one.
             for start in range(done, len(corpus), _BLOCK):
                 block = np.arange(start, min(start + _BLOCK, len(corpus)))
                 _compute(hidden_TxE, offsets, forward, corpus, block, num_devices, bar)
-                hidden_TxE.flush()
-                artefacts.write_json(mark, made_from | {"examples": int(block[-1]) + 1})
+                if hidden_TxE is not None:
+                    hidden_TxE.flush()
+                    artefacts.write_json(mark, made_from | {"examples": int(block[-1]) + 1})
+        first(lambda: None)  # the others open it once it is complete
     return TeacherStore(folder, offsets, width, dtype)
 
 
@@ -138,7 +150,7 @@ def _reserve(file: Path, size: int) -> None:
 
 
 def _compute(
-    hidden_TxE: np.ndarray,
+    hidden_TxE: np.ndarray | None,
     offsets: np.ndarray,
     forward: Callable[[MicroBatch], jax.Array | np.ndarray],
     corpus: Corpus,
@@ -150,6 +162,8 @@ def _compute(
 
     def write(batch: ForwardBatch, hidden_AxTxE: jax.Array | np.ndarray) -> None:
         nonlocal tokens
+        if hidden_TxE is None:
+            return
         real = batch.example_AxT >= 0
         rows = offsets[batch.example_AxT[real]] + batch.target_AxT[real]
         hidden_TxE[rows] = np.asarray(hidden_AxTxE)[real].astype(hidden_TxE.dtype)

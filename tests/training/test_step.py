@@ -87,11 +87,19 @@ def _assert_same(found, expected) -> None:
 
 
 @pytest.mark.parametrize("mapping", ["pmap", "fsdp"])
-@pytest.mark.parametrize("devices", [1, 3, 4])
+@pytest.mark.parametrize("devices", [1, 3, 4, 8])
 def test_devices_packing_and_accumulation_leave_the_update_alone(padded, mapping, devices):
     batches = micro_batches(_examples(), np.arange(10), SHAPES, devices)
     assert devices > 1 or len(batches) > 1  # on one device the batch takes several micro-batches
     _assert_same(_updated(_parallel(mapping, devices), batches), padded)
+
+
+@pytest.mark.parametrize("mapping", ["pmap", "fsdp"])
+def test_a_batch_of_fewer_examples_than_devices_leaves_some_without(mapping):
+    alone = _updated(_parallel("pmap", 1), [padded_batch(_examples(), range(2), 32)])
+    batches = micro_batches(_examples(), np.arange(2), SHAPES, 4)
+    assert not batches[0].weights_T.any(axis=1).all()
+    _assert_same(_updated(_parallel(mapping, 4), batches), alone)
 
 
 def test_the_division_is_by_all_targets_of_the_batch(padded):

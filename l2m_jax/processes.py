@@ -1,0 +1,125 @@
+"""Several processes, one a host: how they find each other, and what the first one does for all.
+
+All of them run the same program on the same files. What is written is written by the first, and what depends on
+a file that is being written (is this artefact finished?) is decided by the first: `first` does both.
+"""
+
+import itertools
+import os
+import pickle
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from l2m_jax.config import Devices
+from l2m_jax.errors import InputError
+from l2m_jax.progress import console
+
+T = TypeVar("T")
+
+_SILENCE = 100  # seconds without a sign of life from a process until the others end: JAX's default
+_LONGEST_WORK = (
+    7 * 24 * 3600
+)  # seconds that the first process may work while others wait; it shows signs of life
+_barriers = itertools.count()
+
+
+def start(devices: Devices) -> None:
+    """Joins the processes of this run, if it has several. Comes before anything that touches a device.
+
+    Address, count and rank come from `devices`, or from what started the processes, as JAX finds it: SLURM, Open
+    MPI, Kubernetes (with the package `kubernetes`), a TPU pod. Without either this is the only process.
+
+    Raises:
+        InputError: settings that do not fit together. Where the others cannot be reached within
+            `devices.timeout` seconds the process ends with a message: JAX itself would abort.
+    """
+    address = devices.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if devices.num_processes == 1 or jax.distributed.is_initialized():
+        return
+    gives_up = threading.Timer(devices.timeout, _give_up, (address, devices.timeout))
+    gives_up.daemon = True
+    gives_up.start()
+    silence = min(devices.timeout, _SILENCE)
+    try:
+        jax.distributed.initialize(
+            address,
+            devices.num_processes or None,
+            devices.process_id if devices.process_id >= 0 else None,
+            # JAX would give a task of SLURM or Open MPI one device of its host. Ours has the host to itself.
+            local_device_ids=None if "JAX_LOCAL_DEVICE_IDS" in os.environ else (),
+            initialization_timeout=devices.timeout + 60,
+            heartbeat_timeout_seconds=silence,
+            shutdown_timeout_seconds=silence,
+        )
+    except (ValueError, RuntimeError) as error:
+        asked = address is not None or devices.num_processes or devices.process_id >= 0
+        if not asked and "coordinator_address" in str(error):
+            return  # nothing in the environment speaks of other processes
+        raise InputError(
+            f"config.devices: {str(error).rstrip('.')}; set coordinator (host:port), num_processes and process_id, or "
+            "num_processes=1 for a single process"
+        ) from error
+    finally:
+        gives_up.cancel()
+    console.quiet = jax.process_index() != 0
+    console.print(f"{jax.process_count()} processes, {jax.device_count()} × {jax.devices()[0].device_kind}")
+
+
+def _give_up(address: str | None, seconds: int) -> None:
+    print(
+        f"error: config.devices.coordinator: the processes of this run did not all meet at "
+        f"{repr(address) if address else 'the address that the environment gives'} within {seconds} s; check the "
+        "address, that every process was started, and that no firewall or proxy (http_proxy) lies between, or raise "
+        "config.devices.timeout",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+
+def is_first() -> bool:
+    """Whether this process writes what there is to write."""
+    return jax.process_index() == 0
+
+
+def first(work: Callable[[], T]) -> T:
+    """`work()` done by the first process alone: its value in all of them, or its exception in all of them.
+
+    The others wait, so that afterwards they find what it wrote. All call it together, and never within `work`.
+    """
+    if jax.process_count() == 1:
+        return work()
+    value, error = None, None
+    if is_first():
+        try:
+            value = work()
+        except Exception as raised:
+            error = raised
+    _wait()
+    value, error = _from_first((value, error))
+    if error is not None:
+        raise error
+    return value  # type: ignore[return-value]
+
+
+def _wait() -> None:
+    """Until all processes are here. Not by a collective of the devices, which gives up after half a minute."""
+    import orbax.checkpoint as ocp
+
+    barrier = ocp.multihost.get_barrier_sync_fn()
+    barrier(key=f"l2m_jax_{next(_barriers)}", timeout_ms=1000 * _LONGEST_WORK)
+
+
+def _from_first(value: Any) -> Any:
+    """The first process's `value`, in all."""
+    data = np.frombuffer(pickle.dumps(value), np.uint8) if is_first() else np.zeros(0, np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    padded = np.zeros(1 << (size - 1).bit_length(), np.uint8)  # few sizes, so few compilations
+    padded[: len(data)] = data
+    return pickle.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
