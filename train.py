@@ -9,6 +9,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from l2m_jax.command_line import parse_flags
 from l2m_jax.errors import InputError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -32,16 +33,5 @@ def main(arguments: list[str]) -> None:
         sys.exit("interrupted: the same command goes on from the last checkpoint")
 
 
-def _parse_flags(arguments: list[str]) -> list[str]:
-    """A config file that is not there, or a setting that is not in it, is said in a sentence."""
-    try:
-        return app.parse_flags_with_usage(arguments)
-    except (LookupError, AttributeError) as error:
-        name = str(error).strip("'\"").splitlines()[0]
-        sys.exit(f"error: --config: no such setting {name!r} (l2m_jax/config.py lists them all)")
-    except (OSError, TypeError, ValueError) as error:
-        sys.exit(f"error: {str(error).strip().splitlines()[0]}")
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)

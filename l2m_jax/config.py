@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +98,7 @@ class Student:
     warmup: Training = field(
         default_factory=lambda: Training(epochs=0)
     )  # SFT before ranking, for random weights
+    seed: int = -1  # of distillation alone: order of examples, dropout, random subsets (-1: config.seed)
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Curriculum:
     epochs_per_stage: int = 8  # on cumulative quarters: 20 epochs' worth, which single-stage methods also get
     ranking: str = "fusion"  # "fusion", "rouge", "rouge_then_cross_entropy" or "random"
     ranking_model: str = ""  # folder of the student that ranks; empty: the student's initial weights
+    subsets: tuple[int, ...] = ()  # which of the subsets are trained on, 1 the easiest (empty: all)
     alpha: float = 0.1  # α_n of Eq. 6
     beta_first: float = 0.7  # β_1 and β_n of Eq. 7
     beta_last: float = 1.0
@@ -172,6 +175,11 @@ class Config:
     checkpoint_every: int = 200  # steps
     tensorboard: bool = False  # also write TensorBoard events (extra: tracking)
 
+    @property
+    def student_seed(self) -> int:
+        """Of everything that is random in distilling the student."""
+        return self.seed if self.student.seed < 0 else self.student.seed
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper's protocol: drop examples over 1,024 tokens, top-k 50, at most 512 new tokens.
@@ -211,6 +219,13 @@ def parse(config: ConfigDict | dict[str, Any]) -> Config:
     parsed = _build(Config, values, "config")
     _validate(parsed)
     return parsed
+
+
+def change(config: Config, changes: Mapping[str, Any]) -> Config:
+    """`config` with some settings changed, as in `{"curriculum.alpha": 0.3}`."""
+    changed = ConfigDict(_to_dict(config))
+    changed.update_from_flattened_dict(changes)
+    return parse(changed)
 
 
 def _build(kind: type, values: Any, place: str) -> Any:
@@ -289,6 +304,11 @@ def _validate(config: Config) -> None:
     for path in _FRACTIONS:
         if not 0 <= at(path) <= 1:
             raise InputError(f"config.{path}: {at(path)!r} must lie between 0 and 1")
+    c = config.curriculum
+    if outside := [i for i in c.subsets if not 1 <= i <= c.stages]:
+        raise InputError(
+            f"config.curriculum.subsets: {outside[0]} is none of the {c.stages} subsets, which count from 1"
+        )
     if not config.evaluation.seeds:
         raise InputError("config.evaluation.seeds: empty; give at least one seed, as in (10,)")
     if config.teacher.model.init == "teacher_layers":

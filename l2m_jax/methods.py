@@ -21,13 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from l2m_jax.config import Config
-from l2m_jax.curriculum import (
-    Stage,
-    baby_step_examples,
-    baby_steps,
-    partition,
-    single_stage,
-)
+from l2m_jax.curriculum import Stage, baby_steps, examples_seen, partition, single_stage
 from l2m_jax.errors import InputError
 from l2m_jax.losses import DIVERGENCE_NAMES, Objective
 
@@ -98,15 +92,18 @@ def stages(method: Method, config: Config, order: np.ndarray) -> tuple[Stage, ..
     All methods see the same number of examples: a single-stage method as many as the staged ones.
     """
     c = config.curriculum
-    if not method.staged:
-        examples = baby_step_examples(len(order), c.stages, c.epochs_per_stage)
-        return single_stage(np.sort(order), examples, alpha=method.alpha, beta=method.beta)
-    return baby_steps(
-        partition(order, c.stages),
+    subsets = partition(order, c.stages)
+    chosen = [subsets[i - 1] for i in c.subsets] or subsets
+    staged = baby_steps(
+        chosen,
         epochs=c.epochs_per_stage,
         alpha=(c.alpha, 0.0) if method.falling_alpha else (0.0, c.alpha),
         beta=(c.beta_first, c.beta_last) if method.adaptive_beta else (method.beta, method.beta),
     )
+    if method.staged:
+        return staged
+    indices = np.sort(np.concatenate(chosen))
+    return single_stage(indices, examples_seen(staged), alpha=method.alpha, beta=method.beta)
 
 
 def objective(method: Method, config: Config, stage: Stage) -> Objective:

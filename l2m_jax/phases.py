@@ -226,7 +226,7 @@ def distilled(
     config, method = run.config, methods.get(name, run.config)
     order = difficulty.order
     if method.ranking == "random":
-        order = np.random.default_rng(config.seed).permutation(len(order))
+        order = np.random.default_rng(config.student_seed).permutation(len(order))
     stages = methods.stages(method, config, order)
     console.print(
         f"  {name}: {steps(stages, config.training.batch_size):,} updates on {examples_seen(stages):,} examples"
@@ -234,7 +234,7 @@ def distilled(
     folder = run.workdir / "student" if phase == "student" else run.workdir / "baselines" / name
     e = config.evaluation
     made_from = artefacts.fingerprint(
-        phase.partition(":")[0], method, config.curriculum, config.overrides, config.training, config.seed,
+        phase.partition(":")[0], method, config.curriculum, config.overrides, config.training, config.student_seed,
         (e.select, e.validation_every, e.validation_rows, e.seeds[0]), run.rules, config.teacher.signal,
         teacher.fingerprint, initial.fingerprint, difficulty_made_from, run.splits.fingerprint,
     )  # fmt: skip
@@ -292,7 +292,7 @@ def _distil(
         shapes=run.shapes,
         optimizer=_optimizer(config.training),
         batch_size=config.training.batch_size,
-        seed=config.seed,
+        seed=config.student_seed,
         restart_optimizer=config.curriculum.restart_optimizer,
         patience=config.curriculum.patience,
         checkpoint_every=config.checkpoint_every,
@@ -347,7 +347,7 @@ def _sets(run: Run, config: DecoderConfig) -> list[PromptSet]:
                 read_set(
                     source,
                     run.tokenizer,
-                    run.shared / "data" / "sets",
+                    run.workdir / "data" / "sets",
                     max_prompt_length=_longest_prompt(run, config),
                     long_prompt="truncate" if data.truncate else "drop",
                     bos=data.bos in ("evaluation", "both"),
@@ -362,7 +362,10 @@ def evaluated_models(
 ) -> dict[str, Results]:
     evaluated = {"teacher": teacher, "student before": initial, **students}
     sets = _sets(run, initial.config)
-    folder = run.workdir / "evaluation"
+    folders = {
+        name: (run.workdir if name in students else run.shared) / "evaluation" / name.replace(" ", "_")
+        for name in evaluated
+    }
     results = {}
     for name, model in evaluated.items():
         params = run.parallel.place(model.params) if run.parallel.mapping == "fsdp" else model.params
@@ -373,19 +376,20 @@ def evaluated_models(
             sets,
             run.rules,
             run.config.evaluation.seeds,
-            folder=folder / name.replace(" ", "_"),
+            folder=folders[name],
             made_from=model.fingerprint,
             title=name,
             **run.placement,
         )
-    artefacts.write_json(folder / "results.json", results)
-    artefacts.write_text(folder / "responses.jsonl", "".join(_responses(folder, list(evaluated))))
+    summary = run.workdir / "evaluation"
+    artefacts.write_json(summary / "results.json", results)
+    artefacts.write_text(summary / "responses.jsonl", "".join(_responses(folders)))
     return results
 
 
-def _responses(folder: Path, names: list[str]) -> Iterator[str]:
+def _responses(folders: dict[str, Path]) -> Iterator[str]:
     """The answers of all models, each line with its model."""
-    for name in names:
-        with (folder / name.replace(" ", "_") / "responses.jsonl").open(encoding="utf-8") as lines:
+    for name, folder in folders.items():
+        with (folder / "responses.jsonl").open(encoding="utf-8") as lines:
             for line in lines:
                 yield json.dumps({"model": name, **json.loads(line)}, ensure_ascii=False) + "\n"
