@@ -16,7 +16,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from l2m_jax.command_line import parse_flags
+from l2m_jax.command_line import parse_flags, whole_numbers
 from l2m_jax.errors import InputError
 from l2m_jax.sweep.presets import PRESETS, rows_of
 
@@ -36,13 +36,6 @@ flags.mark_flags_as_mutual_exclusive(["methods", "preset"], required=True)
 flags.mark_bool_flags_as_mutual_exclusive(["list", "prepare", "table"])
 
 
-def _seeds() -> list[int]:
-    try:
-        return [int(seed) for seed in _SEEDS.value]
-    except ValueError:
-        raise InputError(f"--seeds {','.join(_SEEDS.value)}: expected whole numbers, as in 0,1,2") from None
-
-
 def _task() -> int | None:
     if _TASK.value is not None:
         return _TASK.value
@@ -58,7 +51,7 @@ def _sweep() -> None:
 
     workdir = Path(_WORKDIR.value)
     rows = PRESETS[_PRESET.value] if _PRESET.value else rows_of(_METHODS.value or [])
-    cells = grid(config.parse(_CONFIG.value), rows, _seeds())
+    cells = grid(config.parse(_CONFIG.value), rows, whole_numbers("seeds", _SEEDS.value))
     if _LIST.value:
         for number, cell in enumerate(cells):
             console.print(f"{number:4}  {cell.name}{'  finished' * (finished(cell, workdir) is not None)}")
