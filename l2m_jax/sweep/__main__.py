@@ -5,7 +5,7 @@ goes on where the first one stopped. As a SLURM array, one task a run:
 
     python -m l2m_jax.sweep ... --list        # the runs and their numbers
     python -m l2m_jax.sweep ... --prepare     # optional: what they share, before the array takes its devices
-    srun python -m l2m_jax.sweep ...          # within the array: the run of $SLURM_ARRAY_TASK_ID
+    python -m l2m_jax.sweep ...               # in a job of the array: the run of $SLURM_ARRAY_TASK_ID
     python -m l2m_jax.sweep ... --table       # the table from what is finished
 """
 
