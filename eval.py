@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from l2m_jax.command_line import whole_numbers
 from l2m_jax.errors import InputError
@@ -129,6 +129,7 @@ def _win_rates(output: Path, model: str, baseline: Path) -> dict[str, str]:
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected argument {arguments[1]!r}")
+    logging.set_verbosity(logging.WARNING)
     try:
         _evaluate()
     except InputError as error:
