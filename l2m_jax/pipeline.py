@@ -19,8 +19,8 @@ from l2m_jax.phases import (
     evaluated_models,
     fine_tuned_teacher,
     initial_student,
-    needs_teacher,
     ranked,
+    reads_store,
     teacher_store,
 )
 from l2m_jax.progress import console
@@ -54,7 +54,7 @@ def run(config: Config, workdir: str | Path, shared: str | Path | None = None) -
     with run.phase("difficulty"):
         difficulty, difficulty_made_from = ranked(run, initial)
     store = None
-    if config.teacher.signal == "store" and any(needs_teacher(run, name, difficulty) for name in names):
+    if config.teacher.signal == "store" and any(reads_store(run, name, difficulty) for name in names):
         with run.phase("teacher store"):
             store = teacher_store(run, teacher)
 
