@@ -147,6 +147,8 @@ def ranked(run: Run, initial: Model) -> tuple[Difficulty, str]:
     if not artefacts.is_finished(mark, made_from) or not path.is_file():
         train = run.splits.train
         prompts = from_corpus("train", train, longest_prompt=run.longest_prompt(ranking_model[0]))
+        # The initial student's answers may serve as training data as well: see `rollouts.generated_once`.
+        name = "difficulty" if c.ranking_model else "initial_student"
         rouge_l, cross_entropy = score(
             *ranking_model,
             train,
@@ -154,8 +156,8 @@ def ranked(run: Run, initial: Model) -> tuple[Difficulty, str]:
             run.tokenizer,
             run.rules,
             run.config.evaluation.seeds[0],
-            output=run.shared / "difficulty_responses.jsonl",
-            made_from=made_from,
+            output=run.shared / f"{name}_responses.jsonl",
+            made_from=artefacts.fingerprint(c.ranking_model or initial.fingerprint, run.splits.fingerprint),
             **run.placement,
         )
         difficulty = Difficulty.of(

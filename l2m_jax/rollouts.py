@@ -101,7 +101,7 @@ def generated_once(run: Run, model: Model, name: str) -> Responses:
         model.config,
         params,
         indices,
-        run.config.seed,
+        run.config.evaluation.seeds[0],  # whatever the run's own seed, so that runs have it in common
         output=run.shared / f"{name}_responses.jsonl",
         made_from=artefacts.fingerprint(model.fingerprint, run.splits.fingerprint),
         title=f"responses of the {name.replace('_', ' ')}",
