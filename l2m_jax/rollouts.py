@@ -180,6 +180,8 @@ def _generate(
     """Responses to those prompts that leave room for one; `params` as `generate` takes them."""
     train, room, eos = run.splits.train, run.longest_prompt(config), run.tokenizer.eos_token_id
     kept = [int(i) for i in indices if train.prompt_lengths[i] <= room]
+    if not kept:
+        return {}
     answers = generate(
         config,
         params,

@@ -3,11 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from l2m_jax import artefacts, pipeline, rollouts
+from l2m_jax import artefacts, phases, pipeline, rollouts
 from l2m_jax.config import Config, defaults, parse
+from l2m_jax.training.checkpoint import Checkpoints
 from l2m_jax.training.metrics import MetricsLog, read_metrics
 
 STEPS = 15  # 5 epochs of 48 examples
@@ -87,6 +89,14 @@ class _Killed(Exception):
     pass
 
 
+class _RecordedCheckpoints(Checkpoints):
+    opened: ClassVar[list[Checkpoints]] = []
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.opened.append(self)
+
+
 @pytest.mark.parametrize("killed", ["training", "generating"])
 def test_an_interrupted_on_policy_run_ends_as_one_that_was_not(finished, tmp_path, monkeypatch, killed):
     config = _config(
@@ -108,10 +118,12 @@ def test_an_interrupted_on_policy_run_ends_as_one_that_was_not(finished, tmp_pat
             raise _Killed
         write_text(path, text)
 
+    monkeypatch.setattr(phases, "Checkpoints", _RecordedCheckpoints)
     monkeypatch.setattr(MetricsLog, "write", writing)
     monkeypatch.setattr(rollouts.artefacts, "write_text", saving)
     with pytest.raises(_Killed):
         pipeline.run(config, tmp_path / "killed", finished / "shared")
+    _RecordedCheckpoints.opened[-1].close()  # its threads would have died with a process
     monkeypatch.undo()
     before = _files(tmp_path / "killed")
     assert not (tmp_path / "killed" / "student").exists() and 0 < len(before) < 10
