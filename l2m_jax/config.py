@@ -98,7 +98,7 @@ class Student:
     warmup: Training = field(
         default_factory=lambda: Training(epochs=0)
     )  # SFT before ranking, for random weights
-    seed: int = -1  # of distillation alone: order of examples, dropout, random subsets (-1: config.seed)
+    seed: int = -1  # of distillation alone: order of examples, dropout, random subsets, rollouts (-1: seed)
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,20 @@ class Overrides:
     alpha: float = -1.0
     beta: float = -1.0
     temperature: float = 1.0
+    policy: str = "own"  # "on" (with responses of the current student, see `rollouts`) or "off"
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Responses that the student generates as it learns: what on-policy methods train on."""
+
+    student_share: float = (
+        0.5  # of the examples; the others keep their response (DistiLLM-2 has both of each)
+    )
+    refreshes: int = 0  # times an epoch that responses are sampled anew; 0: the method's own number
+    replay_share: float = (
+        0.0  # of the student's responses, those taken from an earlier epoch where there are any
+    )
 
 
 @dataclass(frozen=True)
@@ -167,6 +181,7 @@ class Config:
     training: Training = field(
         default_factory=Training
     )  # of the student; its epochs come from the curriculum
+    rollouts: Rollouts = field(default_factory=Rollouts)
     sampling: Sampling = field(default_factory=Sampling)
     evaluation: Evaluation = field(default_factory=Evaluation)
     devices: Devices = field(default_factory=Devices)
@@ -264,6 +279,7 @@ _CHOICES = {
     "teacher.signal": ("store", "live"),
     "teacher.store_dtype": ("float32", "bfloat16", "float16"),
     "curriculum.ranking": ("fusion", "rouge", "rouge_then_cross_entropy", "random"),
+    "overrides.policy": ("own", "on", "off"),
     "evaluation.select": ("best", "last"),
     "devices.mapping": ("pmap", "fsdp"),
     **{f"{who}.model.init": ("pretrained", "random", "teacher_layers") for who in ("teacher", "student")},
@@ -277,6 +293,7 @@ _POSITIVE = (
     "training.learning_rate",
     "curriculum.stages",
     "curriculum.epochs_per_stage",
+    "rollouts.student_share",
     "sampling.max_new_tokens",
     "evaluation.validation_every",
     "data.max_length",
@@ -285,7 +302,13 @@ _POSITIVE = (
     "checkpoint_every",
 )
 
-_FRACTIONS = ("curriculum.alpha", "curriculum.beta_first", "curriculum.beta_last")
+_FRACTIONS = (
+    "curriculum.alpha",
+    "curriculum.beta_first",
+    "curriculum.beta_last",
+    "rollouts.student_share",
+    "rollouts.replay_share",
+)
 
 
 def _validate(config: Config) -> None:
@@ -309,6 +332,8 @@ def _validate(config: Config) -> None:
         raise InputError(
             f"config.curriculum.subsets: {outside[0]} is none of the {c.stages} subsets, which count from 1"
         )
+    if config.rollouts.refreshes < 0:
+        raise InputError(f"config.rollouts.refreshes: {config.rollouts.refreshes} must be 0 or more")
     if not config.evaluation.seeds:
         raise InputError("config.evaluation.seeds: empty; give at least one seed, as in (10,)")
     if config.teacher.model.init == "teacher_layers":

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from l2m_jax import artefacts, methods
+from l2m_jax import artefacts, methods, rollouts
 from l2m_jax.config import Config
 from l2m_jax.curriculum import Difficulty, examples_seen, steps
 from l2m_jax.evaluation.protocol import Results
@@ -21,8 +21,8 @@ from l2m_jax.phases import (
     evaluated_models,
     fine_tuned_teacher,
     initial_student,
-    needs_teacher,
     ranked,
+    reads_store,
     teacher_store,
 )
 from l2m_jax.progress import console
@@ -113,9 +113,13 @@ def _prepared(run: Run) -> _Prepared:
         difficulty, difficulty_made_from = ranked(run, initial)
     store = None
     stored = run.config.teacher.signal == "store"
-    if stored and any(needs_teacher(run, name, difficulty) for name in _names(run.config)):
+    if stored and any(reads_store(run, name, difficulty) for name in _names(run.config)):
         with run.phase("teacher store"):
             store = teacher_store(run, teacher)
+    if wanted := rollouts.generated_for([methods.get(name, run.config) for name in _names(run.config)]):
+        with run.phase("generated responses"):
+            for name in wanted:
+                rollouts.generated_once(run, {"teacher": teacher, "initial_student": initial}[name], name)
     return _Prepared(teacher, initial, difficulty, difficulty_made_from, store)
 
 

@@ -29,7 +29,7 @@ _PARTS = {"easy": (1,), "hard": (4,), "both": (1, 4)}
 _LOSSES = {
     "kld": Row("kld"),
     "skl": Row("skl"),
-    "kld_on_policy": Row("skl_on_policy", {"overrides.alpha": 0.0}),
+    "kld_on_policy": Row("kld", {"overrides.policy": "on"}),
     "skl_on_policy": Row("skl_on_policy"),
 }
 
