@@ -1,16 +1,21 @@
 """Scores a model folder: `python eval.py --model runs/quickstart/student --sets test=FILE --output runs/scores`.
 
 Sets are names (self_inst, vicuna, s_ni, un_ni), JSON-lines files, or name=file. The same command again goes on
-where the first one stopped.
+where the first one stopped. With a judge, the win rate against a baseline's answers stands beside the scores; its key
+comes from OPENAI_API_KEY:
+
+    python eval.py ... --judge_model NAME --judge_url http://localhost:8000/v1 --baseline runs/teacher_scores
 """
 
+import dataclasses
 import hashlib
 import sys
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
+from l2m_jax.command_line import refuse, whole_numbers
 from l2m_jax.errors import InputError
 
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face folder, GGUF file or hub name", required=True)
@@ -27,7 +32,13 @@ _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "The most tokens of an
 _PROMPT = flags.DEFINE_integer(
     "max_prompt_length", 0, "Longer prompts are truncated; 0: what the model has room for"
 )
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation")
+_BOS = flags.DEFINE_bool("bos", False, "Begin prompts with the token that begins a sequence")
+_JUDGE_MODEL = flags.DEFINE_string("judge_model", None, "The judge of the win rate")
+_JUDGE_URL = flags.DEFINE_string(
+    "judge_url", None, "Its endpoint; by default $OPENAI_BASE_URL, or OpenAI's own"
+)
+_BASELINE = flags.DEFINE_string("baseline", None, "Whose answers to beat: responses.jsonl, or its folder")
+_DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Of the computation")
 
 
 def _checksum(params: Any) -> str:
@@ -42,9 +53,8 @@ def _checksum(params: Any) -> str:
 
 
 def _evaluate() -> None:
-    from l2m_jax import models, processes
-    from l2m_jax.config import Devices
-    from l2m_jax.data.tokenizer import load_tokenizer
+    from l2m_jax import build, models, processes
+    from l2m_jax.config import Devices, Model
     from l2m_jax.evaluation import protocol
     from l2m_jax.evaluation.report import write_report
     from l2m_jax.evaluation.sets import read_set
@@ -53,8 +63,11 @@ def _evaluate() -> None:
 
     processes.start(Devices())
     output, name = Path(_OUTPUT.value), Path(_MODEL.value).name
-    tokenizer = load_tokenizer(_TOKENIZER.value or _MODEL.value)
-    config, params = models.load(_MODEL.value, dtype=_DTYPE.value)
+    if (_JUDGE_MODEL.value is None) != (_BASELINE.value is None):
+        raise InputError("--judge_model and --baseline: a win rate needs both")
+    tokenizer = build.read_tokenizer(_TOKENIZER.value or _MODEL.value)
+    config, params = models.load(_MODEL.value, dtype=build.compute_dtype(Model(dtype=_DTYPE.value)))
+    config = dataclasses.replace(config, valid_vocab_size=min(config.valid_vocab_size, len(tokenizer)))
     rules = SamplingRules(
         temperature=_TEMPERATURE.value,
         top_k=_TOP_K.value,
@@ -63,6 +76,11 @@ def _evaluate() -> None:
         max_new_tokens=_NEW_TOKENS.value,
     )
     room = config.max_positions - rules.max_new_tokens
+    if room < 1:
+        raise InputError(
+            f"--max_new_tokens {rules.max_new_tokens}: the model's {config.max_positions} positions leave no room for a "
+            "prompt; lower it"
+        )
     sets = [
         read_set(
             source,
@@ -70,6 +88,7 @@ def _evaluate() -> None:
             output / "sets",
             max_prompt_length=min(room, _PROMPT.value or room),
             long_prompt="truncate",
+            bos=_BOS.value,
             rows=_ROWS.value,
         )
         for source in _SETS.value
@@ -80,24 +99,42 @@ def _evaluate() -> None:
         tokenizer,
         sets,
         rules,
-        [int(seed) for seed in _SEEDS.value],
+        whole_numbers("seeds", _SEEDS.value),
         folder=output,
         made_from=_checksum(params),
         title=name,
     )
-    processes.first(lambda: write_report(output, title=f"Evaluation of {name}", results={name: results}))
+    title = f"Evaluation of {name}"
+    processes.first(lambda: write_report(output, title=title, results={name: results}))
     console.print(protocol.table({name: results}).markdown())
+    if _JUDGE_MODEL.value and _BASELINE.value:
+        facts = processes.first(lambda: _win_rates(output, _JUDGE_MODEL.value, Path(_BASELINE.value)))
+        processes.first(lambda: write_report(output, title=title, results={name: results}, facts=facts))
+        console.print("".join(f"{what}: {rate}\n" for what, rate in facts.items()))
     console.print(f"report: {output / 'report.md'}")
+
+
+def _win_rates(output: Path, model: str, baseline: Path) -> dict[str, str]:
+    from l2m_jax import artefacts
+    from l2m_jax.evaluation.judge import Judge, read_comparisons, win_rates
+    from l2m_jax.evaluation.protocol import RESPONSES
+
+    comparisons = read_comparisons(
+        output / RESPONSES, baseline / RESPONSES if baseline.is_dir() else baseline
+    )
+    rates = win_rates(comparisons, Judge(model, _JUDGE_URL.value), output / "verdicts.jsonl")
+    artefacts.write_json(output / "win_rates.json", rates)
+    return {f"win rate on {name} against {baseline}, by {model}": str(r) for name, r in rates.items()}
 
 
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected argument {arguments[1]!r}")
+    logging.set_verbosity(logging.WARNING)
     try:
         _evaluate()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        refuse(str(error))
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the answers that are there")
 

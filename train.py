@@ -5,11 +5,11 @@ again goes on where the first one stopped.
 """
 
 import sys
-from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from l2m_jax.command_line import parse_flags, refuse
 from l2m_jax.errors import InputError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -30,27 +30,10 @@ def main(arguments: list[str]) -> None:
         processes.start(parsed.devices)
         pipeline.run(parsed, _WORKDIR.value)
     except InputError as error:
-        _refuse(str(error))
+        refuse(str(error))
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the last checkpoint")
 
 
-def _refuse(message: str) -> NoReturn:
-    """Status 2 tells what restarts a run that this would not help."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _parse_flags(arguments: list[str]) -> list[str]:
-    """A config file that is not there, or a setting that is not in it, is said in a sentence."""
-    try:
-        return app.parse_flags_with_usage(arguments)
-    except (LookupError, AttributeError) as error:
-        name = str(error).strip("'\"").splitlines()[0]
-        _refuse(f"--config: no such setting {name!r} (l2m_jax/config.py lists them all)")
-    except (OSError, TypeError, ValueError) as error:
-        _refuse(str(error).strip().splitlines()[0])
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)

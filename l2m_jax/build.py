@@ -34,16 +34,19 @@ class Splits(NamedTuple):
         return artefacts.fingerprint(*(part.fingerprint for part in self))
 
 
+def read_tokenizer(source: str) -> Any:
+    """The tokenizer of a folder, a GGUF file or a hub name."""
+    return GgufFile(Path(source)).tokenizer() if source.endswith(".gguf") else load_tokenizer(source)
+
+
 def build_tokenizer(config: settings.Config, folder: Path) -> Any:
     """The tokenizer of the settings; one trained on synthetic tasks is kept in `folder`."""
     data = config.data
     source = data.tokenizer or config.teacher.model.path
     if source:
-        if source.endswith(".gguf"):
-            return GgufFile(Path(source)).tokenizer()
         setting = "data.tokenizer" if data.tokenizer else "teacher.model.path"
         try:
-            return load_tokenizer(source)
+            return read_tokenizer(source)
         except InputError as error:
             raise InputError(f"config.{setting}: {error}") from error
     if data.source != "synthetic":

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +98,7 @@ class Student:
     warmup: Training = field(
         default_factory=lambda: Training(epochs=0)
     )  # SFT before ranking, for random weights
+    seed: int = -1  # of distillation alone: order of examples, dropout, random subsets, rollouts (-1: seed)
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Curriculum:
     epochs_per_stage: int = 8  # on cumulative quarters: 20 epochs' worth, which single-stage methods also get
     ranking: str = "fusion"  # "fusion", "rouge", "rouge_then_cross_entropy" or "random"
     ranking_model: str = ""  # folder of the student that ranks; empty: the student's initial weights
+    subsets: tuple[int, ...] = ()  # which of the subsets are trained on, 1 the easiest (empty: all)
     alpha: float = 0.1  # α_n of Eq. 6
     beta_first: float = 0.7  # β_1 and β_n of Eq. 7
     beta_last: float = 1.0
@@ -120,6 +123,20 @@ class Overrides:
     alpha: float = -1.0
     beta: float = -1.0
     temperature: float = 1.0
+    policy: str = "own"  # "on" (with responses of the current student, see `rollouts`) or "off"
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Responses that the student generates as it learns: what on-policy methods train on."""
+
+    student_share: float = (
+        0.5  # of the examples; the others keep their response (DistiLLM-2 has both of each)
+    )
+    refreshes: int = 0  # times an epoch that responses are sampled anew; 0: the method's own number
+    replay_share: float = (
+        0.0  # of the student's responses, those taken from an earlier epoch where there are any
+    )
 
 
 @dataclass(frozen=True)
@@ -167,6 +184,7 @@ class Config:
     training: Training = field(
         default_factory=Training
     )  # of the student; its epochs come from the curriculum
+    rollouts: Rollouts = field(default_factory=Rollouts)
     sampling: Sampling = field(default_factory=Sampling)
     evaluation: Evaluation = field(default_factory=Evaluation)
     devices: Devices = field(default_factory=Devices)
@@ -174,6 +192,11 @@ class Config:
     chunk_size: int = 512  # tokens whose logits are held at once
     checkpoint_every: int = 200  # steps
     tensorboard: bool = False  # also write TensorBoard events (extra: tracking)
+
+    @property
+    def student_seed(self) -> int:
+        """Of everything that is random in distilling the student."""
+        return self.seed if self.student.seed < 0 else self.student.seed
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -216,6 +239,13 @@ def parse(config: ConfigDict | dict[str, Any]) -> Config:
     return parsed
 
 
+def change(config: Config, changes: Mapping[str, Any]) -> Config:
+    """`config` with some settings changed, as in `{"curriculum.alpha": 0.3}`."""
+    changed = ConfigDict(_to_dict(config))
+    changed.update_from_flattened_dict(changes)
+    return parse(changed)
+
+
 def _build(kind: type, values: Any, place: str) -> Any:
     hints = typing.get_type_hints(kind)
     unknown = set(values) - set(hints)
@@ -252,6 +282,7 @@ _CHOICES = {
     "teacher.signal": ("store", "live"),
     "teacher.store_dtype": ("float32", "bfloat16", "float16"),
     "curriculum.ranking": ("fusion", "rouge", "rouge_then_cross_entropy", "random"),
+    "overrides.policy": ("own", "on", "off"),
     "evaluation.select": ("best", "last"),
     "devices.mapping": ("pmap", "fsdp"),
     **{f"{who}.model.init": ("pretrained", "random", "teacher_layers") for who in ("teacher", "student")},
@@ -265,6 +296,7 @@ _POSITIVE = (
     "training.learning_rate",
     "curriculum.stages",
     "curriculum.epochs_per_stage",
+    "rollouts.student_share",
     "sampling.max_new_tokens",
     "evaluation.validation_every",
     "data.max_length",
@@ -274,7 +306,13 @@ _POSITIVE = (
     "devices.timeout",
 )
 
-_FRACTIONS = ("curriculum.alpha", "curriculum.beta_first", "curriculum.beta_last")
+_FRACTIONS = (
+    "curriculum.alpha",
+    "curriculum.beta_first",
+    "curriculum.beta_last",
+    "rollouts.student_share",
+    "rollouts.replay_share",
+)
 
 
 def _validate(config: Config) -> None:
@@ -293,6 +331,13 @@ def _validate(config: Config) -> None:
     for path in _FRACTIONS:
         if not 0 <= at(path) <= 1:
             raise InputError(f"config.{path}: {at(path)!r} must lie between 0 and 1")
+    c = config.curriculum
+    if outside := [i for i in c.subsets if not 1 <= i <= c.stages]:
+        raise InputError(
+            f"config.curriculum.subsets: {outside[0]} is none of the {c.stages} subsets, which count from 1"
+        )
+    if config.rollouts.refreshes < 0:
+        raise InputError(f"config.rollouts.refreshes: {config.rollouts.refreshes} must be 0 or more")
     if not config.evaluation.seeds:
         raise InputError("config.evaluation.seeds: empty; give at least one seed, as in (10,)")
     d = config.devices

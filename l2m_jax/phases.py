@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from l2m_jax import artefacts, build, methods, models
+from l2m_jax import artefacts, build, methods, models, rollouts
 from l2m_jax.config import Training
 from l2m_jax.curriculum import Difficulty, Stage, examples_seen, single_stage, steps
 from l2m_jax.curriculum.scoring import score
@@ -22,7 +22,7 @@ from l2m_jax.processes import first, is_first
 from l2m_jax.progress import console
 from l2m_jax.runs import Model, Run
 from l2m_jax.training.checkpoint import Checkpoints
-from l2m_jax.training.loop import EpochData, Task, train
+from l2m_jax.training.loop import Task, Term, train
 from l2m_jax.training.optimizer import OptimizerSettings
 from l2m_jax.training.step import StepSettings, Teacher, target_hidden
 from l2m_jax.training.teacher import TeacherStore, build_store
@@ -49,28 +49,18 @@ def _sft(
         phase=phase,
         settings=StepSettings(config, None, config.valid_vocab_size, run.config.chunk_size),
         stages=single_stage(np.arange(size), training.epochs * size, beta=0.0),
-        objective=lambda stage: Objective(beta=stage.beta),
         shapes=run.shapes,
         optimizer=_optimizer(training),
         batch_size=training.batch_size,
         seed=run.config.seed,
         checkpoint_every=run.config.checkpoint_every,
     )
+    terms = (Term(Objective(beta=0.0), run.splits.train),)
     checkpoints = Checkpoints(folder, made_from)
     placed = run.parallel.place(params)
-    last, _ = train(task, run.parallel, placed, _train_data(run, None), None, checkpoints, run.metrics)
+    last, _ = train(task, run.parallel, placed, lambda *_: terms, None, checkpoints, run.metrics)
     checkpoints.close()
     return run.parallel.collect(last)
-
-
-def _train_data(run: Run, store: TeacherStore | None) -> Callable[[Stage, int, Params], EpochData]:
-    rows = None if store is None else store.read
-
-    def data(stage: Stage, epoch: int, params: Params) -> EpochData:
-        del epoch, params
-        return EpochData(run.splits.train, stage.indices, rows)
-
-    return data
 
 
 def _saved(
@@ -149,11 +139,6 @@ def check_pair(teacher: DecoderConfig, student: DecoderConfig) -> None:
         console.print(f"  note: a {teacher.family} teacher and a {student.family} student with one tokenizer")
 
 
-def _longest_prompt(run: Run, config: DecoderConfig) -> int:
-    room = config.max_positions - run.config.sampling.max_new_tokens
-    return min(room, run.config.data.max_prompt_length or room)
-
-
 def ranked(run: Run, initial: Model) -> tuple[Difficulty, str]:
     c, path = run.config.curriculum, run.shared / "difficulty.parquet"
     ranking_model = (initial.config, initial.params)
@@ -166,7 +151,9 @@ def ranked(run: Run, initial: Model) -> tuple[Difficulty, str]:
     mark = path.with_name(".difficulty")
     if not first(lambda: artefacts.is_finished(mark, made_from) and path.is_file()):
         train = run.splits.train
-        prompts = from_corpus("train", train, longest_prompt=_longest_prompt(run, ranking_model[0]))
+        prompts = from_corpus("train", train, longest_prompt=run.longest_prompt(ranking_model[0]))
+        # The initial student's answers may serve as training data as well: see `rollouts.generated_once`.
+        name = "difficulty" if c.ranking_model else "initial_student"
         rouge_l, cross_entropy = score(
             *ranking_model,
             train,
@@ -174,8 +161,8 @@ def ranked(run: Run, initial: Model) -> tuple[Difficulty, str]:
             run.tokenizer,
             run.rules,
             run.config.evaluation.seeds[0],
-            output=run.shared / "difficulty_responses.jsonl",
-            made_from=made_from,
+            output=run.shared / f"{name}_responses.jsonl",
+            made_from=artefacts.fingerprint(c.ranking_model or initial.fingerprint, run.splits.fingerprint),
             **run.placement,
         )
         difficulty = Difficulty.of(
@@ -197,10 +184,15 @@ def ranked(run: Run, initial: Model) -> tuple[Difficulty, str]:
     return difficulty, made_from
 
 
-def needs_teacher(run: Run, name: str, difficulty: Difficulty) -> bool:
+def reads_store(run: Run, name: str, difficulty: Difficulty) -> bool:
+    """Whether a method learns from the teacher's hidden states at reference responses, which the store holds."""
     method = methods.get(name, run.config)
     stages = methods.stages(method, run.config, difficulty.order)
-    return any(methods.objective(method, run.config, stage).needs_teacher for stage in stages)
+    return method.on_references_alone and _needs_teacher(run, method, stages)
+
+
+def _needs_teacher(run: Run, method: methods.Method, stages: tuple[Stage, ...]) -> bool:
+    return any(o.needs_teacher for stage in stages for o in methods.objectives(method, run.config, stage))
 
 
 def teacher_store(run: Run, teacher: Model) -> TeacherStore:
@@ -235,15 +227,17 @@ def distilled(
     config, method = run.config, methods.get(name, run.config)
     order = difficulty.order
     if method.ranking == "random":
-        order = np.random.default_rng(config.seed).permutation(len(order))
+        order = np.random.default_rng(config.student_seed).permutation(len(order))
     stages = methods.stages(method, config, order)
     console.print(
         f"  {name}: {steps(stages, config.training.batch_size):,} updates on {examples_seen(stages):,} examples"
+        + ", two responses to each" * (method.contrast > 0)
     )
     folder = run.workdir / "student" if phase == "student" else run.workdir / "baselines" / name
     e = config.evaluation
     made_from = artefacts.fingerprint(
-        phase.partition(":")[0], method, config.curriculum, config.overrides, config.training, config.seed,
+        phase.partition(":")[0], method, config.curriculum, config.overrides, config.training, config.student_seed,
+        config.rollouts if method.on_policy else None, rollouts.longest_example(run, teacher, initial),
         (e.select, e.validation_every, e.validation_rows, e.seeds[0]), run.rules, config.teacher.signal,
         teacher.fingerprint, initial.fingerprint, difficulty_made_from, run.splits.fingerprint,
     )  # fmt: skip
@@ -283,11 +277,11 @@ def _distil(
     made_from: str,
 ) -> Params:
     config, parallel = run.config, run.parallel
-    objective = functools.partial(methods.objective, method, config)
     signal = None
-    if any(objective(stage).needs_teacher for stage in stages):
+    if _needs_teacher(run, method, stages):
+        live = store is None or not method.on_references_alone
         head = parallel.place(models.head(teacher.config, teacher.params))
-        signal = Teacher(head, None if store is not None else parallel.place(teacher.params, may_alias=True))
+        signal = Teacher(head, parallel.place(teacher.params, may_alias=True) if live else None)
     task = Task(
         phase=phase,
         settings=StepSettings(
@@ -297,11 +291,11 @@ def _distil(
             config.chunk_size,
         ),
         stages=stages,
-        objective=objective,
-        shapes=run.shapes,
+        shapes=rollouts.shapes(run, method, rollouts.longest_example(run, teacher, initial)),
+        parts=method.refreshes if method.on_policy else 1,
         optimizer=_optimizer(config.training),
         batch_size=config.training.batch_size,
-        seed=config.seed,
+        seed=config.student_seed,
         restart_optimizer=config.curriculum.restart_optimizer,
         patience=config.curriculum.patience,
         checkpoint_every=config.checkpoint_every,
@@ -311,7 +305,7 @@ def _distil(
         "validation",
         run.splits.validation,
         rows=config.evaluation.validation_rows,
-        longest_prompt=_longest_prompt(run, initial.config),
+        longest_prompt=run.longest_prompt(initial.config),
     )
 
     def validate(params: Params) -> dict[str, float]:
@@ -328,12 +322,15 @@ def _distil(
         )
         return {"rouge_l": found.rouge_l}
 
-    checkpoints = Checkpoints(run.workdir / "checkpoints" / phase.replace(":", "_"), made_from)
+    folder = run.workdir / "checkpoints" / phase.replace(":", "_")
+    checkpoints = Checkpoints(folder, made_from)
+    stored = store if signal is not None else None
+    data = rollouts.training_data(run, method, teacher, initial, stored, folder / "rollouts")
     last, best = train(
         task,
         parallel,
         parallel.place(initial.params),
-        _train_data(run, store if signal is not None else None),
+        data,
         signal,
         checkpoints,
         run.metrics,
@@ -349,15 +346,15 @@ def _sets(run: Run, config: DecoderConfig) -> list[PromptSet]:
     for source in e.sets:
         if source == "test":
             found.append(
-                from_corpus("test", run.splits.test, rows=e.rows, longest_prompt=_longest_prompt(run, config))
+                from_corpus("test", run.splits.test, rows=e.rows, longest_prompt=run.longest_prompt(config))
             )
         else:
             found.append(
                 read_set(
                     source,
                     run.tokenizer,
-                    run.shared / "data" / "sets",
-                    max_prompt_length=_longest_prompt(run, config),
+                    run.workdir / "data" / "sets",
+                    max_prompt_length=run.longest_prompt(config),
                     long_prompt="truncate" if data.truncate else "drop",
                     bos=data.bos in ("evaluation", "both"),
                     rows=e.rows,
@@ -371,7 +368,10 @@ def evaluated_models(
 ) -> dict[str, Results]:
     evaluated = {"teacher": teacher, "student before": initial, **students}
     sets = _sets(run, initial.config)
-    folder = run.workdir / "evaluation"
+    folders = {
+        name: (run.workdir if name in students else run.shared) / "evaluation" / name.replace(" ", "_")
+        for name in evaluated
+    }
     results = {}
     for name, model in evaluated.items():
         results[name] = evaluate(
@@ -381,20 +381,21 @@ def evaluated_models(
             sets,
             run.rules,
             run.config.evaluation.seeds,
-            folder=folder / name.replace(" ", "_"),
+            folder=folders[name],
             made_from=model.fingerprint,
             title=name,
             **run.placement,
         )
     if is_first():
-        artefacts.write_json(folder / "results.json", results)
-        artefacts.write_text(folder / "responses.jsonl", "".join(_responses(folder, list(evaluated))))
+        summary = run.workdir / "evaluation"
+        artefacts.write_json(summary / "results.json", results)
+        artefacts.write_text(summary / "responses.jsonl", "".join(_responses(folders)))
     return results
 
 
-def _responses(folder: Path, names: list[str]) -> Iterator[str]:
+def _responses(folders: dict[str, Path]) -> Iterator[str]:
     """The answers of all models, each line with its model."""
-    for name in names:
-        with (folder / name.replace(" ", "_") / "responses.jsonl").open(encoding="utf-8") as lines:
+    for name, folder in folders.items():
+        with (folder / "responses.jsonl").open(encoding="utf-8") as lines:
             for line in lines:
                 yield json.dumps({"model": name, **json.loads(line)}, ensure_ascii=False) + "\n"

@@ -4,11 +4,13 @@ Each leaves an artefact with a fingerprint of what it was made from, and is skip
 """
 
 import functools
+import os
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.table import Table
 
-from l2m_jax import artefacts, methods
+from l2m_jax import artefacts, methods, rollouts
 from l2m_jax.config import Config
 from l2m_jax.curriculum import Difficulty, examples_seen, steps
 from l2m_jax.evaluation.protocol import Results
@@ -20,14 +22,15 @@ from l2m_jax.phases import (
     evaluated_models,
     fine_tuned_teacher,
     initial_student,
-    needs_teacher,
     ranked,
+    reads_store,
     teacher_store,
 )
 from l2m_jax.processes import first
 from l2m_jax.progress import console
 from l2m_jax.runs import Model, Run, start
 from l2m_jax.training.metrics import read_metrics
+from l2m_jax.training.teacher import TeacherStore
 
 
 def run(config: Config, workdir: str | Path, shared: str | Path | None = None) -> dict[str, Results]:
@@ -43,25 +46,11 @@ def run(config: Config, workdir: str | Path, shared: str | Path | None = None) -
     Raises:
         InputError: settings, files or models that do not fit together; what was finished is kept.
     """
-    names = [config.method, *config.baselines]
-    for name in names:
-        methods.get(name, config)
-    run = start(config, Path(workdir), Path(shared or workdir))
-
-    with run.phase("teacher"):
-        teacher = fine_tuned_teacher(run)
-    with run.phase("initial student"):
-        initial = initial_student(run, teacher)
-    check_pair(teacher.config, initial.config)
-    with run.phase("difficulty"):
-        difficulty, difficulty_made_from = ranked(run, initial)
-    store = None
-    if config.teacher.signal == "store" and any(needs_teacher(run, name, difficulty) for name in names):
-        with run.phase("teacher store"):
-            store = teacher_store(run, teacher)
+    run = _start(config, Path(workdir), Path(shared or workdir))
+    teacher, initial, difficulty, difficulty_made_from, store = _prepared(run)
 
     students: dict[str, Model] = {}
-    for name in names:
+    for name in _names(config):
         phase = "student" if name == config.method else f"student:{name}"
         with run.phase(phase):
             students[name] = distilled(
@@ -79,10 +68,69 @@ def run(config: Config, workdir: str | Path, shared: str | Path | None = None) -
     return results
 
 
+def prepare(config: Config, shared: str | Path) -> dict[str, Results]:
+    """Leaves in `shared` what `run` needs besides the students of the config, teacher and initial student evaluated.
+
+    After that, several `run` at the same time only read it.
+
+    Returns:
+        The evaluation of teacher and student before.
+
+    Raises:
+        InputError: as `run`.
+    """
+    run = _start(config, Path(shared), Path(shared))
+    teacher, initial, *_ = _prepared(run)
+    with run.phase("evaluation"):
+        results = evaluated_models(run, teacher, initial, {})
+    run.metrics.close()
+    return results
+
+
+def _names(config: Config) -> list[str]:
+    return [config.method, *config.baselines]
+
+
+def _start(config: Config, workdir: Path, shared: Path) -> Run:
+    for name in _names(config):
+        methods.get(name, config)
+    return start(config, workdir, shared)
+
+
+class _Prepared(NamedTuple):
+    teacher: Model
+    initial: Model
+    difficulty: Difficulty
+    difficulty_made_from: str
+    store: TeacherStore | None
+
+
+def _prepared(run: Run) -> _Prepared:
+    """The phases that do not depend on how the student is trained."""
+    with run.phase("teacher"):
+        teacher = fine_tuned_teacher(run)
+    with run.phase("initial student"):
+        initial = initial_student(run, teacher)
+    check_pair(teacher.config, initial.config)
+    with run.phase("difficulty"):
+        difficulty, difficulty_made_from = ranked(run, initial)
+    store = None
+    stored = run.config.teacher.signal == "store"
+    if stored and any(reads_store(run, name, difficulty) for name in _names(run.config)):
+        with run.phase("teacher store"):
+            store = teacher_store(run, teacher)
+    if wanted := rollouts.generated_for([methods.get(name, run.config) for name in _names(run.config)]):
+        with run.phase("generated responses"):
+            for name in wanted:
+                rollouts.generated_once(run, {"teacher": teacher, "initial_student": initial}[name], name)
+    return _Prepared(teacher, initial, difficulty, difficulty_made_from, store)
+
+
 def _report(run: Run, results: dict[str, Results], difficulty: Difficulty) -> None:
     config = run.config
     stages = methods.stages(methods.get(config.method, config), config, difficulty.order)
     easiest, hardest = extremes(difficulty)
+    shared = Path(os.path.relpath(run.shared, run.workdir))
     write_report(
         run.workdir,
         title=f"Distillation by {config.method}",
@@ -93,7 +141,7 @@ def _report(run: Run, results: dict[str, Results], difficulty: Difficulty) -> No
             "training examples": f"{len(run.splits.train):,}",
             "examples seen": f"{examples_seen(stages):,} in {steps(stages, config.training.batch_size):,} updates",
             "devices": f"{run.parallel.num_devices} × {run.parallel.devices[0].device_kind}, {config.devices.mapping}",
-            "seed": config.seed,
+            "seed": config.student_seed,
         },
         metrics=read_metrics(run.workdir / "metrics.jsonl"),
         stages=stages,
@@ -103,8 +151,8 @@ def _report(run: Run, results: dict[str, Results], difficulty: Difficulty) -> No
         rows={i: run.splits.train.row(i) for i in (*easiest, *hardest)},
         files={
             "student/": "the distilled student, a Hugging Face folder",
-            "teacher/": "the fine-tuned teacher",
-            "difficulty.parquet": "Rouge-L, cross-entropy, rank and subset of each training example",
+            f"{shared / 'teacher'}/": "the fine-tuned teacher",
+            f"{shared / 'difficulty.parquet'}": "Rouge-L, cross-entropy, rank and subset of each training example",
             "metrics.jsonl": "losses, rates and validations",
             "evaluation/": "scores and answers of each model",
             "config.json": "every setting of this run",

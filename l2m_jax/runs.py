@@ -63,6 +63,11 @@ class Run:
             max_new_tokens=s.max_new_tokens,
         )
 
+    def longest_prompt(self, config: DecoderConfig) -> int:
+        """The most tokens of a prompt that leaves the model room for an answer."""
+        room = config.max_positions - self.config.sampling.max_new_tokens
+        return min(room, self.config.data.max_prompt_length or room)
+
     @property
     def placement(self) -> dict[str, Any]:
         """How generation is spread over devices: the same way as the step."""

@@ -30,7 +30,7 @@ class MicroBatch(NamedTuple):
         target_index_T: int32, where in the flattened R·L slots each target is predicted *from* (the slot
             before the target token). The real targets come first; T = R·L.
         labels_T: int32, the token to predict.
-        weights_T: float32, 1 for a real target, 0 beyond them.
+        weights_T: float32, 0 beyond the real targets; for these 1, or one over the targets of their example.
         teacher_hidden_TxE: the teacher's final hidden state at each target, read from the teacher store;
             None with a live teacher, or without one.
     """

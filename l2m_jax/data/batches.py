@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -36,7 +36,7 @@ class Examples(Protocol):
 
 @dataclass(frozen=True)
 class ListedExamples:
-    """Examples held in memory, such as prompts with responses just generated."""
+    """Examples held in memory."""
 
     tokens: Sequence[np.ndarray]
     prompt_lengths: np.ndarray
@@ -53,6 +53,37 @@ class ListedExamples:
         return self.tokens[i]
 
 
+@dataclass(frozen=True)
+class AnsweredExamples:
+    """`examples` with other responses to some of the prompts, such as generated ones.
+
+    Attributes:
+        answered: the tokens, prompt and response, of an example that is replaced.
+    """
+
+    examples: Examples
+    answered: Mapping[int, np.ndarray]
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        return self.examples.prompt_lengths
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self._lengths
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        lengths = self.examples.lengths.copy()
+        for i, tokens in self.answered.items():
+            lengths[i] = len(tokens)
+        return lengths
+
+    def example_tokens(self, i: int) -> np.ndarray:
+        tokens = self.answered.get(i)
+        return self.examples.example_tokens(i) if tokens is None else tokens
+
+
 def order_of_examples(seed: int, stage: int, epoch: int, indices: np.ndarray) -> np.ndarray:
     """`indices` in the order of an epoch: a function of these numbers and the set of indices alone."""
     # Raw random bits: numpy keeps these the same from version to version, unlike its permutations.
@@ -66,7 +97,9 @@ def micro_batches(
     shapes: Sequence[Shape],
     num_devices: int = 1,
     teacher_rows: Callable[[int], np.ndarray] | None = None,
+    *,
     filled: Container[int] | None = None,
+    equal_examples: bool = False,
 ) -> list[MicroBatch]:
     """One batch, packed: NumPy arrays with a leading device axis A.
 
@@ -75,12 +108,13 @@ def micro_batches(
         shapes: the shapes that a micro-batch may have (`choose_shapes`).
         teacher_rows: gives the teacher's final hidden states at the targets of an example, `[r_i, E]`.
         filled: the devices whose part is needed, as those of this process; the others stay 0. None: all.
+        equal_examples: a target weighs 1/r_i, so that every example weighs 1 however many targets it has.
 
     Raises:
         ValueError: an example is longer than every row, or has no prompt to predict its first target from.
     """
     packed = pack(examples.lengths[indices].tolist(), shapes, num_devices)
-    return [_arrange(examples, indices, rows, teacher_rows, filled)[0] for rows in packed]
+    return [_arrange(examples, indices, rows, teacher_rows, filled, equal_examples)[0] for rows in packed]
 
 
 def padded_batch(
@@ -161,6 +195,7 @@ def _arrange(
     packed: PackedRows,
     teacher_rows: Callable[[int], np.ndarray] | None = None,
     filled: Container[int] | None = None,
+    equal_examples: bool = False,
 ) -> tuple[MicroBatch, np.ndarray, np.ndarray]:
     """The arrays of packed rows, with the example and the number of each target."""
     num_devices, (rows, length) = len(packed.rows_AxR), packed.shape
@@ -192,7 +227,7 @@ def _arrange(
                 before = row * length + start + prompt - 1
                 target_index[device, at] = np.arange(before, before + responses)
                 labels[device, at] = ids[prompt:]
-                weights[device, at] = 1.0
+                weights[device, at] = 1 / responses if equal_examples else 1
                 owners[device, at] = example
                 targets[device, at] = np.arange(responses)
                 if teacher_rows is not None and teacher_hidden is not None:

@@ -88,6 +88,12 @@ class WinRate:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        counts = f"{self.wins} wins, {self.ties} ties, {self.losses} losses"
+        if self.unparsed:
+            counts += f", {self.unparsed} with a verdict that could not be read"
+        return f"{self.rate:.1f}% (95% interval {self.low:.1f} to {self.high:.1f}): {counts}"
+
 
 def read_comparisons(answers: Path, baseline: Path) -> list[Comparison]:
     """Pairs the lines of two `responses.jsonl` by set, id and seed.
@@ -113,7 +119,13 @@ def _read_responses(path: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
         raise InputError(f"{path}: no such file (responses.jsonl of an evaluation)")
     with path.open(encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
-    return {(line["set"], line["id"], line["seed"]): line for line in lines}
+    found = {(line["set"], line["id"], line["seed"]): line for line in lines}
+    if len(found) < len(lines):
+        raise InputError(
+            f"{path}: several answers to one prompt with one seed; give the responses.jsonl of one model, as in "
+            "evaluation/teacher/responses.jsonl"
+        )
+    return found
 
 
 def win_rates(

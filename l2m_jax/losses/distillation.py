@@ -35,7 +35,7 @@ DIVERGENCE_NAMES = tuple(_DIVERGENCES)
 class Objective:
     """What is minimised, as a static (hashable) argument of a compiled function.
 
-    loss = (1 - beta)·CE + beta·T²·D(p_T ‖ q_T)
+    loss = scale·((1 - beta)·CE + beta·T²·D(p_T ‖ q_T))
 
     The subscript T is the temperature: both sides' logits are divided by it inside the divergence, and the divergence
     is multiplied by T², which keeps its gradient at the same scale (Hinton et al., 2015). Cross-entropy is always at
@@ -47,15 +47,17 @@ class Objective:
             unused by the others. With skew_kl, 0 is exactly forward_kl.
         beta: β_i of Eq. 7, the weight of the divergence. 0 is plain cross-entropy, where no teacher is needed.
         temperature: T above.
+        scale: of a loss that is one of several terms of a sum.
 
     Raises:
-        ValueError: an unknown divergence, alpha or beta outside [0, 1], a temperature that is not positive.
+        ValueError: an unknown divergence, alpha or beta outside [0, 1], a temperature or scale that is not positive.
     """
 
     divergence: str = "skew_kl"
     alpha: float = 0.1
     beta: float = 1.0
     temperature: float = 1.0
+    scale: float = 1.0
 
     def __post_init__(self):
         if self.divergence not in _DIVERGENCES:
@@ -63,8 +65,9 @@ class Objective:
         for name in ("alpha", "beta"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} lies between 0 and 1, not {getattr(self, name)}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature is a positive number, not {self.temperature}")
+        for name in ("temperature", "scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is a positive number, not {getattr(self, name)}")
 
     @property
     def needs_teacher(self) -> bool:
@@ -90,15 +93,17 @@ def scaled_divergence(
 
 
 def combine(cross_entropy: jax.Array | None, divergence: jax.Array | None, objective: Objective) -> jax.Array:
-    """(1 - β)·CE + β·D. The part that β rules out does not appear in the compiled program, and may be None."""
+    """(1 - β)·CE + β·D, scaled. What β rules out does not appear in the compiled program, and may be None."""
     if not objective.needs_teacher:
         assert cross_entropy is not None
-        return cross_entropy
-    assert divergence is not None
-    if not objective.needs_labels:
-        return divergence
-    assert cross_entropy is not None
-    return (1 - objective.beta) * cross_entropy + objective.beta * divergence
+        loss = cross_entropy
+    elif not objective.needs_labels:
+        assert divergence is not None
+        loss = divergence
+    else:
+        assert cross_entropy is not None and divergence is not None
+        loss = (1 - objective.beta) * cross_entropy + objective.beta * divergence
+    return loss if objective.scale == 1 else objective.scale * loss
 
 
 def token_loss(

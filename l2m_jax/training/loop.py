@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,19 +25,39 @@ from l2m_jax.types import MicroBatch, Params
 
 
 @dataclass(frozen=True)
-class EpochData:
-    """What one epoch trains on.
+class Part:
+    """A part of an epoch: the batches between two moments at which its data may change.
+
+    Attributes:
+        epoch, number: counted from 0, the number within the epoch.
+        indices: its examples, in the order of training.
+        first_batch: of the epoch's batches.
+    """
+
+    stage: Stage
+    epoch: int
+    number: int
+    indices: np.ndarray
+    first_batch: int
+
+
+@dataclass(frozen=True)
+class Term:
+    """A term of the loss. Most methods have one; with several, each batch's examples take part in every one.
+
+    The loss of a batch is the weighted mean of the objectives over the targets of all terms.
 
     Attributes:
         examples: token arrays by example number.
-        indices: the examples of this epoch, in any order: the loop shuffles them.
         teacher_rows: gives the stored hidden states of the teacher for an example, `[r_i, E]`; None when the
             teacher runs live or is not needed.
+        equal_examples: the mean is first over an example's targets, then over examples.
     """
 
+    objective: Objective
     examples: Examples
-    indices: np.ndarray
     teacher_rows: Callable[[int], np.ndarray] | None = None
+    equal_examples: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,19 +68,19 @@ class Task:
         phase: its name in metrics.jsonl and on screen.
         settings: what the compiled step depends on, besides the objective.
         stages: in order; single-stage methods have one.
-        objective: the stage's static objective.
         shapes: the micro-batch shapes of the run.
+        parts: parts of an epoch, before each of which the data may change.
         validation_every: epochs between validations, and at the end of each stage.
     """
 
     phase: str
     settings: StepSettings
     stages: tuple[Stage, ...]
-    objective: Callable[[Stage], Objective]
     shapes: tuple[Shape, ...]
     optimizer: OptimizerSettings
     batch_size: int
     seed: int
+    parts: int = 1
     restart_optimizer: bool = True
     patience: int = 0
     checkpoint_every: int = 200
@@ -95,7 +115,7 @@ def train(
     task: Task,
     parallel: Parallel,
     params: Params,
-    data: Callable[[Stage, int, Params], EpochData],
+    data: Callable[[Part, Params], Sequence[Term]],
     teacher: Teacher | None,
     checkpoints: Checkpoints,
     metrics: MetricsLog,
@@ -105,7 +125,8 @@ def train(
 
     Args:
         params: initial parameters, placed on the devices; their buffers are taken over.
-        data: what an epoch trains on, given the stage, the epoch and the parameters at its start.
+        data: what a part of an epoch trains on, given the placed parameters at its start. A run resumed within
+            the part gives it later ones, and must get the same data.
         teacher: placed on the devices; None without one.
         validate: gives at least "rouge_l" for parameters.
 
@@ -138,7 +159,7 @@ def _train_stage(
     functions: StepFunctions,
     state: TrainState,
     position: Position,
-    data: Callable[[Stage, int, Params], EpochData],
+    data: Callable[[Part, Params], Sequence[Term]],
     teacher: Teacher | None,
     checkpoints: Checkpoints,
     metrics: MetricsLog,
@@ -148,7 +169,6 @@ def _train_stage(
         state = TrainState(state.params, functions.start(state.params))
     scheduled = (stage,) if task.restart_optimizer else task.stages
     rate = learning_rate_schedule(task.optimizer, steps(scheduled, task.batch_size))
-    objective = task.objective(stage)
     sums = functions.zeros(state.params)
     title = task.phase if len(task.stages) == 1 else f"{task.phase}, stage {stage.index}/{len(task.stages)}"
 
@@ -156,28 +176,30 @@ def _train_stage(
         bar.resume_at(position.stage_step)
         log = _StepLog(task, stage, metrics, bar, parallel)
         while position.epoch < stage.epochs:
-            epoch_data = data(stage, position.epoch, state.params)
             batches = math.ceil(stage.examples_in_epoch(position.epoch) / task.batch_size)
-            for batch in _batches(task, stage, parallel, epoch_data, position):
-                at = position.stage_step if task.restart_optimizer else position.step
-                learning_rate = np.float32(rate(at))
-                for number, micro_batch in enumerate(batch.micro_batches):
-                    key = _dropout_key(task, position.step, number)
-                    sums = functions.accumulate(
-                        task.settings, objective, state.params, sums, micro_batch, teacher, key
+            for part in _parts(task, stage, position):
+                terms = data(part, state.params)
+                log.restart_clock()
+                for batch in _batches(task, parallel, part, terms, position.batch):
+                    at = position.stage_step if task.restart_optimizer else position.step
+                    learning_rate = np.float32(rate(at))
+                    for number, (objective, micro_batch) in enumerate(batch.micro_batches):
+                        key = _dropout_key(task, position.step, number)
+                        sums = functions.accumulate(
+                            task.settings, objective, state.params, sums, micro_batch, teacher, key
+                        )
+                    state, sums, values = functions.update(state, sums, learning_rate)
+                    position = dataclasses.replace(
+                        position,
+                        batch=position.batch + 1,
+                        stage_step=position.stage_step + 1,
+                        step=position.step + 1,
                     )
-                state, sums, values = functions.update(state, sums, learning_rate)
-                position = dataclasses.replace(
-                    position,
-                    batch=position.batch + 1,
-                    stage_step=position.stage_step + 1,
-                    step=position.step + 1,
-                )
-                log.add(position, learning_rate, batch, values)
-                # An epoch's end has a checkpoint of its own, which holds the validation too.
-                if position.step % task.checkpoint_every == 0 and position.batch < batches:
-                    checkpoints.save(parallel.snapshot(state), position)
-            log.flush()
+                    log.add(position, learning_rate, batch, values)
+                    # An epoch's end has a checkpoint of its own, which holds the validation too.
+                    if position.step % task.checkpoint_every == 0 and position.batch < batches:
+                        checkpoints.save(parallel.snapshot(state), position)
+                log.flush()
             position = dataclasses.replace(position, epoch=position.epoch + 1, batch=0)
             ended = position.epoch == stage.epochs
             if validate is not None and (ended or position.epoch % task.validation_every == 0):
@@ -221,35 +243,58 @@ def _dropout_key(task: Task, step: int, micro_batch: int) -> jax.Array | None:
     return jax.random.fold_in(key, micro_batch)
 
 
+def _parts(task: Task, stage: Stage, position: Position) -> Iterator[Part]:
+    """The parts of an epoch that are not over at `position`."""
+    order = order_of_examples(task.seed, stage.index, position.epoch, stage.indices)
+    order = order[: stage.examples_in_epoch(position.epoch)]
+    batches = math.ceil(len(order) / task.batch_size)
+    for number in range(task.parts):
+        first, end = (batches * n // task.parts for n in (number, number + 1))
+        if max(first, position.batch) < end:
+            chosen = order[first * task.batch_size : end * task.batch_size]
+            yield Part(stage, position.epoch, number, chosen, first)
+
+
 @dataclass(frozen=True)
 class _Batch:
-    micro_batches: list[MicroBatch]  # on the devices
+    micro_batches: list[tuple[Objective, MicroBatch]]  # on the devices
     examples: int
     tokens: int
+    target_tokens: int
 
 
 def _batches(
-    task: Task, stage: Stage, parallel: Parallel, data: EpochData, position: Position
+    task: Task, parallel: Parallel, part: Part, terms: Sequence[Term], batch: int
 ) -> Iterator[_Batch]:
-    """The batches of an epoch from `position` on, packed and fed to the devices ahead of time."""
-    order = order_of_examples(task.seed, stage.index, position.epoch, data.indices)
-    order = order[: stage.examples_in_epoch(position.epoch)]
+    """The batches of `part` from number `batch` of its epoch on, packed and fed to the devices ahead of time."""
 
     def make() -> Iterator[_Batch]:
-        for start in range(position.batch * task.batch_size, len(order), task.batch_size):
-            chosen = order[start : start + task.batch_size]
-            packed = micro_batches(
-                data.examples,
-                chosen,
-                task.shapes,
-                parallel.num_devices,
-                teacher_rows=data.teacher_rows,
-                filled=parallel.local,
+        skipped = max(batch - part.first_batch, 0) * task.batch_size
+        for start in range(skipped, len(part.indices), task.batch_size):
+            chosen = part.indices[start : start + task.batch_size]
+            yield _Batch(
+                [(term.objective, parallel.feed(m)) for term in terms for m in packed(term, chosen)],
+                len(chosen),
+                sum(int(term.examples.lengths[chosen].sum()) for term in terms),
+                sum(int(_targets(term.examples, chosen).sum()) for term in terms),
             )
-            tokens = int(data.examples.lengths[chosen].sum())
-            yield _Batch([parallel.feed(m) for m in packed], len(chosen), tokens)
+
+    def packed(term: Term, chosen: np.ndarray) -> list[MicroBatch]:
+        return micro_batches(
+            term.examples,
+            chosen,
+            task.shapes,
+            parallel.num_devices,
+            term.teacher_rows,
+            filled=parallel.local,
+            equal_examples=term.equal_examples,
+        )
 
     return prefetch(make(), depth=4)
+
+
+def _targets(examples: Examples, chosen: np.ndarray) -> np.ndarray:
+    return examples.lengths[chosen] - examples.prompt_lengths[chosen]
 
 
 class _StepLog:
@@ -276,6 +321,9 @@ class _StepLog:
         position, learning_rate, batch, values = self._waiting
         self._waiting = None
         values = {name: float(value) for name, value in self._parallel.read(values).items()}
+        del values[
+            "weight"
+        ]  # what the sums were divided by: the target tokens or the examples, counted below
         self._examples += batch.examples
         self._tokens += batch.tokens
         seconds = max(time.monotonic() - self._clock, 1e-9)
@@ -293,6 +341,7 @@ class _StepLog:
             learning_rate=float(learning_rate),
             examples=batch.examples,
             tokens=batch.tokens,
+            target_tokens=batch.target_tokens,
             micro_batches=len(batch.micro_batches),
             **values,
             **rates,

@@ -156,7 +156,7 @@ def update(
         "loss": sums.losses.loss / weight,
         "cross_entropy": sums.losses.cross_entropy / weight,
         "divergence": sums.losses.divergence / weight,
-        "target_tokens": sums.losses.weight,
+        "weight": sums.losses.weight,
         "grad_norm": optax.global_norm(gradients),
     }
     return TrainState(params, optimizer_state), jax.tree.map(jnp.zeros_like, sums), metrics

@@ -226,5 +226,8 @@ def test_responses_are_paired_by_set_id_and_seed(tmp_path):
     theirs.write_text(line(10, "A"), encoding="utf-8")
     with pytest.raises(InputError, match=r"different prompts .*'i', 20"):
         read_comparisons(ours, theirs)
+    theirs.write_text(line(10, "A") + line(20, "B") + line(10, "C"), encoding="utf-8")
+    with pytest.raises(InputError, match="several answers to one prompt with one seed"):
+        read_comparisons(ours, theirs)
     with pytest.raises(InputError, match="no such file"):
         read_comparisons(ours, tmp_path / "none.jsonl")

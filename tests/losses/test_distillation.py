@@ -65,6 +65,19 @@ def test_equation_3_worked_by_hand():
         np.testing.assert_allclose(loss, (1 - beta) * math.log(4) + beta * kl, rtol=1e-5)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.7, 1.0])
+def test_scale_multiplies_value_and_gradient(beta):
+    student, teacher, labels, _ = batch(0)
+
+    def total(student, scale):
+        objective = Objective("jsd", 0.5, beta, scale=scale)
+        return jnp.sum(token_loss(student, teacher, labels, objective))
+
+    plain, scaled = (jax.value_and_grad(total)(jnp.asarray(student), scale) for scale in (1.0, 1.5))
+    np.testing.assert_allclose(scaled[0], 1.5 * plain[0], rtol=1e-6)
+    np.testing.assert_allclose(scaled[1], 1.5 * plain[1], rtol=1e-5, atol=1e-7)
+
+
 def test_temperature_worked_by_hand():
     # Logits (0, log 9) at temperature 2 are probabilities (1/4, 3/4); the teacher's stay (1/2, 1/2).
     student, teacher = jnp.array([0.0, math.log(9)]), jnp.zeros(2)
@@ -148,6 +161,7 @@ def test_valid_under_jit_vmap_and_grad():
         ({"beta": 1.5}, "beta lies between 0 and 1"),
         ({"temperature": 0.0}, "temperature is a positive number"),
         ({"temperature": float("inf")}, "temperature is a positive number"),
+        ({"scale": 0.0}, "scale is a positive number"),
     ],
 )
 def test_bad_objectives(options, message):

@@ -82,7 +82,7 @@ def _assert_same(found, expected) -> None:
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4, err_msg=str(path))
 
     jax.tree_util.tree_map_with_path(same, found[0], expected[0])
-    for name in ("loss", "cross_entropy", "divergence", "grad_norm", "target_tokens"):
+    for name in ("loss", "cross_entropy", "divergence", "grad_norm", "weight"):
         np.testing.assert_allclose(found[1][name], expected[1][name], rtol=1e-4)
 
 
@@ -105,7 +105,7 @@ def test_a_batch_of_fewer_examples_than_devices_leaves_some_without(mapping):
 def test_the_division_is_by_all_targets_of_the_batch(padded):
     examples = _examples()
     count = int((examples.lengths - examples.prompt_lengths).sum())
-    assert padded[1]["target_tokens"] == count
+    assert padded[1]["weight"] == count
 
 
 def test_first_loss_is_that_of_the_dense_logits():
@@ -120,7 +120,7 @@ def test_first_loss_is_that_of_the_dense_logits():
         p = models.logits(TEACHER, teacher, tokens)[0, prompt - 1 : -1, :60]
         total += float(losses.token_loss(q, p, tokens[0, prompt:], OBJECTIVE).sum())
     _, metrics = _updated(_parallel("pmap", 2), micro_batches(examples, np.arange(10), SHAPES, 2), updates=1)
-    np.testing.assert_allclose(metrics["loss"], total / metrics["target_tokens"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], total / metrics["weight"], rtol=1e-5)
 
 
 def test_stored_hidden_states_of_the_teacher_equal_the_live_teacher(padded):

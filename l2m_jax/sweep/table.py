@@ -1,0 +1,65 @@
+"""The sweep's table, from the cells that are finished."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from l2m_jax import artefacts
+from l2m_jax.errors import InputError
+from l2m_jax.evaluation.protocol import Results
+from l2m_jax.evaluation.tables import Table
+from l2m_jax.sweep.cells import Cell, finished
+
+_ONE_MODEL = ("teacher", "student before")
+
+
+def write_table(cells: Sequence[Cell], workdir: Path) -> str:
+    """Writes table.md, table.csv and table.tex into `workdir`.
+
+    Returns:
+        The text of table.md: the table, what its figures are, and which cells are missing.
+
+    Raises:
+        InputError: none is finished.
+    """
+    found: dict[str, list[Results]] = {name: [] for name in (*_ONE_MODEL, *(cell.row for cell in cells))}
+    missing = []
+    for cell in cells:
+        results = finished(cell, workdir)
+        if results is None:
+            missing.append(cell.name)
+            continue
+        found[cell.row].append(results[cell.config.method])
+        for name in _ONE_MODEL:
+            found[name] = [results[name]]
+    if len(missing) == len(cells):
+        raise InputError(f"{workdir}: none of the {len(cells)} runs is finished with these settings")
+    unreportable = {s.title for runs in found.values() for run in runs for s in run.sets if s.unreportable}
+    table = Table({name: _values(runs) for name, runs in found.items()}, "teacher", frozenset(unreportable))
+    text = f"{table.markdown()}\n{_caption(cells, found)}\n"
+    if missing:
+        text += f"\nMissing, {len(missing)} of {len(cells)} runs: {', '.join(missing)}.\n"
+    artefacts.write_text(workdir / "table.md", text)
+    artefacts.write_text(workdir / "table.csv", table.csv())
+    artefacts.write_text(workdir / "table.tex", table.latex())
+    return text
+
+
+def _values(runs: Sequence[Results]) -> dict[str, tuple[float, ...]]:
+    """For each set one value a run; of a single run, one a sampling seed."""
+    if len(runs) == 1:
+        return {s.title: s.rouge_l.per_seed for s in runs[0].sets}
+    titles = [s.title for s in runs[0].sets] if runs else []
+    return {
+        title: tuple(s.rouge_l.mean for run in runs for s in run.sets if s.title == title) for title in titles
+    }
+
+
+def _caption(cells: Sequence[Cell], found: dict[str, list[Results]]) -> str:
+    seeds = len({cell.seed for cell in cells})
+    sampling = len(found["teacher"][0].seeds)
+    if seeds == 1:
+        return f"Rouge-L × 100, mean ± standard deviation over {sampling} sampling seeds of one run."
+    return (
+        f"Rouge-L × 100, mean ± standard deviation over {seeds} training seeds, each the mean of {sampling} sampling "
+        f"seeds; a row with a single model, such as {' and '.join(_ONE_MODEL)}, over the sampling seeds."
+    )
