@@ -56,11 +56,19 @@ def _implementation(config: "DecoderConfig", query: jax.Array) -> str:
     client = backend.get_backend()
     if client.platform != "gpu" or "cuda" not in client.platform_version:
         return "xla"
-    # What jax's cuDNN call accepts on every card since Ampere; odd lengths fail in the backward pass with a mask.
     _, L, _, D = query.shape
     ampere = float(client.local_devices()[0].compute_capability) >= 8.0
-    fits = query.dtype in (jnp.bfloat16, jnp.float16) and D % 8 == 0 and D <= 128 and L % 2 == 0
-    return "cudnn" if ampere and fits else "xla"
+    return "cudnn" if ampere and why_not_cudnn(query.dtype, L, D) is None else "xla"
+
+
+def why_not_cudnn(dtype: jax.typing.DTypeLike, length: int, head_dim: int) -> str | None:
+    """What jax's cuDNN call does not accept of these, on any card since Ampere; None where it takes them."""
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 or float16, not in {jnp.dtype(dtype)}"
+    if head_dim % 8 or head_dim > 128:
+        return f"heads of {head_dim} are no multiple of 8 up to 128"
+    # Odd lengths fail in the backward pass with a mask.
+    return f"rows of {length} are odd" if length % 2 else None
 
 
 def _scale(config: "DecoderConfig") -> float:
