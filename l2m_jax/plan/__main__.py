@@ -30,6 +30,10 @@ _JSON = flags.DEFINE_string("json", None, "File to write all figures to")
 flags.mark_flag_as_required("config")
 
 
+def _config_file() -> str:
+    return flags.FLAGS["config"].config_filename  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected argument {arguments[1]!r}")
@@ -43,7 +47,7 @@ def main(arguments: list[str]) -> None:
         config = settings.parse(_CONFIG.value)
         found = plan.make(config, _TARGET.value, _DEVICES.value)
         tried = [] if found.fits else plan.what_would_fit(config, found)
-        document = {"config": str(flags.FLAGS["config"].config_filename)} | plan.document(found, tried)
+        document = {"config": _config_file()} | plan.document(found, tried)
         if _JSON.value:
             artefacts.write_json(Path(_JSON.value), document)
         report.show(document)

@@ -36,7 +36,11 @@ class Array(NamedTuple):
     def bytes(self) -> float:
         digits = re.search(r"\d+", self.dtype)
         bits = _BITS.get(self.dtype, int(digits.group()) if digits else 0)
-        return math.prod(self.dims) * bits / 8
+        return self.size * bits / 8
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.dims)
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.dims))}]"

@@ -260,21 +260,10 @@ def largest_logits(plan: Plan, program: Program) -> dict[str, Any] | None:
     for array, _ in program.module.buffers():
         others = [d for d in array.dims if d > 1]
         vocabulary = next((d for d in others if d in vocabularies), None)
-        if vocabulary is None:
-            continue
-        others.remove(vocabulary)
         # Embeddings, heads and their gradients have the vocabulary in them too.
-        if len(others) and not widths & set(others) and plan.devices >= 1:
-            tokens = round(array.bytes / (vocabulary * _itemsize(array)))
-            found.append((tokens, str(array)))
+        if vocabulary and len(others) > 1 and not widths & set(others):
+            found.append((array.size // vocabulary, str(array)))
     if not found:
         return None
     tokens, shape = max(found)
     return {"tokens": tokens, "of": w.largest.slots, "shape": shape}
-
-
-def _itemsize(array: Any) -> float:
-    size = 1
-    for d in array.dims:
-        size *= d
-    return array.bytes / size

@@ -17,6 +17,7 @@ from l2m_jax.generation import SamplingRules
 from l2m_jax.generation import programs as generation
 from l2m_jax.losses import Objective
 from l2m_jax.models import DecoderConfig
+from l2m_jax.models.attention import why_not_cudnn
 from l2m_jax.plan.flops import flops
 from l2m_jax.plan.hlo import Module
 from l2m_jax.training import step
@@ -56,8 +57,6 @@ def attention_for(config: DecoderConfig, platform: str) -> DecoderConfig:
     """ "auto" as the devices of `platform` would take it: what it looks at otherwise is the machine at hand."""
     if config.attention != "auto":
         return config
-    from l2m_jax.models.attention import why_not_cudnn
-
     fits = platform == "cuda" and why_not_cudnn(config.dtype, 64, config.head_dim) is None
     return dataclasses.replace(config, attention="cudnn" if fits else "xla")
 
@@ -202,7 +201,8 @@ def accumulate_flops(
     settings: StepSettings, objective: Objective, training: Training, shape: Shape, trips: float
 ) -> float:
     """Of one device; attention is counted as plain matrix products, whatever kernel computes it."""
-    plain = dataclasses.replace(settings, student=_plain(settings.student), teacher=_plain(settings.teacher))
+    teacher_config = None if settings.teacher is None else _plain(settings.teacher)
+    plain = dataclasses.replace(settings, student=_plain(settings.student), teacher=teacher_config)
     params = parameters(settings.student)
     teacher, width = None, None
     if training.teacher is not None and settings.teacher is not None:
@@ -279,8 +279,8 @@ def _layers_placed(compiler: Compiler, layers: Params) -> Params:
     return jax.tree.map(lambda x: _abstract(x.shape, x.dtype, compiler.parallel.sharding(x.shape)), layers)
 
 
-def _plain(config):
-    return None if config is None else dataclasses.replace(config, attention="xla")
+def _plain(config: DecoderConfig) -> DecoderConfig:
+    return dataclasses.replace(config, attention="xla")
 
 
 def _drops(config: DecoderConfig) -> bool:
