@@ -1,6 +1,8 @@
 """A plan: does a run fit, what does it hold, move and compute, and if it does not fit, what would."""
 
 import dataclasses
+import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,11 +45,14 @@ class Plan:
         return next(phase for phase in self.phases if phase.name == name)
 
 
-def make(config: Config, target_name: str, devices: int, *, dry: bool = False) -> Plan:
+def make(
+    config: Config, target_name: str, devices: int, *, dry: bool = False, only: Collection[str] = ()
+) -> Plan:
     """The plan of a run of `config` on `devices` cards.
 
     Args:
         dry: compile nothing, and count only what stays on the devices between programs.
+        only: names of the phases to plan; by default all.
 
     Raises:
         InputError: an unknown target, a compiler that is not installed, a model that is not known.
@@ -59,7 +64,8 @@ def make(config: Config, target_name: str, devices: int, *, dry: bool = False) -
     work = workload(config, target.platform, devices)
     parallel = Parallel(mapping, targets.devices(target, devices))
     planner = Planner(work, target, Compiler(parallel), dry)
-    return Plan(target, mapping, devices, work, tuple(phase() for phase in planner.phases().values()))
+    phases = tuple(phase() for name, phase in planner.phases().items() if not only or name in only)
+    return Plan(target, mapping, devices, work, phases)
 
 
 @dataclass(frozen=True)
@@ -80,11 +86,15 @@ def what_would_fit(config: Config, plan: Plan) -> list[Change]:
     before. Where what stays on a device is too much by itself, nothing is compiled.
     """
     tried = []
+    room = _USABLE * plan.target.memory
+    too_large = {phase.name for phase in plan.phases if phase.memory.total > room}
     for changes, devices in _changes(config, plan.devices):
+        if devices > plan.devices and plan.target.platform == "cpu":
+            break  # they share one memory
         changed = _with(config, changes)
-        found = make(changed, plan.target.name, devices, dry=True)
+        found = make(changed, plan.target.name, devices, dry=True, only=too_large)
         if found.fits:
-            found = make(changed, plan.target.name, devices)
+            found = make(changed, plan.target.name, devices, only=too_large)
         compiled = any(phase.programs for phase in found.phases)
         tried.append(Change(changes, devices, found.largest.memory.total, compiled and found.fits, compiled))
         if tried[-1].fits:
@@ -258,11 +268,13 @@ def largest_logits(plan: Plan, program: Program) -> dict[str, Any] | None:
     widths = {n for c in (w.student, w.teacher) for n in (c.embed_size, c.hidden_size)}
     found = []
     for array, _ in program.module.buffers():
-        others = [d for d in array.dims if d > 1]
-        vocabulary = next((d for d in others if d in vocabularies), None)
-        # Embeddings, heads and their gradients have the vocabulary in them too.
-        if vocabulary and len(others) > 1 and not widths & set(others):
-            found.append((array.size // vocabulary, str(array)))
+        others = [d for d in array.dims[:-1] if d > 1]
+        if not others or array.dims[-1] not in vocabularies:
+            continue
+        tokens = math.prod(others)
+        # A head, transposed, ends in the vocabulary too.
+        if tokens <= w.config.chunk_size or not widths & set(others):
+            found.append((tokens, str(array)))
     if not found:
         return None
     tokens, shape = max(found)
