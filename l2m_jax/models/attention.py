@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import backend
 
+from l2m_jax.models.sharding import split_rows
+
 if TYPE_CHECKING:
     from l2m_jax.models.architecture import DecoderConfig, Rope
 
@@ -82,9 +84,10 @@ def causal(config: "DecoderConfig", segment_ids_BxL: jax.Array | None, keep_kv: 
     """
     mask = None
     if segment_ids_BxL is not None:
-        mask = (segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :])[:, None]
+        mask = split_rows((segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :])[:, None])
 
     def attend(query, key, value, dropout):
+        query, key, value = split_rows(query), split_rows(key), split_rows(value)
         if dropout is None:
             attended = jax.nn.dot_product_attention(
                 query,

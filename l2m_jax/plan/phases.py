@@ -13,7 +13,7 @@ from l2m_jax.losses import Objective
 from l2m_jax.models import DecoderConfig
 from l2m_jax.plan import programs
 from l2m_jax.plan.estimate import seconds
-from l2m_jax.plan.programs import Compiler, Program, Training, device_bytes
+from l2m_jax.plan.programs import Compiler, Decoding, Program, Training, device_bytes
 from l2m_jax.plan.targets import Target
 from l2m_jax.plan.workload import Workload, chunks
 from l2m_jax.training.optimizer import OptimizerSettings
@@ -111,8 +111,7 @@ class Planner:
         objective = methods.objective(method, config, w.stages[-2:][0])
         teacher = config.teacher.signal if objective.needs_teacher else "none"
         loaded = [self.teacher, self.student]
-        phase = self._training("student", settings, config.training, objective, teacher, w.updates, loaded)
-        return phase
+        return self._training("student", settings, config.training, objective, teacher, w.updates, loaded)
 
     def _training(
         self,
@@ -186,8 +185,8 @@ class Planner:
         kept = self._loaded([self.teacher, self.student, self.student])
         if self.dry:
             return Phase("evaluation", Memory(loaded=kept), (), 0.0)
-        student, student_held, student_seconds = self._decode(self.student)
-        teacher, teacher_held, teacher_seconds = self._decode(self.teacher)
+        student, student_seconds = self._decoding(self.student)
+        teacher, teacher_seconds = self._decoding(self.teacher)
         e, response, longest = config.evaluation, w.response_tokens, config.sampling.max_new_tokens
         validations = sum(math.ceil(stage.epochs / e.validation_every) for stage in w.stages)
         rows = min(e.validation_rows or config.data.validation_rows, config.data.validation_rows)
@@ -195,27 +194,30 @@ class Planner:
         # Before it is trained, a model seldom ends an answer by itself.
         tokens = len(w.lengths) * longest + answers * longest + (validations * rows + answers) * response
         total = tokens * student_seconds + answers * response * teacher_seconds
-        held = max(student_held, teacher_held)
+        largest = max(student, teacher, key=lambda d: d.prepared + d.cache)
+        temporaries = max(largest.decode.temporaries, largest.prefill.feed + largest.prefill.temporaries)
         return Phase(
             "evaluation",
-            Memory(loaded=kept, parameters=held[1], activations_and_temporaries=held[0] - held[1]),
-            (student, teacher),
+            Memory(largest.prepared, loaded=kept, activations_and_temporaries=largest.cache + temporaries),
+            (student.prefill, student.decode, teacher.prefill, teacher.decode),
             total,
         )
 
-    def _decode(self, config: DecoderConfig) -> tuple[Program, tuple[float, float], float]:
-        """The program, (bytes in all, of its parameters), seconds a token over all devices."""
+    def _decoding(self, config: DecoderConfig) -> tuple[Decoding, float]:
+        """The programs, and seconds a token over all devices."""
         w, s = self.workload, self.workload.config.sampling
         rules = SamplingRules(
-            temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, no_repeat_ngram=s.no_repeat_ngram,
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            no_repeat_ngram=s.no_repeat_ngram,
             max_new_tokens=s.max_new_tokens,
-        )  # fmt: skip
+        )
         length = min(w.longest_sequence, config.max_positions)
         slots = s.slots or default_slots(config, length)
-        program, prepared, cache = programs.decode(self.compiler, config, rules, slots, length)
-        held = prepared + cache + program.temporaries
-        per_token = seconds(program, self.target, self._devices) / (slots * self._devices * _UTILISATION)
-        return program, (held, prepared), per_token
+        found = programs.decoding(self.compiler, config, rules, slots, length)
+        step = seconds(found.decode, self.target, self._devices)
+        return found, step / (slots * self._devices * _UTILISATION)
 
     def _rows(self, source: str) -> int:
         name, limit = source.partition("=")[0], self.workload.config.evaluation.rows

@@ -1,7 +1,6 @@
 """A plan: does a run fit, what does it hold, move and compute, and if it does not fit, what would."""
 
 import dataclasses
-import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -265,13 +264,15 @@ def largest_logits(plan: Plan, program: Program) -> dict[str, Any] | None:
     """The most tokens whose logits an array of the program holds: a chunk's, never a batch's."""
     w = plan.workload
     vocabularies = {n for c in (w.student, w.teacher) for n in (c.vocab_size, c.valid_vocab_size)}
+    # Sharded, a device may hold its part of the vocabulary for the tokens of all.
+    whole = {n // parts: n for parts in (1, plan.devices) for n in vocabularies if n % parts == 0}
     widths = {n for c in (w.student, w.teacher) for n in (c.embed_size, c.hidden_size)}
     found = []
     for array, _ in program.module.buffers():
         others = [d for d in array.dims[:-1] if d > 1]
-        if not others or array.dims[-1] not in vocabularies:
+        if not others or array.dims[-1] not in whole:
             continue
-        tokens = math.prod(others)
+        tokens = array.size // whole[array.dims[-1]]
         # A head, transposed, ends in the vocabulary too.
         if tokens <= w.config.chunk_size or not widths & set(others):
             found.append((tokens, str(array)))

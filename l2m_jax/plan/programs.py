@@ -29,6 +29,8 @@ from l2m_jax.types import MicroBatch, Params
 # A card that is not there cannot time kernels.
 _OPTIONS = {"gpu": {"xla_gpu_autotune_level": "0"}}
 
+_PREFILL_TOKENS, _PROMPT = 2048, 128  # a batch as the decode engine makes them
+
 
 @dataclass(frozen=True)
 class Program:
@@ -251,27 +253,58 @@ def teacher_pass(compiler: Compiler, config: DecoderConfig, shape: Shape) -> Pro
     )
 
 
-def decode(
+@dataclass(frozen=True)
+class Decoding:
+    """What answers prompts: its programs, and bytes of what they keep on a device.
+
+    Attributes:
+        prepared: parameters in the compute type, twice: stacked for prefill, and by layer.
+        cache: keys and values of all slots, and their tokens.
+    """
+
+    prefill: Program
+    decode: Program
+    prepared: float
+    cache: float
+
+
+def decoding(
     compiler: Compiler, config: DecoderConfig, rules: SamplingRules, slots: int, length: int
-) -> tuple[Program, float, float]:
-    """One decoding step, bytes of the parameters prepared for it (twice: for prefill, and by layer), of the cache."""
+) -> Decoding:
+    """Prefill of a batch of prompts, and one decoding step of `slots` sequences with room for `length` tokens."""
     parallel = compiler.parallel
     sharded = parallel.mapping == "fsdp"
-    place = compiler.placed if sharded else compiler.everywhere
-    stacked, layers = jax.eval_shape(lambda p: generation.prepare(config, p), parameters(config))
-    share = jax.eval_shape(lambda: generation.empty_slots(config, slots, length))
     programs = generation.Programs(parallel.mesh, sharded)
+    stacked, layers = jax.eval_shape(lambda p: generation.prepare(config, p), parameters(config))
+    placed_stacked = compiler.placed(stacked) if sharded else compiler.everywhere(stacked)
+    placed_layers = _layers_placed(compiler, layers) if sharded else compiler.everywhere(layers)
+
+    prompt = min(_PROMPT, length)
+    prompts = (
+        jax.ShapeDtypeStruct((_PREFILL_TOKENS // prompt, prompt), jnp.int32),
+        jax.ShapeDtypeStruct((_PREFILL_TOKENS // prompt,), jnp.int32),
+    )
+    fed = compiler.fed(prompts)
+    prefill = compiler.compile(
+        "prefill",
+        f"{prompts[0].shape[0]} prompts of {prompt} tokens",
+        programs.prefill,
+        (config, placed_stacked, *fed),
+        feed=fed,
+        flops=flops(lambda p, *x: generation.prefill(_plain(config), p, *x), stacked, *prompts),
+    )
+    share = jax.eval_shape(lambda: generation.empty_slots(config, slots, length))
+    cache = compiler.fed(share)
     eos = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
-    placed_layers, cache = _layers_placed(compiler, layers) if sharded else place(layers), compiler.fed(share)
-    steps = jax.ShapeDtypeStruct((), jnp.int32)
-    program = compiler.compile(
+    decode = compiler.compile(
         "decode",
         f"{slots} sequences of {length} tokens",
         programs.decode,
-        (config, rules, eos, placed_layers, cache, steps),
+        (config, rules, eos, placed_layers, cache, jax.ShapeDtypeStruct((), jnp.int32)),
         flops=flops(lambda p, s: generation.decode(config, rules, eos, p, s, jnp.int32(1)), layers, share),
     )
-    return program, device_bytes(placed_layers) + device_bytes(place(stacked)), device_bytes(cache)
+    prepared = device_bytes(placed_layers) + device_bytes(placed_stacked)
+    return Decoding(prefill, decode, prepared, device_bytes(cache))
 
 
 def _layers_placed(compiler: Compiler, layers: Params) -> Params:

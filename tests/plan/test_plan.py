@@ -230,15 +230,15 @@ def test_the_command_line_with_a_wrong_target(tmp_path):
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the extra cuda12 (no GPU)"
 )
-def test_for_a_gpu_that_is_not_there(tmp_path):
-    """In a process of its own: with the CUDA compiler loaded, others would see its flags."""
+@pytest.mark.parametrize("mapping", ["pmap", "fsdp"])
+def test_for_a_gpu_that_is_not_there(tmp_path, mapping):
     out = tmp_path / "out.json"
-    few = ("--config.teacher.finetune.epochs=0", "--json", str(out))
+    few = ("--config.teacher.finetune.epochs=0", f"--config.devices.mapping={mapping}", "--json", str(out))
     done = _command(tmp_path, "--target", "h100_80gb", "--devices", "2", *few)
     assert done.returncode == 0, done.stderr
     document = json.loads(out.read_text())
     assert document["memory_of_card"] == 84929347584
-    assert document["attention"]["teacher"]["cudnn"] is True  # heads of 16, bfloat16
+    assert document["attention"]["teacher"]["cudnn"] is True  # heads of 16, bfloat16, a mask
     assert document["attention"]["student"]["why_not"].startswith("dropout on attention probabilities")
     assert document["largest_logits"]["tokens"] <= 32
 
