@@ -107,8 +107,8 @@ def _evaluate() -> None:
     title = f"Evaluation of {name}"
     processes.first(lambda: write_report(output, title=title, results={name: results}))
     console.print(protocol.table({name: results}).markdown())
-    if _JUDGE_MODEL.value and _BASELINE.value:
-        facts = processes.first(lambda: _win_rates(output, _JUDGE_MODEL.value, Path(_BASELINE.value)))
+    if (judge := _JUDGE_MODEL.value) and (baseline := _BASELINE.value):
+        facts = processes.first(lambda: _win_rates(output, judge, Path(baseline)))
         processes.first(lambda: write_report(output, title=title, results={name: results}, facts=facts))
         console.print("".join(f"{what}: {rate}\n" for what, rate in facts.items()))
     console.print(f"report: {output / 'report.md'}")

@@ -146,10 +146,11 @@ def _file_hash(source: str) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if source and path.is_file() else source
 
 
-def compute_dtype(model: settings.Model) -> str:
+def compute_dtype(model: settings.Model, platform: str | None = None) -> str:
+    """The type that the settings ask for; by default what suits `platform`, or the devices at hand."""
     if model.dtype != "auto":
         return model.dtype
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
 
 
 def build_model(
@@ -166,15 +167,13 @@ def build_model(
     if model.init == "teacher_layers":
         assert teacher is not None
         config, params = models.student_from_teacher(*teacher, model.layers)
-        config = _computed_as(config, model)
+        config = computed_as(config, model)
     elif model.path and model.init == "pretrained":
         config, params = models.load(model.path)
-        config = _computed_as(config, model)
+        config = computed_as(config, model)
     else:
-        config = (
-            models.read_config(model.path) if model.path else _architecture(model.architecture, tokenizer)
-        )
-        config = _computed_as(config, model)
+        config = models.read_config(model.path) if model.path else architecture(model.architecture, tokenizer)
+        config = computed_as(config, model)
         params = models.init(config, jax.random.key(seed))
     if len(tokenizer) > config.vocab_size:
         raise InputError(
@@ -184,10 +183,11 @@ def build_model(
     return dataclasses.replace(config, valid_vocab_size=min(config.valid_vocab_size, len(tokenizer))), params
 
 
-def _computed_as(config: DecoderConfig, model: settings.Model) -> DecoderConfig:
+def computed_as(config: DecoderConfig, model: settings.Model, platform: str | None = None) -> DecoderConfig:
+    """How the settings want a model to be computed: compute type, remat, dropout."""
     return dataclasses.replace(
         config,
-        dtype=compute_dtype(model),
+        dtype=compute_dtype(model, platform),
         remat=model.remat,
         embedding_dropout=model.dropout,
         residual_dropout=model.dropout,
@@ -196,7 +196,7 @@ def _computed_as(config: DecoderConfig, model: settings.Model) -> DecoderConfig:
     )
 
 
-def _architecture(a: settings.Architecture, tokenizer: Any) -> DecoderConfig:
+def architecture(a: settings.Architecture, tokenizer: Any) -> DecoderConfig:
     if a.hidden_size % a.num_heads:
         raise InputError(
             f"config architecture: hidden_size {a.hidden_size} is not a multiple of num_heads {a.num_heads}"

@@ -19,6 +19,7 @@ from l2m_jax.generation import SamplingRules, generate
 from l2m_jax.losses import Objective
 from l2m_jax.losses.fused import DEFAULT_CHUNK_SIZE
 from l2m_jax.models import DecoderConfig
+from l2m_jax.models.sharding import rows_split_over
 from l2m_jax.types import MicroBatch, Params
 
 _CROSS_ENTROPY = Objective(beta=0.0)
@@ -102,7 +103,11 @@ def cross_entropy_by_example(
         )
     by_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    token_losses = jax.jit(_token_losses, static_argnums=(0, 1), out_shardings=everywhere)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1), out_shardings=everywhere)
+    def token_losses(*arguments: Any) -> jax.Array:
+        with rows_split_over(mesh):
+            return _token_losses(*arguments)
 
     def feed(host: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(host.shape, by_device, lambda index: host[index])

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import backend
 
+from l2m_jax.models.sharding import split_rows
+
 if TYPE_CHECKING:
     from l2m_jax.models.architecture import DecoderConfig, Rope
 
@@ -56,11 +58,19 @@ def _implementation(config: "DecoderConfig", query: jax.Array) -> str:
     client = backend.get_backend()
     if client.platform != "gpu" or "cuda" not in client.platform_version:
         return "xla"
-    # What jax's cuDNN call accepts on every card since Ampere; odd lengths fail in the backward pass with a mask.
     _, L, _, D = query.shape
     ampere = float(client.local_devices()[0].compute_capability) >= 8.0
-    fits = query.dtype in (jnp.bfloat16, jnp.float16) and D % 8 == 0 and D <= 128 and L % 2 == 0
-    return "cudnn" if ampere and fits else "xla"
+    return "cudnn" if ampere and why_not_cudnn(query.dtype, L, D) is None else "xla"
+
+
+def why_not_cudnn(dtype: jax.typing.DTypeLike, length: int, head_dim: int) -> str | None:
+    """What jax's cuDNN call does not accept of these, on any card since Ampere; None where it takes them."""
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 or float16, not in {jnp.dtype(dtype)}"
+    if head_dim % 8 or head_dim > 128:
+        return f"heads of {head_dim} are no multiple of 8 up to 128"
+    # Odd lengths fail in the backward pass with a mask.
+    return f"rows of {length} are odd" if length % 2 else None
 
 
 def _scale(config: "DecoderConfig") -> float:
@@ -74,9 +84,10 @@ def causal(config: "DecoderConfig", segment_ids_BxL: jax.Array | None, keep_kv: 
     """
     mask = None
     if segment_ids_BxL is not None:
-        mask = (segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :])[:, None]
+        mask = split_rows((segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :])[:, None])
 
     def attend(query, key, value, dropout):
+        query, key, value = split_rows(query), split_rows(key), split_rows(value)
         if dropout is None:
             attended = jax.nn.dot_product_attention(
                 query,

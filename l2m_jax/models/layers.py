@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from l2m_jax.models.attention import rotate
+from l2m_jax.models.sharding import split_rows
 
 if TYPE_CHECKING:
     from l2m_jax.models.architecture import DecoderConfig
@@ -125,6 +126,7 @@ class Block(nn.Module):
         attention_norm, mlp_norm = Norm(c, name="attention_norm"), Norm(c, name="mlp_norm")
         dropout = nn.Dropout(c.residual_dropout, deterministic=deterministic)
 
+        x_BxLxE = split_rows(x_BxLxE)
         update = attention_norm(x_BxLxE) if c.pre_norm else x_BxLxE
         update, cache = Attention(c, name="attention")(update, rope, attend, deterministic)
         x_BxLxE = x_BxLxE + dropout(update)

@@ -19,6 +19,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from l2m_jax.models.sharding import rows_split_over
+
 AXIS = "devices"
 
 
@@ -78,7 +80,8 @@ class Parallel:
             )
 
         def sharded(*arguments):
-            return self._constrain(function(*arguments, axis_name=None))
+            with rows_split_over(self.mesh):
+                return self._constrain(function(*arguments, axis_name=None))
 
         return jax.jit(sharded, static_argnums=tuple(static), donate_argnums=tuple(donate))
 

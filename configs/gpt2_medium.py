@@ -1,0 +1,26 @@
+"""The paper's GPT-2 experiment: 1.5B into 340M, on Dolly.
+
+    uv run train.py --config configs/gpt2_medium.py --workdir runs/gpt2_medium
+
+Fetches gpt2-xl, gpt2-medium and Dolly from the hub; without a network, give folders and files:
+
+    --config.teacher.model.path=FOLDER --config.student.model.path=FOLDER --config.data.train=FILE
+
+`:minillm` takes MiniLLM's lengths and sampling rules in place of the paper's.
+"""
+
+from l2m_jax.config import PRESETS, defaults
+
+
+def get_config(variant: str = ""):
+    if variant and variant not in PRESETS:
+        raise ValueError(f"no variant {variant!r} of configs/gpt2_medium.py; known: {', '.join(PRESETS)}")
+    config = defaults(variant or "paper")
+    config.data.train_rows = 11_500
+    config.teacher.model.path = "gpt2-xl"
+    config.teacher.model.remat = "block"
+    config.teacher.finetune.update(epochs=10, learning_rate=5e-5)
+    config.student.model.path = "gpt2-medium"
+    config.curriculum.alpha = 0.15
+    config.evaluation.sets = ("test", "self_inst", "vicuna", "s_ni", "un_ni")
+    return config

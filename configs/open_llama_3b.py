@@ -1,0 +1,28 @@
+"""The paper's OpenLLaMA experiment: 7B into 3B, on Dolly.
+
+    uv run train.py --config configs/open_llama_3b.py --workdir runs/open_llama_3b
+
+Fetches openlm-research/open_llama_7b_v2, openlm-research/open_llama_3b_v2 and Dolly from the hub; without a network, give folders and files:
+
+    --config.teacher.model.path=FOLDER --config.student.model.path=FOLDER --config.data.train=FILE
+
+`:minillm` takes MiniLLM's lengths and sampling rules in place of the paper's.
+"""
+
+from l2m_jax.config import PRESETS, defaults
+
+
+def get_config(variant: str = ""):
+    if variant and variant not in PRESETS:
+        raise ValueError(f"no variant {variant!r} of configs/open_llama_3b.py; known: {', '.join(PRESETS)}")
+    config = defaults(variant or "paper")
+    config.data.train_rows = 11_500
+    config.teacher.model.path = "openlm-research/open_llama_7b_v2"
+    config.teacher.model.remat = "block"
+    config.teacher.finetune.update(epochs=10, learning_rate=5e-5)
+    config.student.model.path = "openlm-research/open_llama_3b_v2"
+    config.student.model.remat = "block"
+    config.devices.mapping = "fsdp"  # the teacher's fine-tuning outgrows one card
+    config.curriculum.alpha = 0.15
+    config.evaluation.sets = ("test", "self_inst", "vicuna", "s_ni", "un_ni")
+    return config

@@ -1,0 +1,26 @@
+"""The paper's OPT experiment: 2.7B into 1.3B, on Dolly.
+
+    uv run train.py --config configs/opt_1_3b.py --workdir runs/opt_1_3b
+
+Fetches facebook/opt-2.7b, facebook/opt-1.3b and Dolly from the hub; without a network, give folders and files:
+
+    --config.teacher.model.path=FOLDER --config.student.model.path=FOLDER --config.data.train=FILE
+
+`:minillm` takes MiniLLM's lengths and sampling rules in place of the paper's.
+"""
+
+from l2m_jax.config import PRESETS, defaults
+
+
+def get_config(variant: str = ""):
+    if variant and variant not in PRESETS:
+        raise ValueError(f"no variant {variant!r} of configs/opt_1_3b.py; known: {', '.join(PRESETS)}")
+    config = defaults(variant or "paper")
+    config.data.train_rows = 11_500
+    config.teacher.model.path = "facebook/opt-2.7b"
+    config.teacher.model.remat = "block"
+    config.teacher.finetune.update(epochs=10, learning_rate=5e-5)
+    config.student.model.path = "facebook/opt-1.3b"
+    config.curriculum.alpha = 0.15
+    config.evaluation.sets = ("test", "self_inst", "vicuna", "s_ni", "un_ni")
+    return config
