@@ -14,7 +14,7 @@ from l2m_jax.data.packing import Shape
 from l2m_jax.losses import Objective
 from l2m_jax.models import DecoderConfig
 from l2m_jax.training.checkpoint import Checkpoints
-from l2m_jax.training.loop import EpochData, Task, train
+from l2m_jax.training.loop import Task, Term, train
 from l2m_jax.training.metrics import MetricsLog, read_metrics
 from l2m_jax.training.optimizer import OptimizerSettings
 from l2m_jax.training.parallel import Parallel
@@ -37,7 +37,6 @@ def _train(folder, mapping: str, params, dtype: str = "float32"):
         phase="test",
         settings=StepSettings(config, None, 60, chunk_size=16),
         stages=single_stage(np.arange(EXAMPLES), EXAMPLES, beta=0.0),
-        objective=lambda stage: Objective(beta=stage.beta),
         shapes=(Shape(1, 32),),
         optimizer=OptimizerSettings(learning_rate=1e-2),
         batch_size=6,
@@ -50,7 +49,7 @@ def _train(folder, mapping: str, params, dtype: str = "float32"):
         task,
         parallel,
         placed,
-        lambda stage, epoch, params: EpochData(examples, stage.indices),
+        lambda part, params: (Term(Objective(beta=0.0), examples),),
         None,
         checkpoints,
         metrics,
