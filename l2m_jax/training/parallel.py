@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from l2m_jax.models.sharding import rows_split_over
+from l2m_jax.models.sharding import rows_split_as
 
 AXIS = "devices"
 
@@ -65,7 +65,7 @@ class Parallel:
             )
 
         def sharded(*arguments):
-            with rows_split_over(self.mesh):
+            with rows_split_as(NamedSharding(self.mesh, PartitionSpec(AXIS))):
                 return self._constrain(function(*arguments, axis_name=None))
 
         return jax.jit(sharded, static_argnums=tuple(static), donate_argnums=tuple(donate))

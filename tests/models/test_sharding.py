@@ -3,15 +3,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from l2m_jax.models.sharding import rows_split_over, split_rows
+from l2m_jax.models.sharding import rows_split_as, split_rows
 
 
 def test_rows_are_split_only_where_asked_for():
     mesh = Mesh(np.array(jax.devices()[:4]), ("devices",), axis_types=(AxisType.Auto,))
-    columns = jax.device_put(jnp.arange(32.0).reshape(8, 4), NamedSharding(mesh, PartitionSpec(None, "devices")))
+    columns = jax.device_put(
+        jnp.arange(32.0).reshape(8, 4), NamedSharding(mesh, PartitionSpec(None, "devices"))
+    )
 
     def split(x):
-        with rows_split_over(mesh):
+        with rows_split_as(NamedSharding(mesh, PartitionSpec("devices"))):
             return split_rows(x)
 
     assert jax.jit(split)(columns).sharding.spec == PartitionSpec("devices")
