@@ -19,7 +19,7 @@ from l2m_jax.generation import SamplingRules, generate
 from l2m_jax.losses import Objective
 from l2m_jax.losses.fused import DEFAULT_CHUNK_SIZE
 from l2m_jax.models import DecoderConfig
-from l2m_jax.models.sharding import rows_split_over
+from l2m_jax.models.sharding import rows_split_as
 from l2m_jax.types import MicroBatch, Params
 
 _CROSS_ENTROPY = Objective(beta=0.0)
@@ -106,7 +106,7 @@ def cross_entropy_by_example(
 
     @functools.partial(jax.jit, static_argnums=(0, 1), out_shardings=everywhere)
     def token_losses(*arguments: Any) -> jax.Array:
-        with rows_split_over(mesh):
+        with rows_split_as(by_device):
             return _token_losses(*arguments)
 
     def feed(host: np.ndarray) -> jax.Array:

@@ -5,6 +5,7 @@ replicated, with `jax.jit` over a mesh where they are sharded. Everything but th
 device axis A.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from l2m_jax import models
 from l2m_jax.generation.sampling import SamplingRules, sample
 from l2m_jax.models import Cache, DecoderConfig
+from l2m_jax.models.sharding import rows_split_as
 from l2m_jax.types import Params
 
 
@@ -200,8 +202,16 @@ class Programs:
         *,
         static: int = 0,
         donate: Sequence[int] = (),
+        split_rows: bool = False,
     ) -> Callable:
-        """`in_axes`: of the arguments behind the `static` first ones; `donate`: positions among all of them."""
+        """`function` over the device axis.
+
+        Args:
+            in_axes: of the arguments behind the `static` first ones.
+            donate: positions among all of them.
+            split_rows: keep activations of sharded parameters with their rows. One token a row is so little that
+                the compiler does better to move activations than parameters.
+        """
         statics = tuple(range(static))
         if not self.sharded:
             return jax.pmap(
@@ -214,15 +224,17 @@ class Programs:
 
         def mapped(*arguments):
             fixed = functools.partial(function, *arguments[:static])
-            return jax.lax.with_sharding_constraint(
-                jax.vmap(fixed, in_axes=in_axes)(*arguments[static:]), self.split
-            )
+            # The mapped axis is the mesh's; on their own axes, a device's rows are not split further.
+            rows = rows_split_as(NamedSharding(self.mesh, PartitionSpec()))
+            with rows if split_rows else contextlib.nullcontext():
+                over_devices = jax.vmap(fixed, in_axes=in_axes, spmd_axis_name=self.mesh.axis_names)
+                return jax.lax.with_sharding_constraint(over_devices(*arguments[static:]), self.split)
 
         return jax.jit(mapped, static_argnums=statics, donate_argnums=tuple(donate))
 
     @functools.cached_property
     def prefill(self) -> Callable:
-        return self._map(prefill, (None, 0, 0), static=1)
+        return self._map(prefill, (None, 0, 0), static=1, split_rows=True)
 
     @functools.cached_property
     def begin(self) -> Callable:

@@ -5,28 +5,26 @@ import contextvars
 from collections.abc import Iterator
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-_MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+_SHARDING: contextvars.ContextVar[NamedSharding | None] = contextvars.ContextVar("sharding", default=None)
 
 
 @contextlib.contextmanager
-def rows_split_over(mesh: Mesh) -> Iterator[None]:
-    """While a function is traced in here, `split_rows` puts rows onto the devices of `mesh`, in order.
+def rows_split_as(sharding: NamedSharding) -> Iterator[None]:
+    """While a function is traced in here, `split_rows` gives arrays this sharding, which names their first axis.
 
     Left to itself, the compiler splits some activations as the parameters are: over heads, say, which the cuDNN
     kernel refuses beside a mask that is split over rows.
     """
-    token = _MESH.set(mesh)
+    token = _SHARDING.set(sharding)
     try:
         yield
     finally:
-        _MESH.reset(token)
+        _SHARDING.reset(token)
 
 
 def split_rows(x: jax.Array) -> jax.Array:
-    """`x`, split over its first axis; as it is outside `rows_split_over`."""
-    mesh = _MESH.get()
-    if mesh is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+    """`x`, whose first axis is the batch, sharded as `rows_split_as` says; as it is outside."""
+    sharding = _SHARDING.get()
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)

@@ -81,8 +81,7 @@ class Change:
 def what_would_fit(config: Config, plan: Plan) -> list[Change]:
     """Changes in the order of what they cost, up to the first that fits.
 
-    Shorter rows with smaller chunks; then smaller chunks, remat, sharding and more devices, each on top of those
-    before. Where what stays on a device is too much by itself, nothing is compiled.
+    Shorter rows with smaller chunks; smaller chunks; these with remat; sharding; all of these, then on more devices. Where what stays on a device is too much by itself, nothing is compiled.
     """
     tried = []
     room = _USABLE * plan.target.memory
@@ -104,15 +103,15 @@ def what_would_fit(config: Config, plan: Plan) -> list[Change]:
 def _changes(config: Config, devices: int) -> list[tuple[dict[str, Any], int]]:
     chunk = {"chunk_size": min(config.chunk_size, 128)}
     remat = chunk | {"teacher.model.remat": "block", "student.model.remat": "block"}
+    sharded = {"devices.mapping": "fsdp"}
     found = [
         ({"data.max_length": config.data.max_length // 2} | chunk, devices),
         (chunk, devices),
         (remat, devices),
     ]
-    fsdp = remat | {"devices.mapping": "fsdp"}
     if devices > 1:
-        found.append((fsdp, devices))
-    found += [(fsdp, devices * factor) for factor in (2, 4, 8)]
+        found += [(sharded, devices), (remat | sharded, devices)]
+    found += [(remat | sharded, devices * factor) for factor in (2, 4, 8)]
     # Only real changes.
     return [(changes, n) for changes, n in found if n != devices or _with(config, changes) != config]
 

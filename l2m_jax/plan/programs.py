@@ -26,8 +26,8 @@ from l2m_jax.training.parallel import AXIS, Parallel
 from l2m_jax.training.step import StepSettings, Sums, Teacher, TrainState
 from l2m_jax.types import MicroBatch, Params
 
-# A card that is not there cannot time kernels.
-_OPTIONS = {"gpu": {"xla_gpu_autotune_level": "0"}}
+# A card that is not there cannot time kernels. Without timing, Triton's matrix products have no tiles for some shapes.
+_OPTIONS = {"gpu": {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": "False"}}
 
 _PREFILL_TOKENS, _PROMPT = 2048, 128  # a batch as the decode engine makes them
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from l2m_jax.models.sharding import rows_split_over
+from l2m_jax.models.sharding import rows_split_as
 
 AXIS = "devices"
 
@@ -80,7 +80,7 @@ class Parallel:
             )
 
         def sharded(*arguments):
-            with rows_split_over(self.mesh):
+            with rows_split_as(NamedSharding(self.mesh, PartitionSpec(AXIS))):
                 return self._constrain(function(*arguments, axis_name=None))
 
         return jax.jit(sharded, static_argnums=tuple(static), donate_argnums=tuple(donate))

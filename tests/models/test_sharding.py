@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from l2m_jax.models.sharding import rows_split_over, split_rows
+from l2m_jax.models.sharding import rows_split_as, split_rows
 
 
 def test_rows_are_split_only_where_asked_for():
@@ -13,7 +13,7 @@ def test_rows_are_split_only_where_asked_for():
     )
 
     def split(x):
-        with rows_split_over(mesh):
+        with rows_split_as(NamedSharding(mesh, PartitionSpec("devices"))):
             return split_rows(x)
 
     assert jax.jit(split)(columns).sharding.spec == PartitionSpec("devices")
