@@ -20,6 +20,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error:::l2m_jax")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs():
+    """Each module lets go of its programs: a process has memory maps for some thousands of them only."""
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)  # a run in the tests sets it for the whole process
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with the real data sets and tokenizers; tests that need it are skipped without it."""
