@@ -6,7 +6,7 @@ from l2m_jax.plan.targets import Target
 
 BASIS = (
     "roofline: the largest of matrix products at the card's peak, memory traffic at its bandwidth and kernel starts, "
-    "plus collectives at the link's bandwidth; real runs take 1.5 to 3 times as long"
+    "plus collectives at the link's bandwidth; no kernel reaches its roof, and no card has been timed against it"
 )
 
 
