@@ -21,6 +21,7 @@ from l2m_jax.models import DecoderConfig
 from l2m_jax.models.gguf import GgufFile
 from l2m_jax.processes import first
 from l2m_jax.progress import console
+from l2m_jax.training.optimizer import OptimizerSettings
 from l2m_jax.types import Params
 
 
@@ -88,16 +89,20 @@ def check_tokenizers(config: settings.Config, tokenizer: Any) -> None:
             )
 
 
-def limits(data: settings.Data, *, use: str = "training") -> TokenLimits:
-    """The token limits for `use`, "training" or "evaluation"."""
+def limits(data: settings.Data, bos: bool) -> TokenLimits:
     long = "truncate" if data.truncate else "drop"
     return TokenLimits(
         max_length=data.max_length,
         max_prompt_length=data.max_prompt_length or None,
         long_prompt=long,
         long_response=long,
-        bos=data.bos in (use, "both"),
+        bos=bos,
     )
+
+
+def begins_with_bos(data: settings.Data, use: str) -> bool:
+    """Whether rows begin with the beginning-of-sequence token in `use`, "training" or "evaluation"."""
+    return data.bos in (use, "both")
 
 
 def build_splits(data: settings.Data, tokenizer: Any, folder: Path) -> Splits:
@@ -112,7 +117,9 @@ def build_splits(data: settings.Data, tokenizer: Any, folder: Path) -> Splits:
         if not all(artefacts.is_finished(folder / name, made_from) for name in names):
             rows = _rows(data, tokenizer)
             for name, part in zip(names, rows, strict=True):
-                build_corpus(part, tokenizer, folder / name, limits(data), made_from=made_from)
+                # The validation and test rows are answered and never trained on.
+                bos = begins_with_bos(data, "training" if name == "train" else "evaluation")
+                build_corpus(part, tokenizer, folder / name, limits(data, bos), made_from=made_from)
 
     first(build)
     splits = Splits(*(Corpus.open(folder / name) for name in names))
@@ -132,8 +139,9 @@ def _rows(data: settings.Data, tokenizer: Any) -> tuple[Iterable[Row], Iterable[
     if len(parts) == 2:
         train = itertools.islice(read_rows(data.train), data.train_rows or None)
         return train, parts["validation"], parts["test"]
-    # The split comes after the filter, so that its parts have the sizes asked for.
-    kept, counts = filter_rows(read_rows(data.train), tokenizer, limits(data))
+    # The split comes after the filter, so that its parts have the sizes asked for, whichever of them gets the
+    # beginning-of-sequence token.
+    kept, counts = filter_rows(read_rows(data.train), tokenizer, limits(data, data.bos != "none"))
     console.print(f"  {data.train}: {counts}")
     sizes = [0 if n in parts else getattr(data, f"{n}_rows") for n in ("validation", "test")]
     train_rows = data.train_rows or max(len(kept) - sum(sizes), 1)
@@ -181,6 +189,11 @@ def build_model(
             "not belong together; set config.data.tokenizer to the model's own"
         )
     return dataclasses.replace(config, valid_vocab_size=min(config.valid_vocab_size, len(tokenizer))), params
+
+
+def optimizer(training: settings.Training) -> OptimizerSettings:
+    names = [field.name for field in dataclasses.fields(OptimizerSettings)]
+    return OptimizerSettings(**{name: getattr(training, name) for name in names})
 
 
 def computed_as(config: DecoderConfig, model: settings.Model, platform: str | None = None) -> DecoderConfig:

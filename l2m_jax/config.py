@@ -42,7 +42,9 @@ class Data:
     max_length: int = 1024  # tokens of prompt and response; longer examples are dropped and counted
     max_prompt_length: int = 0  # 0: no limit of its own
     truncate: bool = False  # cut long prompts and responses to the limits instead of dropping the example
-    bos: str = "none"  # "none", "training", "evaluation" or "both"
+    # What begins with the beginning-of-sequence token: "none", "training" (and the answers to training prompts),
+    # "evaluation" (validation, test and other sets) or "both".
+    bos: str = "none"
     synthetic: SyntheticData = field(default_factory=SyntheticData)
 
 

@@ -22,6 +22,7 @@ p is the teacher, q the student.
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -158,3 +159,8 @@ def objectives(method: Method, config: Config, stage: Stage) -> tuple[Objective,
         dataclasses.replace(objective, scale=first),
         dataclasses.replace(objective, divergence=student, scale=second),
     )
+
+
+def needs_teacher(method: Method, config: Config, stages: Iterable[Stage]) -> bool:
+    """Whether any stage has a divergence from the teacher in its loss."""
+    return any(o.needs_teacher for stage in stages for o in objectives(method, config, stage))

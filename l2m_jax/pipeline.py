@@ -28,7 +28,7 @@ from l2m_jax.phases import (
 )
 from l2m_jax.processes import first
 from l2m_jax.progress import console
-from l2m_jax.runs import Model, Run, start
+from l2m_jax.runs import FinishedModel, Run, start
 from l2m_jax.training.metrics import read_metrics
 from l2m_jax.training.teacher import TeacherStore
 
@@ -49,7 +49,7 @@ def run(config: Config, workdir: str | Path, shared: str | Path | None = None) -
     run = _start(config, Path(workdir), Path(shared or workdir))
     teacher, initial, difficulty, difficulty_made_from, store = _prepared(run)
 
-    students: dict[str, Model] = {}
+    students: dict[str, FinishedModel] = {}
     for name in _names(config):
         phase = "student" if name == config.method else f"student:{name}"
         with run.phase(phase):
@@ -98,8 +98,8 @@ def _start(config: Config, workdir: Path, shared: Path) -> Run:
 
 
 class _Prepared(NamedTuple):
-    teacher: Model
-    initial: Model
+    teacher: FinishedModel
+    initial: FinishedModel
     difficulty: Difficulty
     difficulty_made_from: str
     store: TeacherStore | None

@@ -19,7 +19,7 @@ from l2m_jax.generation import Answer, generate
 from l2m_jax.models import DecoderConfig
 from l2m_jax.processes import first
 from l2m_jax.progress import console
-from l2m_jax.runs import Model, Run
+from l2m_jax.runs import FinishedModel, Run
 from l2m_jax.training.loop import Part, Term
 from l2m_jax.training.teacher import TeacherStore
 from l2m_jax.types import Params
@@ -32,8 +32,8 @@ Responses = Mapping[
 def training_data(
     run: Run,
     method: methods.Method,
-    teacher: Model,
-    initial: Model,
+    teacher: FinishedModel,
+    initial: FinishedModel,
     store: TeacherStore | None,
     folder: Path,
 ) -> Callable[[Part, Params], list[Term]]:
@@ -99,12 +99,12 @@ def shapes(run: Run, method: methods.Method, limit: int) -> tuple[Shape, ...]:
     )
 
 
-def longest_example(run: Run, teacher: Model, student: Model) -> int:
+def longest_example(run: Run, teacher: FinishedModel, student: FinishedModel) -> int:
     """The most tokens of an example with a generated response: it is truncated there, and has no end then."""
     return min(run.config.data.max_length, teacher.config.max_positions, student.config.max_positions)
 
 
-def generated_once(run: Run, model: Model, name: str) -> Responses:
+def generated_once(run: Run, model: FinishedModel, name: str) -> Responses:
     """The response of `model` to each training prompt, from `NAME_responses.jsonl` as far as it is there already."""
     indices = np.arange(len(run.splits.train))
     found = _generate(
@@ -162,7 +162,9 @@ class Rollouts:
         if self._latest is None:
             self._latest = {}
             if self._run.config.rollouts.replay_share:
-                for earlier in sorted(self._folder.glob("*.jsonl")):
+                # One process looks, for all must find the same files.
+                files = first(lambda: sorted(self._folder.glob("*.jsonl")))
+                for earlier in files:
                     if earlier.name < file.name:
                         self._latest.update(_read(earlier))
         return self._latest

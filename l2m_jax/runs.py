@@ -3,14 +3,14 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from l2m_jax import artefacts, build, models
-from l2m_jax.config import Config
+from l2m_jax.config import Config, Model
 from l2m_jax.data.packing import Shape, choose_shapes
 from l2m_jax.errors import InputError
 from l2m_jax.generation import SamplingRules
@@ -22,7 +22,7 @@ from l2m_jax.training.parallel import Parallel
 from l2m_jax.types import Params
 
 
-class Model(NamedTuple):
+class FinishedModel(NamedTuple):
     """A model as a finished artefact."""
 
     folder: Path
@@ -76,10 +76,41 @@ class Run:
             return {"mesh": self.parallel.mesh, "slots": slots}
         return {"devices": self.parallel.devices, "slots": slots}
 
-    def load(self, folder: str | Path) -> tuple[DecoderConfig, Params]:
-        """The model of a folder, its parameters where generation needs them: sharded, or one copy."""
+    def load(self, folder: str | Path, settings: Model) -> tuple[DecoderConfig, Params]:
+        """The model of a folder, computed as `settings` say, its parameters where generation needs them.
+
+        That is sharded, or one copy. Compute type and remat stand in no folder.
+        """
         sharded = self.parallel.mapping == "fsdp"
-        return models.load(folder, sharding=self.parallel.parameter_sharding if sharded else None)
+        config, params = models.load(folder, sharding=self.parallel.parameter_sharding if sharded else None)
+        config = dataclasses.replace(
+            config,
+            dtype=build.compute_dtype(settings),
+            remat=settings.remat,
+            valid_vocab_size=min(config.valid_vocab_size, len(self.tokenizer)),
+        )
+        return config, params
+
+    def finished_model(
+        self,
+        folder: Path,
+        made_from: str,
+        settings: Model,
+        make: Callable[[], tuple[DecoderConfig, Params]],
+        card: models.ModelCard | None = None,
+    ) -> FinishedModel:
+        """The model of `folder`; made and saved there first unless it is there already."""
+        if first(lambda: artefacts.is_finished(folder, made_from)):
+            console.print(f"  already there: {folder}")
+        else:
+            config, params = make()
+
+            def save() -> None:
+                with artefacts.writing(folder, made_from) as unfinished:
+                    models.save(unfinished, config, params, tokenizer=self.tokenizer, card=card)
+
+            first(save)
+        return FinishedModel(folder, made_from, *self.load(folder, settings))
 
 
 def start(config: Config, workdir: Path, shared: Path) -> Run:

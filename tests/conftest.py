@@ -8,8 +8,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import importlib.util
+
 import jax
 import pytest
+from ml_collections import ConfigDict
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,10 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_programs():
-    """Each module lets go of its programs: a process has memory maps for some thousands of them only."""
+    """Programs are let go of where they are many: each has memory maps, of which a process may have 65,530."""
     yield
     jax.config.update("jax_compilation_cache_dir", None)  # a run in the tests sets it for the whole process
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or len(maps.read_text().splitlines()) > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +40,13 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the shared data set and tokenizers are not beside the repository (nor in L2M_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ConfigDict:
+    """The smallest run with all phases; a test changes a copy."""
+    spec = importlib.util.spec_from_file_location("tiny", ROOT / "tests" / "configs" / "tiny.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()

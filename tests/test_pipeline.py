@@ -17,33 +17,10 @@ from l2m_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 
-CONFIG = """
-from l2m_jax.config import defaults
-
-def get_config(variant=""):
-    config = defaults()
-    config.data.source = "synthetic"
-    config.data.synthetic.update(train=48, validation=4, test=4, tokenizer_size=400)
-    config.data.max_length = 160
-    for model, width in ((config.teacher.model, 24), (config.student.model, 16)):
-        model.architecture.update(num_layers=1, num_heads=2, hidden_size=width, max_positions=192)
-    config.teacher.finetune.update(epochs=1)
-    config.student.warmup.update(epochs=1)
-    config.curriculum.epochs_per_stage = 2
-    config.sampling.max_new_tokens = 4
-    config.evaluation.seeds = (10, 20)
-    config.max_shapes = 1
-    config.checkpoint_every = 2
-    config.devices.count = 1
-    return config
-"""
-
 
 def _command(folder: Path, *flags: str) -> list[str]:
-    file = folder / "tiny.py"
-    file.write_text(CONFIG)
-    workdir = folder / "run"
-    return [sys.executable, str(ROOT / "train.py"), "--config", str(file), "--workdir", str(workdir), *flags]
+    script, config = ROOT / "train.py", ROOT / "tests" / "configs" / "tiny.py"
+    return [sys.executable, str(script), f"--config={config}", f"--workdir={folder / 'run'}", *flags]
 
 
 def _run(folder: Path, *flags: str) -> subprocess.CompletedProcess:

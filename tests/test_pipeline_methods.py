@@ -6,41 +6,33 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from ml_collections import ConfigDict
 
 from l2m_jax import artefacts, phases, pipeline, rollouts
-from l2m_jax.config import Config, defaults, parse
+from l2m_jax.config import Config, parse
 from l2m_jax.training.checkpoint import Checkpoints
 from l2m_jax.training.metrics import MetricsLog, read_metrics
 
 STEPS = 15  # 5 epochs of 48 examples
 
 
-def _config(method: str, baselines: tuple[str, ...] = (), **changes) -> Config:
-    config = defaults()
+def _config(tiny: ConfigDict, method: str, baselines: tuple[str, ...] = (), **changes) -> Config:
+    config = tiny.copy_and_resolve_references()
     config.method, config.baselines = method, baselines
-    config.data.source = "synthetic"
-    config.data.synthetic.update(train=48, validation=2, test=2, tokenizer_size=400)
-    config.data.max_length = 160
-    for model, width in ((config.teacher.model, 24), (config.student.model, 16)):
-        model.architecture.update(num_layers=1, num_heads=2, hidden_size=width, max_positions=192)
-    config.teacher.finetune.update(epochs=1, learning_rate=1e-2)
-    config.student.warmup.update(epochs=1)
-    config.curriculum.epochs_per_stage = 2
-    config.training.learning_rate = 1e-2  # parameters move far enough from part to part to be told apart
+    # Parameters move far enough from part to part to be told apart.
+    config.training.learning_rate = config.teacher.finetune.learning_rate = 1e-2
+    config.data.synthetic.update(validation=2, test=2)
     config.sampling.max_new_tokens = 6
     config.evaluation.update(seeds=(10,), validation_every=5)
-    config.max_shapes = 1
-    config.checkpoint_every = 2
-    config.devices.count = 1
     config.update_from_flattened_dict(changes)
     return parse(config)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
+def finished(tiny, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
     baselines = ("seqkd", "distillm2", "distillm2_on_policy", "skl")
-    pipeline.run(_config("skl_on_policy", baselines), folder / "run", folder / "shared")
+    pipeline.run(_config(tiny, "skl_on_policy", baselines), folder / "run", folder / "shared")
     return folder
 
 
@@ -98,8 +90,9 @@ class _RecordedCheckpoints(Checkpoints):
 
 
 @pytest.mark.parametrize("killed", ["training", "generating"])
-def test_an_interrupted_on_policy_run_ends_as_one_that_was_not(finished, tmp_path, monkeypatch, killed):
+def test_an_interrupted_on_policy_run_ends_as_one_that_was_not(tiny, finished, tmp_path, monkeypatch, killed):
     config = _config(
+        tiny,
         "skl_on_policy",
         **{"rollouts.refreshes": 2, "rollouts.replay_share": 0.5, "overrides.divergence": "jsd"},
     )
@@ -118,7 +111,7 @@ def test_an_interrupted_on_policy_run_ends_as_one_that_was_not(finished, tmp_pat
             raise _Killed
         write_text(path, text)
 
-    monkeypatch.setattr(phases, "Checkpoints", _RecordedCheckpoints)
+    monkeypatch.setattr(phases.distillation, "Checkpoints", _RecordedCheckpoints)
     monkeypatch.setattr(MetricsLog, "write", writing)
     monkeypatch.setattr(rollouts.artefacts, "write_text", saving)
     with pytest.raises(_Killed):

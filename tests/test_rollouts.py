@@ -12,7 +12,7 @@ from l2m_jax.curriculum import single_stage
 from l2m_jax.data.batches import ListedExamples
 from l2m_jax.generation import Answer, SamplingRules
 from l2m_jax.methods import METHODS
-from l2m_jax.runs import Model
+from l2m_jax.runs import FinishedModel
 from l2m_jax.training.loop import Part
 
 EOS, COUNT, BATCH = 2, 40, 8
@@ -71,9 +71,9 @@ def _part(epoch: int, number: int, indices) -> Part:
     return Part(stage, epoch, number, np.asarray(indices), 0)
 
 
-def _model(name: str) -> Model:
+def _model(name: str) -> FinishedModel:
     params = {"teacher": 50, "initial": 60}[name]
-    return Model(Path(name), name, SimpleNamespace(max_positions=LIMIT), params)  # type: ignore[arg-type]
+    return FinishedModel(Path(name), name, SimpleNamespace(max_positions=LIMIT), params)  # type: ignore[arg-type]
 
 
 def _data(run, name: str, folder: Path):

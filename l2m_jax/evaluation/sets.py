@@ -55,7 +55,6 @@ def from_corpus(
     *,
     rows: int = 0,
     longest_prompt: int | None = None,
-    bos_token_id: int | None = None,
 ) -> PromptSet:
     """The prompts of a corpus, such as the test split.
 
@@ -63,15 +62,12 @@ def from_corpus(
         rows: the most rows used, from the front; 0 takes all.
         longest_prompt: prompts with more tokens are left out and counted. Answers need room in the model, so this is
             its positions less `max_new_tokens`, or less.
-        bos_token_id: put in front of prompts that do not begin with it.
 
     Raises:
         InputError: no prompt is left.
     """
     chosen = range(min(rows, len(corpus)) if rows else len(corpus))
-    start = () if bos_token_id is None else (bos_token_id,)
     prompts = [tuple(corpus.prompt_tokens(i).tolist()) for i in chosen]
-    prompts = [prompt if prompt[: len(start)] == start else start + prompt for prompt in prompts]
     kept = [i for i in chosen if longest_prompt is None or len(prompts[i]) <= longest_prompt]
     if not kept:
         raise InputError(

@@ -48,15 +48,6 @@ def test_long_prompts_are_left_out_and_counted(corpus):
         from_corpus("test", corpus, longest_prompt=3)
 
 
-def test_bos_is_put_in_front_once(corpus, tokenizer, tmp_path):
-    bos = tokenizer.bos_token_id
-    plain = from_corpus("test", corpus)
-    started = from_corpus("test", corpus, bos_token_id=bos)
-    assert started.prompts[0] == (bos, *plain.prompts[0])
-    again = build_corpus(ROWS, tokenizer, tmp_path / "bos", TokenLimits(1024, bos=True)).corpus
-    assert from_corpus("test", again, bos_token_id=bos).prompts == started.prompts
-
-
 def test_the_papers_sets_demand_their_shortest_reference(corpus):
     # Two of three references are far below 11 tokens: these rows are not the paper's UnNI.
     assert from_corpus("un_ni", corpus).unreportable

@@ -18,32 +18,21 @@ from l2m_jax.plan.programs import Compiler, device_bytes, parameters
 from l2m_jax.training.parallel import Parallel
 
 ROOT = Path(__file__).resolve().parents[2]
-
-CONFIG = """
-from l2m_jax.config import defaults
-
-def get_config(variant=""):
-    config = defaults()
-    config.data.source = "synthetic"
-    config.data.synthetic.update(train=48, validation=4, test=4, tokenizer_size=400)
-    config.data.max_length = 160
-    for model, width in ((config.teacher.model, 32), (config.student.model, 16)):
-        model.architecture.update(num_layers=2, num_heads=2, hidden_size=width, max_positions=192)
-    config.curriculum.epochs_per_stage = 2
-    config.sampling.max_new_tokens = 4
-    config.sampling.slots = 4
-    config.evaluation.seeds = (10,)
-    config.max_shapes = 1
-    config.chunk_size = 32
-    return config
-"""
+SETTINGS = {
+    "teacher.model.architecture.hidden_size": 32,
+    "teacher.model.architecture.num_layers": 2,
+    "student.model.architecture.num_layers": 2,
+    "student.warmup.epochs": 0,
+    "sampling.slots": 4,
+    "chunk_size": 32,
+}
 
 
 @pytest.fixture(scope="module")
-def config():
-    space: dict = {}
-    exec(CONFIG, space)
-    return parse(space["get_config"]())
+def config(tiny):
+    values = tiny.copy_and_resolve_references()
+    values.update_from_flattened_dict(SETTINGS)
+    return parse(values)
 
 
 @pytest.fixture(scope="module")
@@ -196,17 +185,16 @@ def test_a_compiler_that_is_not_installed_is_named(config, monkeypatch, target, 
         plan.make(config, target, 1)
 
 
-def _command(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    file = folder / "tiny.py"
-    file.write_text(CONFIG)
-    command = [sys.executable, "-m", "l2m_jax.plan", "--config", str(file), *flags]
+def _command(*flags: str) -> subprocess.CompletedProcess:
+    config = ROOT / "tests" / "configs" / "tiny.py"
+    settings = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
+    command = [sys.executable, "-m", "l2m_jax.plan", f"--config={config}", *settings, *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_the_command_line_on_cpu(tmp_path):
     out = tmp_path / "out.json"
     done = _command(
-        tmp_path,
         "--target",
         "cpu",
         "--devices",
@@ -222,7 +210,7 @@ def test_the_command_line_on_cpu(tmp_path):
 
 
 def test_the_command_line_with_a_wrong_target(tmp_path):
-    done = _command(tmp_path, "--target", "a1000")
+    done = _command("--target", "a1000")
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "error: --target: no target 'a1000'" in done.stderr
 
@@ -234,7 +222,7 @@ def test_the_command_line_with_a_wrong_target(tmp_path):
 def test_for_a_gpu_that_is_not_there(tmp_path, mapping):
     out = tmp_path / "out.json"
     few = ("--config.teacher.finetune.epochs=0", f"--config.devices.mapping={mapping}", "--json", str(out))
-    done = _command(tmp_path, "--target", "h100_80gb", "--devices", "2", *few)
+    done = _command("--target", "h100_80gb", "--devices", "2", *few)
     assert done.returncode == 0, done.stderr
     document = json.loads(out.read_text())
     assert document["memory_of_card"] == 84929347584
@@ -247,7 +235,6 @@ def test_for_a_gpu_that_is_not_there(tmp_path, mapping):
 def test_for_a_tpu_that_is_not_there(tmp_path):
     out = tmp_path / "out.json"
     done = _command(
-        tmp_path,
         "--target",
         "v5e:2x2",
         "--devices",

@@ -10,33 +10,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-
-CONFIG = """
-from l2m_jax.config import defaults
-
-def get_config(variant=""):
-    config = defaults()
-    config.data.source = "synthetic"
-    config.data.synthetic.update(train=32, validation=4, test=4, tokenizer_size=400)
-    config.data.max_length = 160
-    for model, width in ((config.teacher.model, 24), (config.student.model, 16)):
-        model.architecture.update(num_layers=1, num_heads=2, hidden_size=width, max_positions=192)
-        model.dropout = 0.0
-    config.teacher.finetune.update(epochs=1)
-    config.curriculum.epochs_per_stage = 1
-    config.sampling.max_new_tokens = 4
-    config.evaluation.seeds = (10, 20)
-    config.max_shapes = 1
-    config.devices.count = 1
-    if variant == "quick":
-        config.curriculum.stages = 2
-    return config
-"""
+SETTINGS = (
+    "--config.data.synthetic.train=32",
+    "--config.student.warmup.epochs=0",
+    "--config.curriculum.stages=2",
+    "--config.curriculum.epochs_per_stage=1",
+)
 
 
 def sweep(folder: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess:
-    (folder / "tiny.py").write_text(CONFIG)
-    command = [sys.executable, "-m", "l2m_jax.sweep", "--config", f"{folder / 'tiny.py'}:quick", *flags]
+    config = ROOT / "tests" / "configs" / "tiny.py"
+    command = [sys.executable, "-m", "l2m_jax.sweep", f"--config={config}:no_dropout", *SETTINGS, *flags]
     command += ["--methods=sft,kld", "--seeds=0,1", f"--workdir={folder / 'sweep'}"]
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, **environment}
