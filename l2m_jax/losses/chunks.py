@@ -1,8 +1,9 @@
 """One chunk of tokens of the fused loss: logits from hidden states, their losses and their gradient."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,18 @@ from jax import lax
 from l2m_jax.losses.distillation import Objective, combine, scaled_divergence
 from l2m_jax.losses.divergences import cross_entropy
 
+Carry = TypeVar("Carry")
+
 # Softmax, divergence and their gradient hold about ten arrays of a block's logits. On a CPU they pass over them
 # twice as fast where these fit into the cache; elsewhere a block is large enough to fill the device.
 _BLOCK_SIZE_CPU = 16
 _BLOCK_SIZE = 256
+
+
+# What a whole chunk is too much for is done in parts of this size.
+PARTS = 4
+# A part's size is a multiple of it, which matrix units like.
+_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -33,10 +42,34 @@ class Inputs(NamedTuple):
     weights: jax.Array  # [..., T]
 
 
-def chunks_with_weight(static: Static, weights: jax.Array) -> jax.Array:
+def choose_chunk_size(tokens: int, most: int) -> int:
+    """Chunks of about equal size, so that the last one is not mostly padding."""
+    chunks = max(1, divide_up(tokens, most))
+    return max(1, divide_up(tokens, chunks * PARTS * _ALIGNMENT)) * PARTS * _ALIGNMENT
+
+
+def divide_up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def over_chunks(
+    static: Static,
+    weights: jax.Array,
+    body: Callable[[jax.Array, int, Carry], Carry],
+    initial: Carry,
+) -> Carry:
+    """`body(start, size, carry)` for chunk after chunk, up to the last token with weight.
+
+    Whole chunks keep matrix units busy, and parts of one waste little where the tokens end within it.
+    """
     position = lax.broadcasted_iota(jnp.int32, weights.shape, weights.ndim - 1)
     end = jnp.max(jnp.where(weights != 0, position + 1, 0), initial=0)
-    return (end + static.chunk_size - 1) // static.chunk_size
+    whole, part = static.chunk_size, static.chunk_size // PARTS
+    # One that is full but for less than a part is a whole one.
+    count = (end + part - 1) // whole
+    done = lax.fori_loop(0, count, lambda i, carry: body(i * whole, whole, carry), initial)
+    parts = (end + part - 1) // part
+    return lax.fori_loop(PARTS * count, parts, lambda i, carry: body(i * part, part, carry), done)
 
 
 def slice_tokens(x: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
@@ -47,12 +80,12 @@ def put_tokens(x: jax.Array, part: jax.Array, start: jax.Array, axis: int) -> ja
     return lax.dynamic_update_slice_in_dim(x, part, start, axis)
 
 
-def take_chunk(static: Static, inputs: Inputs, start: jax.Array) -> Inputs:
+def take_chunk(inputs: Inputs, start: jax.Array, size: int) -> Inputs:
     """The chunk's tokens; hidden states without weight become 0, for 0 times NaN is NaN."""
     axis = inputs.labels.ndim - 1
 
     def take(x: jax.Array) -> jax.Array:
-        return slice_tokens(x, start, static.chunk_size, axis)
+        return slice_tokens(x, start, size, axis)
 
     weights = take(inputs.weights)
 
@@ -84,7 +117,7 @@ def chunk_result(static: Static, chunk: Inputs, head_VxE: jax.Array, gradient: b
         teacher_logits = _logits(chunk.teacher_hidden, chunk.teacher_head_UxF)
 
     def in_blocks_of(limit: int):
-        size = max(n for n in range(1, limit + 1) if static.chunk_size % n == 0)
+        size = max(n for n in range(1, limit + 1) if chunk.labels.shape[-1] % n == 0)
         return partial(_run_blocks, static, gradient, size)
 
     return lax.platform_dependent(
@@ -134,7 +167,7 @@ def _run_blocks(
         )
 
     zeros = jnp.zeros_like(weights)
-    return lax.fori_loop(0, static.chunk_size // block_size, body, ChunkResult(student_logits, zeros, zeros))
+    return lax.fori_loop(0, labels.shape[-1] // block_size, body, ChunkResult(student_logits, zeros, zeros))
 
 
 def _terms(

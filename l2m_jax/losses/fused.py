@@ -14,14 +14,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from l2m_jax.losses.chunks import Inputs, Static, chunk_result, chunks_with_weight, put_tokens, take_chunk
+from l2m_jax.losses.chunks import (
+    Inputs,
+    Static,
+    choose_chunk_size,
+    chunk_result,
+    over_chunks,
+    put_tokens,
+    take_chunk,
+)
 from l2m_jax.losses.distillation import Objective, combine, mean
 
 DEFAULT_CHUNK_SIZE = 512
-
-_ALIGNMENT = 8
 
 
 class LossSums(NamedTuple):
@@ -54,9 +59,9 @@ def fused_distillation_sums(
 ) -> LossSums:
     """`distillation_loss` without its division, in memory for `chunk_size` tokens' logits.
 
-    The chunks run along the token axis T alone, so leading axes (devices, say) stay as they are sharded. Chunks
-    behind the last token with weight are not run: with the real targets first, the time goes with their number
-    and not with T. The gradient reaches `student_hidden` and `student_head_VxE`, and nothing else: the teacher is
+    The chunks run along the token axis T alone, so leading axes (devices, say) stay as they are sharded. What lies
+    behind the last token with weight is not run, to a quarter of a chunk: with the real targets first, the time
+    goes with their number and not with T. The gradient reaches `student_hidden` and `student_head_VxE`, and nothing else: the teacher is
     fixed, and so are the weights.
 
     Args:
@@ -70,7 +75,7 @@ def fused_distillation_sums(
         objective: static under `jax.jit`.
         valid_vocab_size: entries of either vocabulary from here on are padding: they have logits of −∞. It must be
             given where V and U differ.
-        chunk_size: tokens a chunk, for each entry of the leading axes; rounded up to a multiple of 8. Two float32
+        chunk_size: tokens a chunk, for each entry of the leading axes; rounded up to a multiple of 32. Two float32
             arrays `[..., chunk_size, V]` are held at a time, so axes that are not sharded are better flattened.
 
     Returns:
@@ -178,11 +183,9 @@ def _prepare(
     if not 0 < vocab_size <= min(vocab_sizes):
         raise ValueError(f"valid_vocab_size {vocab_size} does not fit heads of {sorted(vocab_sizes)} entries")
 
-    # Chunks of about equal size, so that the last one is not mostly padding.
     tokens = labels.shape[-1]
-    chunks = max(1, _divide_up(tokens, chunk_size))
-    chunk_size = max(_ALIGNMENT, _divide_up(_divide_up(tokens, chunks), _ALIGNMENT) * _ALIGNMENT)
-    padding = chunks * chunk_size - tokens
+    chunk_size = choose_chunk_size(tokens, chunk_size)
+    padding = -tokens % chunk_size
     axis = labels.ndim - 1
     inputs = Inputs(
         _pad(student_hidden, padding, axis),
@@ -195,10 +198,6 @@ def _prepare(
     return Static(objective, vocab_size, chunk_size), inputs
 
 
-def _divide_up(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _pad(x: jax.Array, padding: int, axis: int) -> jax.Array:
     if padding == 0:
         return x
@@ -209,15 +208,14 @@ def _token_terms(static: Static, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     axis = inputs.labels.ndim - 1
     head_VxE = inputs.student_head_VxE.astype(inputs.student_hidden.dtype)
 
-    def body(i: jax.Array, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        start = i * static.chunk_size
-        result = chunk_result(static, take_chunk(static, inputs, start), head_VxE, gradient=False)
+    def body(start: jax.Array, size: int, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        result = chunk_result(static, take_chunk(inputs, start, size), head_VxE, gradient=False)
         return put_tokens(done[0], result.entropy, start, axis), put_tokens(
             done[1], result.divergence, start, axis
         )
 
     zeros = jnp.zeros_like(inputs.weights)
-    return lax.fori_loop(0, chunks_with_weight(static, inputs.weights), body, (zeros, zeros))
+    return over_chunks(static, inputs.weights, body, (zeros, zeros))
 
 
 def _sum_terms(static: Static, weights: jax.Array, entropy: jax.Array, divergence: jax.Array) -> LossSums:
@@ -244,10 +242,9 @@ def _loss_sums_forward(static: Static, inputs: Inputs):
     dtype = inputs.student_hidden.dtype
     head_VxE = inputs.student_head_VxE.astype(dtype)
 
-    def body(i: jax.Array, done):
+    def body(start: jax.Array, size: int, done):
         entropy, divergence, hidden_gradient, head_gradient_VxE = done
-        start = i * static.chunk_size
-        chunk = take_chunk(static, inputs, start)
+        chunk = take_chunk(inputs, start, size)
         result = chunk_result(static, chunk, head_VxE, gradient=True)
         logits_gradient = result.student_logits.astype(dtype)
         chunk_gradient = jnp.einsum(
@@ -267,9 +264,9 @@ def _loss_sums_forward(static: Static, inputs: Inputs):
         )
 
     zeros = jnp.zeros_like(inputs.weights)
-    entropy, divergence, hidden_gradient, head_gradient_VxE = lax.fori_loop(
-        0,
-        chunks_with_weight(static, inputs.weights),
+    entropy, divergence, hidden_gradient, head_gradient_VxE = over_chunks(
+        static,
+        inputs.weights,
         body,
         (
             zeros,

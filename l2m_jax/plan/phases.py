@@ -15,7 +15,7 @@ from l2m_jax.plan import programs
 from l2m_jax.plan.estimate import seconds
 from l2m_jax.plan.programs import Compiler, Decoding, Program, Training, device_bytes
 from l2m_jax.plan.targets import Target
-from l2m_jax.plan.workload import Workload, chunks
+from l2m_jax.plan.workload import Workload, vocabulary_trips
 from l2m_jax.training.optimizer import OptimizerSettings
 from l2m_jax.training.step import StepSettings
 
@@ -140,12 +140,14 @@ class Planner:
             return Phase(name, held, (), 0.0)
         size, store_dtype = w.largest, w.config.teacher.store_dtype
         accumulate = programs.accumulate(
-            self.compiler, settings, objective, placed, size, store_dtype, chunks(w, size, devices)
+            self.compiler, settings, objective, placed, size, store_dtype, vocabulary_trips(w, size, devices)
         )
         update = programs.update(self.compiler, optimizer, placed)
         # The other shapes take as much less time as they take fewer operations.
         flops = {
-            shape: programs.accumulate_flops(settings, objective, placed, shape, chunks(w, shape, devices))
+            shape: programs.accumulate_flops(
+                settings, objective, placed, shape, vocabulary_trips(w, shape, devices)
+            )
             for shape in w.micro_batches
         }
         per_update = sum(count * flops[shape] for shape, count in w.micro_batches.items())

@@ -15,6 +15,7 @@ from l2m_jax import config as settings
 from l2m_jax.curriculum import Stage, steps
 from l2m_jax.data.packing import Shape, choose_shapes, pack
 from l2m_jax.errors import InputError
+from l2m_jax.losses.chunks import PARTS, choose_chunk_size
 from l2m_jax.models import DecoderConfig
 from l2m_jax.models.published import PUBLISHED
 
@@ -152,10 +153,14 @@ def _micro_batches(
     return {shape: counts[shape] / _SAMPLED_BATCHES for shape in shapes if counts[shape]}
 
 
-def chunks(workload: Workload, shape: Shape, num_devices: int) -> float:
-    """How many chunks of the vocabulary's loop a micro-batch of `shape` takes on a device, on average."""
+def vocabulary_trips(workload: Workload, shape: Shape, num_devices: int) -> float:
+    """How often each of the loss's two loops runs in a micro-batch of `shape` on a device, on average.
+
+    One goes over chunks of targets, the other over parts of one. Both are counted equally often, so that together
+    they do the work of the targets.
+    """
     slots = sum(s.slots * n for s, n in workload.micro_batches.items()) * num_devices
     tokens = workload.response_tokens * min(workload.config.training.batch_size, len(workload.lengths))
     targets = tokens / slots * shape.slots
-    size = min(workload.config.chunk_size, shape.slots)
-    return max(1, math.ceil(targets / size))
+    part = choose_chunk_size(shape.slots, workload.config.chunk_size) // PARTS
+    return max(1, math.ceil(targets / part)) / (PARTS + 1)

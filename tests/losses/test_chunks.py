@@ -1,24 +1,56 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from l2m_jax.losses import Objective
-from l2m_jax.losses.chunks import Static, chunks_with_weight
+from l2m_jax.losses.chunks import PARTS, Static, choose_chunk_size, over_chunks
+
+CHUNK, PART, TOKENS = 32, 8, 96
+
+
+@jax.jit
+def visits(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How often each token is visited, and the number of visits by size."""
+
+    def body(start, size, done):
+        visited, by_size = done
+        part = lax.dynamic_slice_in_dim(visited, start, size)
+        return lax.dynamic_update_slice_in_dim(visited, part + 1, start, 0), by_size.at[size].add(1)
+
+    static = Static(Objective(), vocab_size=5, chunk_size=CHUNK)
+    return over_chunks(static, weights, body, (jnp.zeros(TOKENS, jnp.int32), jnp.zeros(CHUNK + 1, jnp.int32)))
 
 
 @pytest.mark.parametrize(
-    ("nonzero", "expected"),
-    [([], 0), ([0], 1), ([7], 1), ([8], 2), ([0, 15], 2), ([16], 3), ([3, 31], 4)],
+    ("end", "whole", "parts"),
+    [
+        (0, 0, 0),
+        (1, 0, 1),
+        (8, 0, 1),
+        (9, 0, 2),
+        (24, 0, 3),
+        (25, 1, 0),
+        (32, 1, 0),
+        (33, 1, 1),
+        (89, 3, 0),
+        (96, 3, 0),
+    ],
 )
-def test_no_chunk_is_run_behind_the_last_token_with_weight(nonzero, expected):
-    weights = np.zeros(32, np.float32)
-    weights[nonzero] = 0.25
-    static = Static(Objective(), vocab_size=5, chunk_size=8)
-    assert chunks_with_weight(static, jnp.asarray(weights)) == expected
-    # With leading axes the furthest decides.
-    assert chunks_with_weight(static, jnp.asarray([0 * weights, weights])) == expected
+def test_tokens_are_visited_once_and_none_far_behind_the_last_with_weight(end, whole, parts):
+    weights = np.zeros(TOKENS, np.float32)
+    weights[: end // 2], weights[end - 1 : end] = 0.25, -1.0  # whatever the sign; zeros before the last count
+    for given in (weights, np.array([0 * weights, weights])):  # with leading axes the furthest decides
+        visited, by_size = visits(jnp.asarray(given))
+        covered = -(-end // PART) * PART
+        assert visited.tolist() == [1] * covered + [0] * (TOKENS - covered)
+        assert (by_size[CHUNK], by_size[PART]) == (whole, parts)
 
 
-def test_negative_weights_count():
-    static = Static(Objective(), vocab_size=5, chunk_size=8)
-    assert chunks_with_weight(static, jnp.zeros(16).at[9].set(-1.0)) == 2
+@pytest.mark.parametrize("tokens", [1, 31, 32, 33, 500, 512, 513, 1025, 8192])
+def test_chunks_are_about_equal(tokens):
+    size = choose_chunk_size(tokens, 512)
+    chunks = -(-tokens // size)
+    assert size % (8 * PARTS) == 0 and size <= 512 and chunks == -(-tokens // 512)
+    assert chunks * size - tokens < chunks * 8 * PARTS
