@@ -1,5 +1,6 @@
 """From examples to the arrays of a step: the order of an epoch, packed micro-batches, and their prefetching."""
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -13,6 +14,9 @@ from l2m_jax.data.packing import PackedRows, Shape, pack, pack_rows
 from l2m_jax.types import MicroBatch
 
 T = TypeVar("T")
+
+# Slots for a token where many examples are packed together.
+_PACKING_LOSS = 1.02
 
 # Examples packed together in a pass over the whole data set.
 _POOL = 8192
@@ -185,8 +189,10 @@ def forward_batches(
 
 
 def _forward_shape(tokens: int, length: int, num_devices: int, slots: int) -> Shape:
-    """Rows of `length` in about `slots`, or fewer where there are not so many tokens in all."""
-    return Shape(max(1, min(slots // length, -(-tokens // (num_devices * length)))), length)
+    """Rows of `length` in about `slots`, so many that the micro-batches of `tokens` are equally full."""
+    micro_batches = max(1, round(tokens / (num_devices * slots)))
+    rows = _PACKING_LOSS * tokens / (micro_batches * num_devices * length)
+    return Shape(max(1, math.ceil(rows)), length)
 
 
 def _arrange(
