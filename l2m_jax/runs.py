@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,11 +16,13 @@ from l2m_jax.data.packing import Shape, choose_shapes
 from l2m_jax.errors import InputError
 from l2m_jax.generation import SamplingRules
 from l2m_jax.models import DecoderConfig
-from l2m_jax.processes import first
+from l2m_jax.processes import first, is_first
 from l2m_jax.progress import console
 from l2m_jax.training.metrics import MetricsLog
 from l2m_jax.training.parallel import Parallel
 from l2m_jax.types import Params
+
+_SECONDS = "phases.json"
 
 
 class FinishedModel(NamedTuple):
@@ -43,14 +46,18 @@ class Run:
     splits: build.Splits
     shapes: tuple[Shape, ...]
     metrics: MetricsLog
-    seconds: dict[str, float]
+    seconds: dict[str, float]  # that each phase has taken, over all starts
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         console.rule(name, align="left")
         start = time.monotonic()
-        yield
-        self.seconds[name] = time.monotonic() - start
+        try:
+            yield
+        finally:  # an interrupted phase has taken its time too
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+            if is_first():
+                artefacts.write_json(self.workdir / _SECONDS, self.seconds)
 
     @property
     def rules(self) -> SamplingRules:
@@ -133,7 +140,9 @@ def start(config: Config, workdir: Path, shared: Path) -> Run:
     )
     tensorboard = workdir / "tensorboard" if config.tensorboard else None
     metrics = MetricsLog(workdir / "metrics.jsonl", tensorboard)
-    return Run(config, workdir, shared, parallel, tokenizer, splits, shapes, metrics, {})
+    times = workdir / _SECONDS
+    seconds = first(lambda: json.loads(times.read_text()) if times.is_file() else {})
+    return Run(config, workdir, shared, parallel, tokenizer, splits, shapes, metrics, seconds)
 
 
 def _use_compilation_cache() -> None:

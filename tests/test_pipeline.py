@@ -85,9 +85,14 @@ def test_a_run_killed_within_a_stage_ends_as_one_that_was_not(finished, tmp_path
     os.kill(running.pid, signal.SIGKILL)
     running.wait()
     assert not (tmp_path / "run" / "student").exists()
+    times = tmp_path / "run" / "phases.json"
+    before = json.loads(times.read_text())
     again = _run(tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "already there" in again.stdout
+    seconds = json.loads(times.read_text())
+    assert {"teacher", "student", "evaluation"} < set(seconds)
+    assert all(seconds[phase] >= taken > 0 for phase, taken in before.items())  # of both starts
     for name in ("teacher", "initial_student", "student"):
         file = Path("run") / name / "model.safetensors"
         assert (tmp_path / file).read_bytes() == (finished / file).read_bytes()
