@@ -1,4 +1,4 @@
-"""One chunk of tokens of the fused loss: logits from hidden states, their losses and their gradient."""
+"""The chunks of tokens of the fused loss: how they are gone over, and one's logits, losses and gradient."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +19,10 @@ Carry = TypeVar("Carry")
 _BLOCK_SIZE_CPU = 16
 _BLOCK_SIZE = 256
 
-
-# What a whole chunk is too much for is done in parts of this size.
+# What a whole chunk is too much for is done in parts of it, where a chunk has so many logits that this pays for
+# compiling the loop twice.
 PARTS = 4
+_DIVIDED_FROM = 1 << 22
 # A part's size is a multiple of it, which matrix units like.
 _ALIGNMENT = 8
 
@@ -44,12 +45,16 @@ class Inputs(NamedTuple):
 
 def choose_chunk_size(tokens: int, most: int) -> int:
     """Chunks of about equal size, so that the last one is not mostly padding."""
-    chunks = max(1, divide_up(tokens, most))
-    return max(1, divide_up(tokens, chunks * PARTS * _ALIGNMENT)) * PARTS * _ALIGNMENT
+    chunks = max(1, _divide_up(tokens, most))
+    return max(1, _divide_up(tokens, chunks * PARTS * _ALIGNMENT)) * PARTS * _ALIGNMENT
 
 
-def divide_up(a: int, b: int) -> int:
+def _divide_up(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def parts_of_chunk(chunk_size: int, vocab_size: int) -> int:
+    return PARTS if chunk_size * vocab_size >= _DIVIDED_FROM else 1
 
 
 def over_chunks(
@@ -64,12 +69,15 @@ def over_chunks(
     """
     position = lax.broadcasted_iota(jnp.int32, weights.shape, weights.ndim - 1)
     end = jnp.max(jnp.where(weights != 0, position + 1, 0), initial=0)
-    whole, part = static.chunk_size, static.chunk_size // PARTS
+    whole, parts = static.chunk_size, parts_of_chunk(static.chunk_size, static.vocab_size)
+    part = whole // parts
     # One that is full but for less than a part is a whole one.
     count = (end + part - 1) // whole
     done = lax.fori_loop(0, count, lambda i, carry: body(i * whole, whole, carry), initial)
-    parts = (end + part - 1) // part
-    return lax.fori_loop(PARTS * count, parts, lambda i, carry: body(i * part, part, carry), done)
+    if parts == 1:
+        return done
+    last = (end + part - 1) // part
+    return lax.fori_loop(parts * count, last, lambda i, carry: body(i * part, part, carry), done)
 
 
 def slice_tokens(x: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:

@@ -15,7 +15,7 @@ from l2m_jax import config as settings
 from l2m_jax.curriculum import Stage, steps
 from l2m_jax.data.packing import Shape, choose_shapes, pack
 from l2m_jax.errors import InputError
-from l2m_jax.losses.chunks import PARTS, choose_chunk_size
+from l2m_jax.losses.chunks import choose_chunk_size, parts_of_chunk
 from l2m_jax.models import DecoderConfig
 from l2m_jax.models.published import PUBLISHED
 
@@ -154,13 +154,15 @@ def _micro_batches(
 
 
 def vocabulary_trips(workload: Workload, shape: Shape, num_devices: int) -> float:
-    """How often each of the loss's two loops runs in a micro-batch of `shape` on a device, on average.
+    """How often each loop of the loss runs in a micro-batch of `shape` on a device, on average.
 
-    One goes over chunks of targets, the other over parts of one. Both are counted equally often, so that together
-    they do the work of the targets.
+    One goes over chunks of targets and, with a large vocabulary, another over parts of one. Both are counted equally
+    often, so that together they do the work of the targets.
     """
     slots = sum(s.slots * n for s, n in workload.micro_batches.items()) * num_devices
     tokens = workload.response_tokens * min(workload.config.training.batch_size, len(workload.lengths))
     targets = tokens / slots * shape.slots
-    part = choose_chunk_size(shape.slots, workload.config.chunk_size) // PARTS
-    return max(1, math.ceil(targets / part)) / (PARTS + 1)
+    chunk_size = choose_chunk_size(shape.slots, workload.config.chunk_size)
+    parts = parts_of_chunk(chunk_size, workload.student.vocab_size)
+    needed = max(1, math.ceil(targets / (chunk_size // parts)))
+    return needed if parts == 1 else needed / (parts + 1)

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,13 +7,14 @@ import pytest
 from jax import lax
 
 from l2m_jax.losses import Objective
-from l2m_jax.losses.chunks import PARTS, Static, choose_chunk_size, over_chunks
+from l2m_jax.losses.chunks import PARTS, Static, choose_chunk_size, over_chunks, parts_of_chunk
 
 CHUNK, PART, TOKENS = 32, 8, 96
+LARGE = 1 << 17  # a vocabulary for which chunks are divided
 
 
-@jax.jit
-def visits(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+@partial(jax.jit, static_argnums=1)
+def visits(weights: jax.Array, vocab_size: int) -> tuple[jax.Array, jax.Array]:
     """How often each token is visited, and the number of visits by size."""
 
     def body(start, size, done):
@@ -19,7 +22,7 @@ def visits(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
         part = lax.dynamic_slice_in_dim(visited, start, size)
         return lax.dynamic_update_slice_in_dim(visited, part + 1, start, 0), by_size.at[size].add(1)
 
-    static = Static(Objective(), vocab_size=5, chunk_size=CHUNK)
+    static = Static(Objective(), vocab_size, CHUNK)
     return over_chunks(static, weights, body, (jnp.zeros(TOKENS, jnp.int32), jnp.zeros(CHUNK + 1, jnp.int32)))
 
 
@@ -42,7 +45,7 @@ def test_tokens_are_visited_once_and_none_far_behind_the_last_with_weight(end, w
     weights = np.zeros(TOKENS, np.float32)
     weights[: end // 2], weights[end - 1 : end] = 0.25, -1.0  # whatever the sign; zeros before the last count
     for given in (weights, np.array([0 * weights, weights])):  # with leading axes the furthest decides
-        visited, by_size = visits(jnp.asarray(given))
+        visited, by_size = visits(jnp.asarray(given), LARGE)
         covered = -(-end // PART) * PART
         assert visited.tolist() == [1] * covered + [0] * (TOKENS - covered)
         assert (by_size[CHUNK], by_size[PART]) == (whole, parts)
@@ -54,3 +57,11 @@ def test_chunks_are_about_equal(tokens):
     chunks = -(-tokens // size)
     assert size % (8 * PARTS) == 0 and size <= 512 and chunks == -(-tokens // 512)
     assert chunks * size - tokens < chunks * 8 * PARTS
+
+
+@pytest.mark.parametrize(("end", "chunks"), [(0, 0), (1, 1), (32, 1), (33, 2), (96, 3)])
+def test_a_small_vocabulary_is_not_worth_a_second_loop(end, chunks):
+    visited, by_size = visits(jnp.asarray(np.arange(TOKENS) < end, jnp.float32), LARGE // 2)
+    assert visited.tolist() == [1] * (chunks * CHUNK) + [0] * (TOKENS - chunks * CHUNK)
+    assert by_size[CHUNK] == chunks and by_size[PART] == 0
+    assert parts_of_chunk(512, 50257) == PARTS and parts_of_chunk(512, 1024) == 1

@@ -14,6 +14,7 @@ from l2m_jax import losses
 from l2m_jax.losses import (
     DIVERGENCE_NAMES,
     Objective,
+    chunks,
     distillation_loss,
     fused_distillation_loss,
     fused_distillation_sums,
@@ -22,6 +23,14 @@ from l2m_jax.losses import (
 )
 
 OBJECTIVE = Objective("skew_kl", 0.1, 0.7)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _chunks_in_parts():
+    """As with a large vocabulary."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "_DIVIDED_FROM", 0)
+        yield
 
 
 class Inputs(NamedTuple):

@@ -68,7 +68,7 @@ def test_replicated_gradients_are_summed_once_a_step(on_cpu):
 
 
 def test_operations_of_a_step_follow_from_the_sizes(on_cpu):
-    """6 a parameter of a matrix and token, and the vocabulary's products for whole parts of chunks."""
+    """6 a parameter of a matrix and token, and the vocabulary's products for whole chunks."""
     w = on_cpu.workload
     (shape,) = w.shapes
     params = parameters(w.student)["blocks"]
@@ -79,8 +79,8 @@ def test_operations_of_a_step_follow_from_the_sizes(on_cpu):
         2 * w.student.vocab_size * (3 * 16 + 32)
     )  # three products of the student's head, one of the teacher's
     per_micro_batch = on_cpu.phase("student").flops_per_step / 4 / w.micro_batches[shape]
-    parts = (per_micro_batch - body) / vocabulary / 8  # a quarter of a chunk of 32
-    assert parts == pytest.approx(round(parts)) and 1 <= parts <= shape.slots / 8
+    chunks = (per_micro_batch - body) / vocabulary / 32
+    assert chunks == pytest.approx(round(chunks)) and 1 <= chunks <= shape.slots / 32
 
 
 def test_no_logits_beyond_a_chunk(on_cpu):
