@@ -165,7 +165,7 @@ def forward_batches(
     on `examples` alone, so that one part of them after another needs no new program.
 
     Args:
-        slots: about how many a device gets at a time.
+        slots: the most that a device gets at a time, or one row.
     """
     indices = np.asarray(indices)
     longest = -(-int(examples.lengths.max()) // 64) * 64
@@ -189,9 +189,10 @@ def forward_batches(
 
 
 def _forward_shape(tokens: int, length: int, num_devices: int, slots: int) -> Shape:
-    """Rows of `length` in about `slots`, so many that the micro-batches of `tokens` are equally full."""
-    micro_batches = max(1, round(tokens / (num_devices * slots)))
-    rows = _PACKING_LOSS * tokens / (micro_batches * num_devices * length)
+    """Rows of `length` in at most `slots`, so many that the micro-batches of `tokens` are equally full."""
+    most = max(1, slots // length)
+    all_rows = _PACKING_LOSS * tokens / (num_devices * length)
+    rows = all_rows / max(1, math.ceil(all_rows / most))
     return Shape(max(1, math.ceil(rows)), length)
 
 
