@@ -66,7 +66,8 @@ class DecoderConfig:
         param_dtype: of the parameters.
         remat: what the backward pass computes again: nothing, the whole block ("block"), or everything in a block
             but its matrix products with parameters ("dots").
-        scan_layers: one traced block for all layers (compile time independent of depth), or all of them unrolled.
+        scan_layers: one traced block for all layers (compile time independent of depth), or all of them unrolled
+            (faster by what slicing stacked parameters costs). None: unrolled where there are at most 4.
         attention: "cudnn" (NVIDIA's fused kernel), "xla", or "auto": cuDNN where device, dtype and shapes allow.
     """
 
@@ -105,7 +106,7 @@ class DecoderConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
-    scan_layers: bool = True
+    scan_layers: bool | None = None
     attention: str = "auto"
 
     def __post_init__(self):

@@ -13,6 +13,15 @@ if TYPE_CHECKING:
     from l2m_jax.models.architecture import DecoderConfig, Rope
 
 
+# Queries of a block: few enough that much of what lies above the diagonal is spared, in so few blocks that they do
+# not take long to compile.
+_QUERY_BLOCK = 256
+_MOST_BLOCKS = 8
+
+# Added to a score that may not count. Half of the lowest number, so that the sum is finite.
+_FORBIDDEN = float(jnp.finfo(jnp.float32).min / 2)
+
+
 class LayerCache(NamedTuple):
     """Keys and values of one layer. Heads come before slots, so that a step reads each head's slots in one run."""
 
@@ -88,40 +97,59 @@ def causal(config: "DecoderConfig", segment_ids_BxL: jax.Array | None, keep_kv: 
 
     def attend(query, key, value, dropout):
         query, key, value = split_rows(query), split_rows(key), split_rows(value)
-        if dropout is None:
+        if dropout is None and _implementation(config, query) == "cudnn":
             attended = jax.nn.dot_product_attention(
-                query,
-                key,
-                value,
-                mask=mask,
-                scale=_scale(config),
-                is_causal=True,
-                implementation=_implementation(config, query),  # type: ignore[arg-type]
+                query, key, value, mask=mask, scale=_scale(config), is_causal=True, implementation="cudnn"
             )
         else:
-            attended = _with_dropout(config, query, key, value, mask, dropout)
+            attended = _in_blocks(config, query, key, value, mask, dropout)
         return attended, (key, value) if keep_kv else None
 
     return attend
 
 
-def _with_dropout(config, query_BxLxHxD, key_BxLxKxD, value_BxLxKxD, mask_Bx1xLxL, dropout) -> jax.Array:
-    """The same attention with dropout on its probabilities, as the reference models train.
+def _in_blocks(
+    config: "DecoderConfig",
+    query_BxLxHxD: jax.Array,
+    key_BxLxKxD: jax.Array,
+    value_BxLxKxD: jax.Array,
+    mask_Bx1xLxL: jax.Array | None,
+    dropout: Callable[[jax.Array], jax.Array] | None,
+) -> jax.Array:
+    """Attention of a block of queries after the other, each over the keys up to its end.
 
-    `jax.nn.dot_product_attention` has no dropout, and dropping anything else (outputs, keys) is another
-    regulariser. So a model that trains with an attention dropout above 0 holds the [L, L] probabilities;
-    set `attention_dropout` to 0 where the fused kernel matters more.
+    So up to half of the [L, L] scores are never computed. Dropout falls on the probabilities, as in the reference
+    models.
     """
     B, L, H, D = query_BxLxHxD.shape
     K = key_BxLxKxD.shape[2]
-    query = query_BxLxHxD.reshape(B, L, K, H // K, D)
-    scores = jnp.einsum("BLKGD,BSKD->BKGLS", query, key_BxLxKxD, preferred_element_type=jnp.float32)
-    allowed = jnp.tril(jnp.ones((L, L), bool))[None, None]
-    if mask_Bx1xLxL is not None:
-        allowed = allowed & mask_Bx1xLxL
-    scores = jnp.where(allowed[:, :, None], scores * _scale(config), jnp.finfo(jnp.float32).min)
-    probabilities = dropout(jax.nn.softmax(scores, axis=-1)).astype(value_BxLxKxD.dtype)
-    return jnp.einsum("BKGLS,BSKD->BLKGD", probabilities, value_BxLxKxD).reshape(B, L, H, D)
+    query = (query_BxLxHxD * _scale(config)).reshape(B, L, K, H // K, D).transpose(0, 2, 3, 1, 4)
+    key, value = key_BxLxKxD.swapaxes(1, 2), value_BxLxKxD.swapaxes(1, 2)
+    size = -(-L // (_MOST_BLOCKS * _QUERY_BLOCK)) * _QUERY_BLOCK
+
+    def block(start: int, end: int) -> jax.Array:
+        allowed = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None]
+        allowed = allowed[None, None, None]
+        if mask_Bx1xLxL is not None:
+            allowed = allowed & mask_Bx1xLxL[:, :, None, start:end, :end]
+        scores = jnp.einsum(
+            "BKGQD,BKSD->BKGQS", query[..., start:end, :], key[:, :, :end], preferred_element_type=jnp.float32
+        )
+        scores = scores + jnp.where(allowed, 0.0, _FORBIDDEN)
+        odds = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True)))
+        total = jnp.sum(odds, -1, keepdims=True)
+        if dropout is not None:
+            odds = dropout(odds)
+        attended = jnp.einsum(
+            "BKGQS,BKSD->BKGQD",
+            odds.astype(value.dtype),
+            value[:, :, :end],
+            preferred_element_type=jnp.float32,
+        )
+        return (attended / total).astype(value.dtype)
+
+    done = [block(start, min(start + size, L)) for start in range(0, L, size)]
+    return jnp.concatenate(done, -2).transpose(0, 3, 1, 2, 4).reshape(B, L, H, D)
 
 
 def cached(config: "DecoderConfig", cache: LayerCache, positions_B: jax.Array) -> Callable:

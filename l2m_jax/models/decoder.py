@@ -19,6 +19,9 @@ from l2m_jax.models.attention import LayerCache, cached, causal, rope_angles
 from l2m_jax.models.layers import Block, Embeddings, Output
 from l2m_jax.types import Params
 
+# Up to so many layers, unrolling them compiles about as fast as a loop does.
+_FEW_LAYERS = 4
+
 Cache = tuple[LayerCache, ...]
 """One pair of arrays a layer, each with the batch axis first: rows of it can be gathered, scattered and sharded."""
 
@@ -221,6 +224,7 @@ def _forward(config, params, tokens_BxL, positions_BxL, attend: Callable, dropou
         embeddings_key, blocks_key = jax.random.split(dropout_key)
         layer_keys = jax.random.split(blocks_key, config.num_layers)
     deterministic = dropout_key is None
+    scan_layers = config.num_layers > _FEW_LAYERS if config.scan_layers is None else config.scan_layers
     rope = _rope(config, positions_BxL)
 
     def block(x, layer_and_key):
@@ -230,10 +234,10 @@ def _forward(config, params, tokens_BxL, positions_BxL, attend: Callable, dropou
     if config.remat != "none":
         # Inside a scan nothing can be merged across the loop's border, so the guard against it is only a cost.
         keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-        block = jax.checkpoint(block, prevent_cse=not config.scan_layers, policy=keep)
+        block = jax.checkpoint(block, prevent_cse=not scan_layers, policy=keep)
 
     inputs = (tokens_BxL, positions_BxL, deterministic)
     x = _apply(Embeddings(config), params["embeddings"], *inputs, dropout_key=embeddings_key)
-    unroll = 1 if config.scan_layers else config.num_layers
+    unroll = 1 if scan_layers else config.num_layers
     x, kept = jax.lax.scan(block, x, (params["blocks"], layer_keys), unroll=unroll)
     return _apply(Output(config), params["output"], x), kept

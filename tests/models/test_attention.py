@@ -30,28 +30,54 @@ def qkv():
     return tuple(jax.random.normal(k, (B, L, n, D)) for k, n in zip(keys, (H, K, K), strict=True))
 
 
+def reference(qkv, segment_ids, scale):
+    mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(*qkv, mask=mask, scale=scale, is_causal=True, implementation="xla")
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_the_form_with_dropout_is_the_same_attention(qkv, packed, scaled):
-    config = dataclasses.replace(CONFIG, scale_attention=scaled)
-    attend = module.causal(config, jnp.array([[1, 1, 2, 2, 2, 0]] * B) if packed else None)
-    fused, kept = attend(*qkv, None)
-    explicit, _ = attend(*qkv, lambda probabilities: probabilities)
-    np.testing.assert_allclose(explicit, fused, atol=1e-5)
+def test_causal_attention_within_segments(qkv, packed, scaled):
+    segment_ids = jnp.array([[1, 1, 2, 2, 2, 0]] * B) if packed else None
+    attend = module.causal(dataclasses.replace(CONFIG, scale_attention=scaled), segment_ids)
+    attended, kept = attend(*qkv, None)
+    np.testing.assert_allclose(attended, reference(qkv, segment_ids, D**-0.5 if scaled else 1.0), atol=1e-5)
     assert kept is None
 
 
-def test_dropout_falls_on_normalised_probabilities(qkv):
-    seen = []
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("block", "most"), [(64, 8), (64, 2), (256, 8)])
+def test_blocks_of_queries_are_one_attention(monkeypatch, dtype, block, most):
+    """Value and gradients, for row lengths that are no multiple of a block."""
+    length = 150
+    keys = jax.random.split(jax.random.key(1), 4)
+    qkv = [jax.random.normal(k, (B, length, n, D), dtype) for k, n in zip(keys, (H, K, K), strict=False)]
+    towards = jax.random.normal(keys[3], (B, length, H, D))
+    segment_ids = jnp.asarray(np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], [30, 61, 50, 9], axis=1))
+    monkeypatch.setattr(module, "_QUERY_BLOCK", block)
+    monkeypatch.setattr(module, "_MOST_BLOCKS", most)
 
-    def dropout(probabilities):
-        seen.append(probabilities)
-        return 2 * probabilities
+    def total(attention):
+        return lambda qkv: jnp.sum(towards * attention(qkv).astype(jnp.float32))
 
-    attend = module.causal(CONFIG, None)
-    doubled, _ = attend(*qkv, dropout)
-    np.testing.assert_allclose(seen[0].sum(-1), np.ones((B, K, H // K, L)), atol=1e-5)
-    np.testing.assert_allclose(doubled, 2 * attend(*qkv, None)[0], atol=1e-5)
+    ours = jax.jit(jax.value_and_grad(total(lambda qkv: module.causal(CONFIG, segment_ids)(*qkv, None)[0])))
+    expected = jax.jit(jax.value_and_grad(total(lambda qkv: reference(qkv, segment_ids, D**-0.5))))
+    exact = [x.astype(jnp.float32) for x in qkv]
+    tolerance = 1e-5 if dtype == "float32" else 3e-2
+    for actual, wanted in zip(jax.tree.leaves(ours(qkv)), jax.tree.leaves(expected(exact)), strict=True):
+        error = np.abs(np.asarray(actual, np.float32) - wanted).max()
+        assert error <= tolerance * np.abs(wanted).max()
+
+
+def test_dropout_falls_on_the_probabilities(qkv):
+    query, key, value = qkv
+    kept = np.random.default_rng(0).random((B, K, H // K, L, L)) < 0.7
+    scores = np.einsum("BLKGD,BSKD->BKGLS", np.reshape(query, (B, L, K, H // K, D)), key) * D**-0.5
+    odds = np.exp(scores) * np.tri(L)
+    probabilities = odds / odds.sum(-1, keepdims=True)
+    expected = np.einsum("BKGLS,BSKD->BLKGD", kept * probabilities, value).reshape(B, L, H, D)
+    attended, _ = module.causal(CONFIG, None)(*qkv, lambda x: x * kept)
+    np.testing.assert_allclose(attended, expected, atol=1e-5)
 
 
 def test_each_row_writes_its_own_slot(qkv):
