@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from l2m_jax import progress
 from l2m_jax.bench.common import Spread, matmul_rate, seconds, temporary_bytes
 from l2m_jax.losses import DIVERGENCE_NAMES, Objective, distillation_loss, fused_distillation_loss
 
@@ -23,6 +24,8 @@ def run(
 ) -> dict[str, Any]:
     """Both paths on the same random inputs, teacher and student of the same width, (1 - β)·CE + β·D at β = 0.7.
 
+    Every divergence at the first width; the first divergence at the others, where only the matrix products differ.
+
     Args:
         repeats: timed runs of each, after one to warm up.
         dtype: of hidden states and heads.
@@ -33,16 +36,19 @@ def run(
         `memory_analysis()`; `difference` of the fused path's head gradient from the plain one's, relative to the
         largest entry. Over all of them, the worst `ratio_time` and `ratio_memory` of fused to plain.
     """
+    cases = [(widths[0], divergence) for divergence in divergences]
+    cases += [(width, divergences[0]) for width in widths[1:]]
+    paths = {"plain": _plain, "fused": fused_distillation_loss}
     rows, time_ratios, memory_ratios = [], [], []
-    for width in widths:
-        inputs = _inputs(tokens, width, vocabulary, dtype)
-        for divergence in divergences:
+    with progress.bar("loss", len(cases) * len(paths)) as shown:
+        for width, divergence in cases:
+            inputs = _inputs(tokens, width, vocabulary, dtype)
             objective = Objective(divergence, alpha=0.1, beta=0.7)
-            measured = {
-                name: _measure(partial(loss, objective=objective), inputs, repeats)
-                for name, loss in (("plain", _plain), ("fused", fused_distillation_loss))
-            }
-            gradients = [measured[name].pop("head_gradient") for name in ("plain", "fused")]
+            measured = {}
+            for name, loss in paths.items():
+                measured[name] = _measure(partial(loss, objective=objective), inputs, repeats)
+                shown.advance()
+            gradients = [measured[name].pop("head_gradient") for name in paths]
             for name, figures in measured.items():
                 rows.append({"width": width, "divergence": divergence, "path": name, **figures})
             rows[-1]["difference"] = float(_relative_difference(*gradients))
@@ -85,14 +91,21 @@ def _inputs(tokens: int, width: int, vocabulary: int, dtype: str) -> tuple[jax.A
 def _measure(loss: Callable[..., jax.Array], inputs: tuple[jax.Array, ...], repeats: int) -> dict[str, Any]:
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*inputs).compile()
     rate = matmul_rate(inputs[0].dtype)
-    took: Spread = seconds(lambda: compiled(*inputs), repeats)
+    result: Any = None
+
+    def call():
+        nonlocal result
+        result = compiled(*inputs)
+        return result
+
+    took: Spread = seconds(call, repeats)
     (tokens, width), vocabulary = inputs[0].shape, inputs[1].shape[0]
     operations = 4 * 2 * tokens * width * vocabulary
     return {
         "seconds": took,
         "of_matmul_rate": operations / took.median / rate,
         "temporary_mb": temporary_bytes(compiled) / 1e6,
-        "head_gradient": np.asarray(compiled(*inputs)[1][1], np.float32),
+        "head_gradient": np.asarray(result[1][1], np.float32),
     }
 
 
