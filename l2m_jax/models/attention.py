@@ -116,14 +116,14 @@ def _in_blocks(
     mask_Bx1xLxL: jax.Array | None,
     dropout: Callable[[jax.Array], jax.Array] | None,
 ) -> jax.Array:
-    """Attention of a block of queries after the other, each over the keys up to its end.
+    """Attention of one block of queries after another, each over the keys up to its end.
 
-    So up to half of the [L, L] scores are never computed. Dropout falls on the probabilities, as in the reference
-    models.
+    So up to half of the [L, L] scores are never computed, and they are divided by their sum after the product with
+    the values, where there are fewer numbers. Dropout falls on the probabilities, as in the reference models.
     """
     B, L, H, D = query_BxLxHxD.shape
     K = key_BxLxKxD.shape[2]
-    query = (query_BxLxHxD * _scale(config)).reshape(B, L, K, H // K, D).transpose(0, 2, 3, 1, 4)
+    query = query_BxLxHxD.reshape(B, L, K, H // K, D).transpose(0, 2, 3, 1, 4)
     key, value = key_BxLxKxD.swapaxes(1, 2), value_BxLxKxD.swapaxes(1, 2)
     size = -(-L // (_MOST_BLOCKS * _QUERY_BLOCK)) * _QUERY_BLOCK
 
@@ -135,7 +135,7 @@ def _in_blocks(
         scores = jnp.einsum(
             "BKGQD,BKSD->BKGQS", query[..., start:end, :], key[:, :, :end], preferred_element_type=jnp.float32
         )
-        scores = scores + jnp.where(allowed, 0.0, _FORBIDDEN)
+        scores = _scale(config) * scores + jnp.where(allowed, 0.0, _FORBIDDEN)
         odds = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True)))
         total = jnp.sum(odds, -1, keepdims=True)
         if dropout is not None:

@@ -109,7 +109,7 @@ def test_packed_rows_equal_separate_ones(model, tokens):
     np.testing.assert_array_equal(given, together)
 
 
-@pytest.mark.parametrize("variant", [{}, {"remat": "block", "scan_layers": False}])
+@pytest.mark.parametrize("variant", [{"scan_layers": True}, {"remat": "block", "scan_layers": False}])
 def test_decoding_with_a_cache_equals_full_forward_passes(model, tokens, variant):
     config = dataclasses.replace(model[0], **variant)
     params = model[1]
@@ -160,7 +160,7 @@ def test_a_loop_updates_the_cache_in_place():
     assert "copy" not in results
 
 
-@pytest.mark.parametrize("variant", [{"scan_layers": False}, {"remat": "block"}, {"remat": "dots"}])
+@pytest.mark.parametrize("variant", [{"scan_layers": True}, {"remat": "block"}, {"remat": "dots"}])
 def test_scan_and_remat_change_nothing_but_the_cost(variant, tokens):
     config = FAMILIES["opt_350m"]
     params = models.init(config, jax.random.key(0))
