@@ -8,9 +8,9 @@ Fetches gpt2-xl, gpt2-large and Dolly from the hub; without a network, give fold
 
 By `python -m l2m_jax.plan`, for cards of 80 GB (hours are a roofline estimate):
 
-    4 × A100, pmap   35 GiB on a device (teacher fine-tuning), about 1.4 h
-    4 × A100, fsdp   17 GiB on a device (student), about 1.1 h
-    1 × H100         58 GiB on a device (student), about 3.1 h
+    4 × A100, pmap   35 GiB on a device (teacher fine-tuning), about 1.3 h
+    4 × A100, fsdp   14 GiB on a device (student), about 1.1 h
+    1 × H100         48 GiB on a device (student), about 3.0 h
 
 `:minillm` takes MiniLLM's lengths and sampling rules in place of the paper's.
 """

@@ -8,9 +8,9 @@ Fetches gpt2-xl, gpt2-medium and Dolly from the hub; without a network, give fol
 
 By `python -m l2m_jax.plan`, for cards of 80 GB (hours are a roofline estimate):
 
-    4 × A100, pmap   35 GiB on a device (teacher fine-tuning), about 0.9 h
+    4 × A100, pmap   35 GiB on a device (teacher fine-tuning), about 0.8 h
     4 × A100, fsdp   13 GiB on a device (evaluation), about 0.7 h
-    1 × H100         37 GiB on a device (teacher fine-tuning), about 1.9 h
+    1 × H100         36 GiB on a device (teacher fine-tuning), about 1.9 h
 
 `:minillm` takes MiniLLM's lengths and sampling rules in place of the paper's.
 """

@@ -10,7 +10,7 @@ By `python -m l2m_jax.plan`, for cards of 80 GB (hours are a roofline estimate):
 
     4 × A100, pmap   35 GiB on a device (teacher fine-tuning), about 0.6 h
     4 × A100, fsdp   12 GiB on a device (evaluation), about 0.5 h
-    1 × H100         37 GiB on a device (teacher fine-tuning), about 1.3 h
+    1 × H100         36 GiB on a device (teacher fine-tuning), about 1.2 h
 
 `:minillm` takes MiniLLM's lengths and sampling rules in place of the paper's.
 """

@@ -41,6 +41,13 @@ def _params():
     return models.init(STUDENT, jax.random.key(0)), models.init(TEACHER, jax.random.key(1))
 
 
+def _at_targets(function, config, params, examples, i: int) -> np.ndarray:
+    """`function` of the tokens of example i by itself, where its targets are predicted."""
+    tokens = np.pad(examples.example_tokens(i), (0, 32 - examples.lengths[i]))[None]
+    result = jax.jit(function, static_argnums=0)(config, params, tokens)[0]
+    return np.asarray(result[examples.prompt_lengths[i] - 1 : examples.lengths[i] - 1])
+
+
 def _updated(parallel: Parallel, batches, *, updates: int = 2, teacher_hidden: bool = False):
     """Parameters and metrics after training on the same batch `updates` times."""
     optimizer = make_optimizer(OptimizerSettings())
@@ -114,11 +121,10 @@ def test_first_loss_is_that_of_the_dense_logits():
     student, teacher = _params()
     total = 0.0
     for i in range(10):
-        tokens = jnp.asarray(examples.example_tokens(i))[None]
-        prompt = int(examples.prompt_lengths[i])
-        q = models.logits(STUDENT, student, tokens)[0, prompt - 1 : -1, :60]
-        p = models.logits(TEACHER, teacher, tokens)[0, prompt - 1 : -1, :60]
-        total += float(losses.token_loss(q, p, tokens[0, prompt:], OBJECTIVE).sum())
+        q = _at_targets(models.logits, STUDENT, student, examples, i)[:, :60]
+        p = _at_targets(models.logits, TEACHER, teacher, examples, i)[:, :60]
+        labels = jnp.asarray(examples.example_tokens(i)[examples.prompt_lengths[i] :])
+        total += float(losses.token_loss(q, p, labels, OBJECTIVE).sum())
     _, metrics = _updated(_parallel("pmap", 2), micro_batches(examples, np.arange(10), SHAPES, 2), updates=1)
     np.testing.assert_allclose(metrics["loss"], total / metrics["weight"], rtol=1e-5)
 
@@ -128,9 +134,7 @@ def test_stored_hidden_states_of_the_teacher_equal_the_live_teacher(padded):
     _, teacher = _params()
 
     def rows(i: int) -> np.ndarray:
-        tokens = jnp.asarray(examples.example_tokens(i))[None]
-        hidden = models.hidden_states(TEACHER, teacher, tokens)[0]
-        return np.asarray(hidden[examples.prompt_lengths[i] - 1 : -1])
+        return _at_targets(models.hidden_states, TEACHER, teacher, examples, i)
 
     batches = micro_batches(examples, np.arange(10), SHAPES, 2, rows)
     _assert_same(_updated(_parallel("pmap", 2), batches, teacher_hidden=True), padded)

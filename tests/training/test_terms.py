@@ -1,6 +1,7 @@
 """A loss of two terms in one update: DistiLLM-2's, against its equation on the dense logits of each response."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -65,14 +66,27 @@ def _equation(xp, logits, b, held=lambda q: q):
 
 
 def _logits(student, teacher):
-    def of(config, params, examples, i):
-        tokens = jnp.asarray(examples.example_tokens(i))[None]
-        return models.logits(config, params, tokens)[0, int(examples.prompt_lengths[i]) - 1 : -1, :60]
+    """[(the teacher's, the student's) at the targets of each response] by term, from unpacked rows."""
+
+    def of(config, params, examples):
+        rows = [np.pad(examples.example_tokens(i), (0, 32 - examples.lengths[i])) for i in range(COUNT)]
+        everywhere = models.logits(config, params, jnp.asarray(rows))
+        ends = zip(everywhere, examples.prompt_lengths, examples.lengths, strict=True)
+        return [logits[prompt - 1 : length - 1, :60] for logits, prompt, length in ends]
 
     return [
-        [(of(TEACHER, teacher, examples, i), of(STUDENT, student, examples, i)) for i in range(COUNT)]
+        list(zip(of(TEACHER, teacher, examples), of(STUDENT, student, examples), strict=True))
         for examples in _responses()
     ]
+
+
+@functools.cache
+def _expected(b: float):
+    """The equation's loss in float64, and its gradient in float32."""
+    student, teacher = _params()
+    logits = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.jit(_logits)(student, teacher))
+    gradient = jax.jit(jax.grad(lambda q: _equation(jnp, _logits(q, teacher), b, jax.lax.stop_gradient)))
+    return _equation(np, logits, b), gradient(student)
 
 
 def _method(b: float) -> methods.Method:
@@ -117,14 +131,12 @@ def _found(parallel: Parallel, shapes, b: float):
 )
 def test_two_terms_make_the_loss_and_the_gradient_of_the_equation(mapping, devices, shapes, b):
     loss, gradient = _found(Parallel(mapping, tuple(jax.devices()[:devices])), shapes, b)
-    student, teacher = _params()
-    in_float64 = jax.tree.map(lambda x: np.asarray(x, np.float64), _logits(student, teacher))
-    np.testing.assert_allclose(loss, _equation(np, in_float64, b), rtol=1e-5)
-    expected = jax.grad(lambda q: _equation(jnp, _logits(q, teacher), b, jax.lax.stop_gradient))(student)
+    expected_loss, expected_gradient = _expected(b)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     jax.tree_util.tree_map_with_path(
         lambda path, a, e: np.testing.assert_allclose(a, e, rtol=1e-3, atol=2e-6, err_msg=str(path)),
         gradient,
-        expected,
+        expected_gradient,
     )
 
 
