@@ -32,12 +32,13 @@ def run(
 
     Returns:
         `rows`, one for each width, divergence and path: `seconds`; `of_matmul_rate`, the part of the machine's
-        matmul rate (measured just before) that its four matrix products are done at; `temporary_mb` by
+        matmul rate (measured at the start) that its four matrix products are done at; `temporary_mb` by
         `memory_analysis()`; `difference` of the fused path's head gradient from the plain one's, relative to the
         largest entry. Over all of them, the worst `ratio_time` and `ratio_memory` of fused to plain.
     """
     cases = [(widths[0], divergence) for divergence in divergences]
     cases += [(width, divergences[0]) for width in widths[1:]]
+    rate = matmul_rate(dtype, repeats=9)
     paths = {"plain": _plain, "fused": fused_distillation_loss}
     rows, time_ratios, memory_ratios = [], [], []
     with progress.bar("loss", len(cases) * len(paths)) as shown:
@@ -46,7 +47,7 @@ def run(
             objective = Objective(divergence, alpha=0.1, beta=0.7)
             measured = {}
             for name, loss in paths.items():
-                measured[name] = _measure(partial(loss, objective=objective), inputs, repeats)
+                measured[name] = _measure(partial(loss, objective=objective), inputs, repeats, rate)
                 shown.advance()
             gradients = [measured[name].pop("head_gradient") for name in paths]
             for name, figures in measured.items():
@@ -88,9 +89,10 @@ def _inputs(tokens: int, width: int, vocabulary: int, dtype: str) -> tuple[jax.A
     return hidden[0], heads[0], hidden[1], heads[1], labels, jnp.ones(tokens)
 
 
-def _measure(loss: Callable[..., jax.Array], inputs: tuple[jax.Array, ...], repeats: int) -> dict[str, Any]:
+def _measure(
+    loss: Callable[..., jax.Array], inputs: tuple[jax.Array, ...], repeats: int, rate: float
+) -> dict[str, Any]:
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*inputs).compile()
-    rate = matmul_rate(inputs[0].dtype)
     result: Any = None
 
     def call():

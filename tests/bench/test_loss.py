@@ -6,7 +6,7 @@ from l2m_jax.bench import loss
 
 
 def test_both_paths_of_each_divergence_and_of_each_width(monkeypatch):
-    monkeypatch.setattr(loss, "matmul_rate", lambda dtype: 1e9)
+    monkeypatch.setattr(loss, "matmul_rate", lambda dtype, repeats: 1e9)
     widths, divergences = (8, 16), ("skew_kl", "jsd")
     result = loss.run(repeats=1, tokens=64, vocabulary=1031, widths=widths, divergences=divergences)
     rows = result["rows"]
