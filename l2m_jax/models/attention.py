@@ -97,6 +97,7 @@ def causal(config: "DecoderConfig", segment_ids_BxL: jax.Array | None, keep_kv: 
 
     def attend(query, key, value, dropout):
         query, key, value = split_rows(query), split_rows(key), split_rows(value)
+        # jax's call of cuDNN has no dropout: an `attention_dropout` of 0 is what it takes to train with it.
         if dropout is None and _implementation(config, query) == "cudnn":
             attended = jax.nn.dot_product_attention(
                 query, key, value, mask=mask, scale=_scale(config), is_causal=True, implementation="cudnn"
