@@ -21,10 +21,10 @@ from l2m_jax.bench.workload import Request, step_flops
 from l2m_jax.data.batches import ListedExamples, micro_batches, prefetch
 from l2m_jax.data.packing import choose_shapes
 from l2m_jax.losses import Objective
+from l2m_jax.parallel import Parallel
 from l2m_jax.training import step
 from l2m_jax.training.loop import StepFunctions
 from l2m_jax.training.optimizer import OptimizerSettings
-from l2m_jax.training.parallel import Parallel
 from l2m_jax.training.step import StepSettings, Teacher, TrainState, target_hidden
 from l2m_jax.training.teacher import build_store
 from l2m_jax.types import MicroBatch

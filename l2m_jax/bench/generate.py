@@ -23,7 +23,8 @@ from l2m_jax.data.sources import read_jsonl
 from l2m_jax.data.tokenizer import load_tokenizer
 from l2m_jax.errors import InputError
 from l2m_jax.generation import Engine, SamplingRules
-from l2m_jax.models import DecoderConfig, gpt2
+from l2m_jax.models import DecoderConfig
+from l2m_jax.models.hf import gpt2
 from l2m_jax.types import Params
 
 RULES = SamplingRules(temperature=1.0, top_k=50, max_new_tokens=128)

@@ -15,7 +15,8 @@ from l2m_jax.data.prompts import format_prompt
 from l2m_jax.data.sources import read_jsonl
 from l2m_jax.data.tokenizer import load_tokenizer
 from l2m_jax.errors import InputError
-from l2m_jax.models import DecoderConfig, gpt2
+from l2m_jax.models import DecoderConfig
+from l2m_jax.models.hf import gpt2
 
 # No side drops anything, so that losses can be compared.
 _NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from l2m_jax.artefacts import write_json, writing
 from l2m_jax.data.encoding import ROWS_AT_ONCE, Counts, Encoded, TokenLimits, encode_rows
 from l2m_jax.data.prompts import format_prompt
 from l2m_jax.data.sources import Row
 from l2m_jax.errors import InputError
+from l2m_jax.files import write_json, writing
 
 if TYPE_CHECKING:
     import datasets

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2m_jax.artefacts import fingerprint
 from l2m_jax.data.online import require_hub
 from l2m_jax.data.prompts import TEMPLATE_PHRASES
 from l2m_jax.errors import InputError
+from l2m_jax.files import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast

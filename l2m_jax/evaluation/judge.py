@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from l2m_jax import progress
-from l2m_jax.artefacts import fingerprint
 from l2m_jax.errors import InputError
+from l2m_jax.files import fingerprint
 
 if TYPE_CHECKING:
     import openai

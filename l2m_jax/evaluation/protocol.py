@@ -15,14 +15,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from l2m_jax import artefacts
+from l2m_jax import files
 from l2m_jax.errors import InputError
 from l2m_jax.evaluation.rouge import exact_match, rouge_l_many
 from l2m_jax.evaluation.sets import PromptSet
-from l2m_jax.evaluation.tables import Table
 from l2m_jax.generation import Answer, SamplingRules, generate
 from l2m_jax.models import DecoderConfig
-from l2m_jax.processes import first, is_first
+from l2m_jax.multihost import first, is_first
+from l2m_jax.reporting.tables import Table
 from l2m_jax.types import Params
 
 SEEDS = (10, 20, 30, 40, 50)
@@ -149,7 +149,7 @@ def evaluate(
     if (twice := next((name for name in names if names.count(name) > 1), None)) is not None:
         raise InputError(f"two evaluation sets are called '{twice}': give them as name=file")
     asked = [(s.name, s.prompts, s.references) for s in sets]
-    fingerprint = artefacts.fingerprint(made_from, config, rules, tuple(seeds), asked)
+    fingerprint = files.fingerprint(made_from, config, rules, tuple(seeds), asked)
     if folder is not None and (found := first(lambda: _finished(folder / RESULTS, fingerprint))):
         return found
 
@@ -177,8 +177,8 @@ def evaluate(
         lines += [_line(prompt_set, *scored) for scored in zip(answers, rouge_l, strict=True)]
     evaluated = Results(fingerprint, tuple(seeds), rules, tuple(results))
     if folder is not None and is_first():
-        artefacts.write_text(folder / RESPONSES, "".join(lines))
-        artefacts.write_json(folder / RESULTS, evaluated)
+        files.write_text(folder / RESPONSES, "".join(lines))
+        files.write_json(folder / RESULTS, evaluated)
         shutil.rmtree(folder / ".answers")
     return evaluated
 

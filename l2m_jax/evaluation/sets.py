@@ -10,7 +10,7 @@ from l2m_jax.data.corpus import Corpus, build_corpus
 from l2m_jax.data.encoding import TokenLimits
 from l2m_jax.data.sources import EVALUATION_SETS, read_evaluation_set
 from l2m_jax.errors import InputError
-from l2m_jax.processes import first
+from l2m_jax.multihost import first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

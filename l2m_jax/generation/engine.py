@@ -11,14 +11,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from l2m_jax import progress
-from l2m_jax.artefacts import fingerprint
 from l2m_jax.errors import InputError
+from l2m_jax.files import fingerprint
 from l2m_jax.generation.programs import Moves, Prefilled, Programs, Slots
 from l2m_jax.generation.responses import Answer, ResponseFile
 from l2m_jax.generation.sampling import SamplingRules, answer_keys
 from l2m_jax.generation.schedule import Move, PrefillBatch, Schedule, bucket
 from l2m_jax.models import DecoderConfig
-from l2m_jax.processes import first, is_first
+from l2m_jax.multihost import first, is_first
 from l2m_jax.types import Params
 
 _SMALLEST_CACHE, _CACHE_SIZES_PER_OCTAVE = 64, 4

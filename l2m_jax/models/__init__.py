@@ -1,7 +1,6 @@
 """GPT-2, OPT and Llama as one decoder, from and to Hugging Face folders."""
 
 from l2m_jax.models.architecture import DecoderConfig, Rope
-from l2m_jax.models.card import ModelCard
 from l2m_jax.models.decoder import (
     Cache,
     apply_head,
@@ -14,8 +13,9 @@ from l2m_jax.models.decoder import (
     prefill,
     unstack_layers,
 )
-from l2m_jax.models.hub import load, read_config, save
+from l2m_jax.models.hf.folder import load, read_config, save
 from l2m_jax.models.student import student_from_teacher
+from l2m_jax.reporting.card import ModelCard
 
 __all__ = [
     "Cache",

@@ -11,13 +11,13 @@ from l2m_jax.errors import InputError
 from l2m_jax.generation.schedule import bucket
 from l2m_jax.models import DecoderConfig
 from l2m_jax.models.attention import why_not_cudnn
+from l2m_jax.parallel import Parallel
 from l2m_jax.plan import targets
 from l2m_jax.plan.estimate import BASIS, collective_seconds, seconds, wire_bytes
 from l2m_jax.plan.phases import Phase, Planner
 from l2m_jax.plan.programs import Compiler, Program
 from l2m_jax.plan.targets import Target
 from l2m_jax.plan.workload import Workload, workload
-from l2m_jax.training.parallel import Parallel
 
 _USABLE = 0.95  # of a card: the rest is the driver's and the allocator's
 _DEFAULT_FRACTION = 0.75  # what jax takes of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise

@@ -18,11 +18,11 @@ from l2m_jax.generation import programs as generation
 from l2m_jax.losses import Objective
 from l2m_jax.models import DecoderConfig
 from l2m_jax.models.attention import why_not_cudnn
+from l2m_jax.parallel import AXIS, Parallel
 from l2m_jax.plan.flops import flops
 from l2m_jax.plan.hlo import Module
 from l2m_jax.training import step
 from l2m_jax.training.optimizer import OptimizerSettings, make_optimizer
-from l2m_jax.training.parallel import AXIS, Parallel
 from l2m_jax.training.step import StepSettings, Sums, Teacher, TrainState
 from l2m_jax.types import MicroBatch, Params
 

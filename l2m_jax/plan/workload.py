@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from l2m_jax import build, methods, models
 from l2m_jax import config as settings
+from l2m_jax import methods, models
 from l2m_jax.curriculum import Stage, steps
 from l2m_jax.data.packing import Shape, choose_shapes, pack
 from l2m_jax.errors import InputError
 from l2m_jax.losses.chunks import choose_chunk_size, parts_of_chunk
 from l2m_jax.models import DecoderConfig
-from l2m_jax.models.published import PUBLISHED
+from l2m_jax.models.hf.published import PUBLISHED
+from l2m_jax.run import build
 
 # Dolly by the paper's rules (at most 1,024 GPT-2 tokens with the prompt): every 32nd part of 11,500 training examples.
 _DOLLY_LENGTHS = (

@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 from filelock import FileLock
 
-from l2m_jax import artefacts, methods, pipeline
+from l2m_jax import files, methods
 from l2m_jax.config import Config, change
 from l2m_jax.errors import InputError
 from l2m_jax.evaluation.protocol import Results
 from l2m_jax.progress import console
+from l2m_jax.run import pipeline
 from l2m_jax.sweep.presets import Row
 
 _SHARED, _RESULT = "shared", "result.json"
@@ -59,7 +60,7 @@ def finished(cell: Cell, workdir: Path) -> dict[str, Results] | None:
     if not file.is_file():
         return None
     found = json.loads(file.read_text(encoding="utf-8"))
-    if found["made_from"] != artefacts.fingerprint(cell.config):
+    if found["made_from"] != files.fingerprint(cell.config):
         return None
     return {name: Results.from_json(value) for name, value in found["results"].items()}
 
@@ -85,8 +86,8 @@ def _run_cell(cell: Cell, workdir: Path) -> None:
     results = pipeline.run(cell.config, folder, workdir / _SHARED)
     seconds = time.monotonic() - start
     console.print(f"{cell.name}: {seconds:,.0f} s")
-    result = {"made_from": artefacts.fingerprint(cell.config), "seconds": seconds, "results": results}
-    artefacts.write_json(folder / _RESULT, result)
+    result = {"made_from": files.fingerprint(cell.config), "seconds": seconds, "results": results}
+    files.write_json(folder / _RESULT, result)
 
 
 def run(cells: Sequence[Cell], workdir: Path, task: int | None = None) -> dict[str, str]:

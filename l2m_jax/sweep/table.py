@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from l2m_jax import artefacts
+from l2m_jax import files
 from l2m_jax.errors import InputError
 from l2m_jax.evaluation.protocol import Results
-from l2m_jax.evaluation.tables import Table
+from l2m_jax.reporting.tables import Table
 from l2m_jax.sweep.cells import Cell, finished
 
 _ONE_MODEL = ("teacher", "student before")
@@ -38,9 +38,9 @@ def write_table(cells: Sequence[Cell], workdir: Path) -> str:
     text = f"{table.markdown()}\n{_caption(cells, found)}\n"
     if missing:
         text += f"\nMissing, {len(missing)} of {len(cells)} runs: {', '.join(missing)}.\n"
-    artefacts.write_text(workdir / "table.md", text)
-    artefacts.write_text(workdir / "table.csv", table.csv())
-    artefacts.write_text(workdir / "table.tex", table.latex())
+    files.write_text(workdir / "table.md", text)
+    files.write_text(workdir / "table.csv", table.csv())
+    files.write_text(workdir / "table.tex", table.latex())
     return text
 
 

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from l2m_jax.errors import InputError
-from l2m_jax.processes import first
+from l2m_jax.multihost import first
 
 
 @dataclass(frozen=True)

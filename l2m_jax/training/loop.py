@@ -15,11 +15,11 @@ from l2m_jax.curriculum import Stage, steps
 from l2m_jax.data.batches import Examples, micro_batches, order_of_examples, prefetch
 from l2m_jax.data.packing import Shape
 from l2m_jax.losses import Objective
+from l2m_jax.parallel import Parallel
 from l2m_jax.training import step as step_functions
 from l2m_jax.training.checkpoint import Checkpoints, Position
 from l2m_jax.training.metrics import MetricsLog
 from l2m_jax.training.optimizer import OptimizerSettings, learning_rate_schedule, make_optimizer
-from l2m_jax.training.parallel import Parallel
 from l2m_jax.training.step import StepSettings, Teacher, TrainState
 from l2m_jax.types import MicroBatch, Params
 

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from l2m_jax import artefacts
-from l2m_jax.processes import is_first
+from l2m_jax import files
+from l2m_jax.multihost import is_first
 
 
 class MetricsLog:
@@ -40,7 +40,7 @@ class MetricsLog:
         if not self._writes:
             return
         kept = [line for line in read_metrics(self._path) if line["phase"] != phase or line["step"] <= step]
-        artefacts.write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def close(self) -> None:
         if self._writer is not None:

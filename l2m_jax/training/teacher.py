@@ -17,10 +17,10 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from l2m_jax import artefacts, progress
+from l2m_jax import files, progress
 from l2m_jax.data.batches import Examples, ForwardBatch, forward_batches, prefetch
 from l2m_jax.errors import InputError
-from l2m_jax.processes import first, is_first
+from l2m_jax.multihost import first, is_first
 from l2m_jax.types import MicroBatch
 
 _HIDDEN, _MARK = "hidden.bin", "store.json"
@@ -94,7 +94,7 @@ def build_store(
             done = 0  # the data is cut short or gone: a note of progress is worth nothing
         if done < len(corpus):
             _reserve(file, size)
-            artefacts.write_json(mark, made_from | {"examples": done})
+            files.write_json(mark, made_from | {"examples": done})
         return done
 
     done = first(prepare)
@@ -109,7 +109,7 @@ def build_store(
                 _compute(hidden_TxE, offsets, forward, corpus, block, num_devices, bar)
                 if hidden_TxE is not None:
                     hidden_TxE.flush()
-                    artefacts.write_json(mark, made_from | {"examples": int(block[-1]) + 1})
+                    files.write_json(mark, made_from | {"examples": int(block[-1]) + 1})
         first(lambda: None)  # the others open it once it is complete
     return TeacherStore(folder, offsets, width, dtype)
 

@@ -4,7 +4,7 @@ import pytest
 
 from l2m_jax.bench.workload import Request, make_request
 from l2m_jax.data.tokenizer import train_tokenizer
-from l2m_jax.models import gpt2
+from l2m_jax.models.hf import gpt2
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import datasets
 import numpy as np
 import pytest
 
-from l2m_jax.artefacts import is_finished
 from l2m_jax.data import corpus as corpus_module
 from l2m_jax.data.corpus import Corpus, build_corpus, filter_rows
 from l2m_jax.data.encoding import Counts, TokenLimits
@@ -13,6 +12,7 @@ from l2m_jax.data.prompts import format_prompt
 from l2m_jax.data.sources import Row, read_jsonl
 from l2m_jax.data.tokenizer import train_tokenizer
 from l2m_jax.errors import InputError
+from l2m_jax.files import is_finished
 
 ROWS = [
     Row("a", "Name a colour.", "", ("red", "blue"), "naming"),

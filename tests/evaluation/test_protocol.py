@@ -126,7 +126,7 @@ def test_an_interrupted_evaluation_continues_and_a_finished_one_is_read(model, t
         return answers
 
     monkeypatch.setattr(protocol, "generate", counted)
-    monkeypatch.setattr(protocol.artefacts, "write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(protocol.files, "write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(model, folder=tmp_path, made_from="model")
     assert made == [6, 6]

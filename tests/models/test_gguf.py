@@ -6,8 +6,8 @@ import pytest
 
 from l2m_jax import models
 from l2m_jax.errors import InputError
-from l2m_jax.models import llama, weights
-from l2m_jax.models.gguf import _BLOCK, _TOP, GgufFile
+from l2m_jax.models.hf import llama, weights
+from l2m_jax.models.hf.gguf import _BLOCK, _TOP, GgufFile
 
 gguf = pytest.importorskip("gguf", reason="needs the gguf package (the extra of that name)")
 

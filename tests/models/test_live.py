@@ -19,7 +19,7 @@ pytest.importorskip("torch", reason="the live comparison needs PyTorch")
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from l2m_jax.models.gguf import GgufFile
+from l2m_jax.models.hf.gguf import GgufFile
 
 CASES = json.loads((Path(__file__).parent / "golden" / "cases.json").read_text())
 TOKENS = np.random.RandomState(0).randint(4, 40, (2, 12))

@@ -16,8 +16,9 @@ from jax.flatten_util import ravel_pytree
 from safetensors.numpy import load_file
 
 from l2m_jax import models
-from l2m_jax.models import hub, layers, weights
+from l2m_jax.models import layers
 from l2m_jax.models.attention import causal, rope_angles
+from l2m_jax.models.hf import folder, weights
 from l2m_jax.models.layers import ACTIVATIONS
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -34,7 +35,7 @@ class Case(NamedTuple):
         prefix = f"{kind}/"
         named = {k.removeprefix(prefix): v for k, v in self.golden.items() if k.startswith(prefix)}
         return weights.fill(
-            self.config, hub._FAMILIES[self.config.family].weights(self.config), _Tensors(named)
+            self.config, folder._FAMILIES[self.config.family].weights(self.config), _Tensors(named)
         )
 
 

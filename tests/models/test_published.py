@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from l2m_jax import models
-from l2m_jax.models.published import PUBLISHED
+from l2m_jax.models.hf.published import PUBLISHED
 
 MILLIONS = {
     "gpt2": 124.4,

@@ -81,7 +81,7 @@ def test_an_interrupted_save_leaves_the_old_weights(write_model, tmp_path, monke
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("l2m_jax.models.safetensors_folder.save_file", interrupted)
+    monkeypatch.setattr("l2m_jax.models.hf.safetensors_folder.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         models.save(tmp_path / "given", config, jax.tree.map(lambda leaf: leaf + 1, params))
     assert (tmp_path / "given" / "model.safetensors").read_bytes() == before

@@ -8,14 +8,14 @@ import pytest
 
 from l2m_jax import models
 from l2m_jax.errors import InputError
-from l2m_jax.models import hub
+from l2m_jax.models.hf import folder
 
 CASES = json.loads((Path(__file__).parent / "golden" / "cases.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt_350m", "llama"])
 def test_a_student_of_the_teachers_layers(name):
-    config = hub._FAMILIES[CASES[name]["model_type"]].read_config(CASES[name])
+    config = folder._FAMILIES[CASES[name]["model_type"]].read_config(CASES[name])
     params = models.init(config, jax.random.key(0))
     student_config, student = models.student_from_teacher(config, params, (1,))
     assert student_config.num_layers == 1
@@ -27,7 +27,7 @@ def test_a_student_of_the_teachers_layers(name):
 
 
 def test_all_layers_make_the_teacher_with_buffers_of_its_own():
-    config = hub._FAMILIES["gpt2"].read_config(CASES["gpt2"])
+    config = folder._FAMILIES["gpt2"].read_config(CASES["gpt2"])
     params = models.init(config, jax.random.key(0))
     _, student = models.student_from_teacher(config, params, (0, 1))
     tokens = jnp.array([[1, 2, 3]])
@@ -40,6 +40,6 @@ def test_all_layers_make_the_teacher_with_buffers_of_its_own():
 
 @pytest.mark.parametrize("layers", [(), (0, 2), (-1,)])
 def test_layers_that_the_teacher_lacks(layers):
-    config = hub._FAMILIES["gpt2"].read_config(CASES["gpt2"])
+    config = folder._FAMILIES["gpt2"].read_config(CASES["gpt2"])
     with pytest.raises(InputError, match="each between 0 and 1"):
         models.student_from_teacher(config, {}, layers)

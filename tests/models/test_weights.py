@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from l2m_jax import models
 from l2m_jax.errors import InputError
-from l2m_jax.models import hub, weights
+from l2m_jax.models.hf import folder, weights
 
 CASES = json.loads((Path(__file__).parent / "golden" / "cases.json").read_text())
 # Hugging Face configs of what the paper and its neighbours use: the fields that differ from the defaults.
@@ -185,7 +185,7 @@ def test_loading_needs_little_more_memory_than_the_parameters(write_model, tmp_p
     shapes = weights.parameter_shapes(config)
     tensors = {
         weight.name.format(layer): np.ones(weights.tensor_shape(weight, shapes[weight.path]), np.float32)
-        for weight in hub._FAMILIES["gpt2"].weights(config)
+        for weight in folder._FAMILIES["gpt2"].weights(config)
         for layer in weights._layers(weight, shapes[weight.path])
     }
     save_file(tensors, tmp_path / "large" / "model.safetensors")

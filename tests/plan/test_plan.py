@@ -13,9 +13,9 @@ import pytest
 from l2m_jax import models
 from l2m_jax.config import defaults, parse
 from l2m_jax.errors import InputError
+from l2m_jax.parallel import Parallel
 from l2m_jax.plan import plan, targets
 from l2m_jax.plan.programs import Compiler, device_bytes, parameters
-from l2m_jax.training.parallel import Parallel
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
@@ -187,7 +187,7 @@ def test_a_compiler_that_is_not_installed_is_named(config, monkeypatch, target, 
 def _command(*flags: str) -> subprocess.CompletedProcess:
     config = ROOT / "tests" / "configs" / "tiny.py"
     settings = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
-    command = [sys.executable, "-m", "l2m_jax.plan", f"--config={config}", *settings, *flags]
+    command = [sys.executable, "-m", "l2m_jax.cli.plan", f"--config={config}", *settings, *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from l2m_jax import pipeline
 from l2m_jax.config import change, defaults, parse
 from l2m_jax.errors import InputError
 from l2m_jax.evaluation.protocol import Results, Score, SetResult
 from l2m_jax.generation import SamplingRules
+from l2m_jax.run import pipeline
 from l2m_jax.sweep.cells import finished, grid, run
 from l2m_jax.sweep.presets import Row, rows_of
 from l2m_jax.sweep.table import write_table

@@ -9,9 +9,9 @@ import pytest
 from l2m_jax import models
 from l2m_jax.errors import InputError
 from l2m_jax.models import DecoderConfig
+from l2m_jax.parallel import Parallel
 from l2m_jax.training.checkpoint import Checkpoints, Position
 from l2m_jax.training.optimizer import OptimizerSettings, make_optimizer
-from l2m_jax.training.parallel import Parallel
 from l2m_jax.training.step import TrainState
 
 CONFIG = DecoderConfig(

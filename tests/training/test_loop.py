@@ -13,11 +13,11 @@ from l2m_jax.data.batches import ListedExamples
 from l2m_jax.data.packing import Shape
 from l2m_jax.losses import Objective
 from l2m_jax.models import DecoderConfig
+from l2m_jax.parallel import Parallel
 from l2m_jax.training.checkpoint import Checkpoints
 from l2m_jax.training.loop import Task, Term, train
 from l2m_jax.training.metrics import MetricsLog, read_metrics
 from l2m_jax.training.optimizer import OptimizerSettings
-from l2m_jax.training.parallel import Parallel
 from l2m_jax.training.step import StepSettings
 
 CONFIG = DecoderConfig(

@@ -13,9 +13,9 @@ from l2m_jax.data.batches import ListedExamples, micro_batches, padded_batch
 from l2m_jax.data.packing import Shape
 from l2m_jax.losses import Objective
 from l2m_jax.models import DecoderConfig
+from l2m_jax.parallel import Parallel
 from l2m_jax.training import step
 from l2m_jax.training.optimizer import OptimizerSettings, learning_rate_schedule, make_optimizer
-from l2m_jax.training.parallel import Parallel
 from l2m_jax.training.step import StepSettings, Sums, Teacher, TrainState
 
 STUDENT = DecoderConfig(

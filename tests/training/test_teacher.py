@@ -15,8 +15,8 @@ from l2m_jax.data.packing import Shape
 from l2m_jax.errors import InputError
 from l2m_jax.losses import Objective
 from l2m_jax.models import DecoderConfig
+from l2m_jax.parallel import Parallel
 from l2m_jax.training import step, teacher
-from l2m_jax.training.parallel import Parallel
 from l2m_jax.training.step import StepSettings, Teacher
 from l2m_jax.training.teacher import build_store
 

@@ -15,8 +15,8 @@ from l2m_jax.curriculum import single_stage
 from l2m_jax.data.batches import AnsweredExamples, ListedExamples, micro_batches
 from l2m_jax.data.packing import Shape
 from l2m_jax.models import DecoderConfig
+from l2m_jax.parallel import Parallel
 from l2m_jax.training import step
-from l2m_jax.training.parallel import Parallel
 from l2m_jax.training.step import StepSettings, Teacher, TrainState
 
 STUDENT = DecoderConfig(

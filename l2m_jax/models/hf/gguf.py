@@ -1,0 +1,162 @@
+"""Llama-family models in llama.cpp's GGUF format, through the `gguf` package (the extra of that name)."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l2m_jax.errors import InputError
+from l2m_jax.models.architecture import DecoderConfig
+from l2m_jax.models.hf import llama
+
+# llama.cpp's names, in Hugging Face's.
+_TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+_HEAD = "output.weight"
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_BYTE_LEVEL = ("gpt-2", "default", "smollm")
+
+
+class GgufFile:
+    """One GGUF file: its tensors by Hugging Face name, dequantised as they are read.
+
+    Raises:
+        InputError: the `gguf` package is missing, or the file is cut off, or of another architecture.
+    """
+
+    def __init__(self, file: Path):
+        try:
+            import gguf
+        except ModuleNotFoundError as error:
+            raise InputError(f"reading {file} needs the gguf package: pip install 'l2m_jax[gguf]'") from error
+        self.file = file
+        try:
+            reader = gguf.GGUFReader(file)
+        except (ValueError, OSError, IndexError) as error:
+            raise InputError(f"{file} is cut off or no GGUF file ({error}); fetch it again") from error
+        self._dequantize = gguf.quants.dequantize
+        self._metadata = reader.fields
+        if (architecture := self._get("general.architecture")) != "llama":
+            raise InputError(f"{file} holds a {architecture!r} model; only llama is supported in GGUF files")
+        self._tensors = {self._name(tensor.name): tensor for tensor in reader.tensors}
+        # GGUF lists the fastest axis first.
+        self.shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in self._tensors.items()}
+
+    def _get(self, key: str, default: Any = None) -> Any:
+        field = self._metadata.get(key)
+        return default if field is None else field.contents()
+
+    def _name(self, stored: str) -> str:
+        if stored in _TOP:
+            return _TOP[stored]
+        if stored == _HEAD:
+            return "lm_head.weight"
+        parts = stored.split(".")
+        if len(parts) == 4 and parts[0] == "blk" and parts[2] in _BLOCK:
+            return f"model.layers.{parts[1]}.{_BLOCK[parts[2]]}.{parts[3]}"
+        return stored
+
+    def config(self) -> DecoderConfig:
+        """The architecture that the file's metadata describes."""
+
+        def need(key: str) -> Any:
+            value = self._get(f"llama.{key}")
+            if value is None:
+                raise InputError(f"{self.file} lacks llama.{key} in its metadata; convert the model again")
+            return value
+
+        if self._get("llama.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in self.shapes:
+            raise InputError(
+                f"{self.file} stretches its rotary positions; load the safetensors folder instead"
+            )
+        if "model.embed_tokens.weight" not in self.shapes:
+            raise InputError(f"{self.file} lacks token_embd.weight; convert the model again")
+        width, heads = need("embedding_length"), need("attention.head_count")
+        layer = "model.layers.0"
+        return llama.read_config(
+            {
+                "model_type": "llama",
+                "vocab_size": self.shapes["model.embed_tokens.weight"][0],
+                "hidden_size": width,
+                "num_hidden_layers": need("block_count"),
+                "num_attention_heads": heads,
+                "num_key_value_heads": self._get("llama.attention.head_count_kv", heads),
+                "head_dim": self._get("llama.attention.key_length", width // heads),
+                "intermediate_size": need("feed_forward_length"),
+                "max_position_embeddings": need("context_length"),
+                "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
+                "rope_theta": self._get("llama.rope.freq_base", 10_000.0),
+                "attention_bias": f"{layer}.self_attn.q_proj.bias" in self.shapes,
+                "mlp_bias": f"{layer}.mlp.up_proj.bias" in self.shapes,
+                "tie_word_embeddings": "lm_head.weight" not in self.shapes,
+                "bos_token_id": self._get("tokenizer.ggml.bos_token_id"),
+                "eos_token_id": self._get("tokenizer.ggml.eos_token_id"),
+                "pad_token_id": self._get("tokenizer.ggml.padding_token_id"),
+            }
+        )
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        tensor = self._tensors[name]
+        rows = np.arange(self.shapes[name][0])
+        if ".q_proj." in name:
+            rows = _halves(rows, int(self._get("llama.attention.head_count")))
+        elif ".k_proj." in name:
+            heads = self._get("llama.attention.head_count_kv", self._get("llama.attention.head_count"))
+            rows = _halves(rows, int(heads))
+        return self._dequantize(tensor.data[rows[index[0]]], tensor.tensor_type)[:, *index[1:]]
+
+    def place(self, name: str) -> str:
+        return str(self.file)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer in the file's metadata, as a `transformers` tokenizer with its chat template.
+
+        Raises:
+            InputError: it is not a byte-level BPE that can be built from that metadata alone.
+        """
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        kind, splitting = self._get("tokenizer.ggml.model"), self._get("tokenizer.ggml.pre", "default")
+        if kind != "gpt2" or splitting not in _BYTE_LEVEL:
+            raise InputError(
+                f"{self.file} has a {kind!r} tokenizer with {splitting!r} splitting, which cannot be built from "
+                "the file; name the model's tokenizer folder instead"
+            )
+        tokens = self._get("tokenizer.ggml.tokens")
+        merges = [tuple(merge.split(" ")) for merge in self._get("tokenizer.ggml.merges")]
+        bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        # SmolLM's merges were learned with every digit on its own.
+        digits = [pre_tokenizers.Digits(individual_digits=True)] if splitting == "smollm" else []
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])  # type: ignore[assignment]
+        bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+        control = 3
+        types = self._get("tokenizer.ggml.token_type", [])
+        special = [token for token, token_type in zip(tokens, types, strict=False) if token_type == control]
+        bpe.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+
+        ids = {
+            "bos_token": self._get("tokenizer.ggml.bos_token_id"),
+            "eos_token": self._get("tokenizer.ggml.eos_token_id"),
+            "unk_token": self._get("tokenizer.ggml.unknown_token_id"),
+            "pad_token": self._get("tokenizer.ggml.padding_token_id"),
+        }
+        named = {name: tokens[i] for name, i in ids.items() if i is not None}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **named)
+        tokenizer.chat_template = self._get("tokenizer.chat_template")
+        return tokenizer
+
+
+def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Where the rows of q and k lie in llama.cpp's order, which turns neighbours (2d, 2d+1), not (d, d + D/2)."""
+    return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)

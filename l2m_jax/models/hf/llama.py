@@ -1,0 +1,99 @@
+"""Llama in Hugging Face's names: Llama 1 to 3, OpenLLaMA, TinyLlama, SmolLM2."""
+
+from l2m_jax.errors import InputError
+from l2m_jax.models.architecture import DecoderConfig, Rope
+from l2m_jax.models.hf import config_json
+from l2m_jax.models.hf.config_json import Json, Key
+from l2m_jax.models.hf.weights import Weight, dense, norm
+
+ARCHITECTURE = "LlamaForCausalLM"
+PREFIX = "model."
+# A buffer that old files carry: it follows from the config.
+IGNORED = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+
+_KEYS = {
+    "vocab_size": Key("vocab_size", 32000),
+    "hidden_size": Key("hidden_size", 4096),
+    "num_hidden_layers": Key("num_layers", 32),
+    "num_attention_heads": Key("num_heads", 32),
+    "num_key_value_heads": Key("num_kv_heads", None),
+    "head_dim": Key("head_dim", None),
+    "intermediate_size": Key("intermediate_size", 11008),
+    "max_position_embeddings": Key("max_positions", 2048),
+    "hidden_act": Key("activation", "silu"),
+    "rms_norm_eps": Key("norm_eps", 1e-6),
+    "attention_bias": Key("attention_bias", False),
+    "mlp_bias": Key("mlp_bias", False),
+    "attention_dropout": Key("attention_dropout", 0.0),
+    "initializer_range": Key("init_std", 0.02),
+    "tie_word_embeddings": Key("tie_embeddings", False),
+    "bos_token_id": Key("bos_token_id", 1),
+    "eos_token_id": Key("eos_token_id", 2),
+    "pad_token_id": Key("pad_token_id", None),
+}
+_ROPE_KEYS = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_max_positions",
+}
+
+
+def read_config(hf: Json) -> DecoderConfig:
+    fields = config_json.read(hf, _KEYS, {})
+    width, heads = fields["hidden_size"], fields["num_heads"]
+    fields["num_kv_heads"] = fields["num_kv_heads"] or heads
+    fields["head_dim"] = fields["head_dim"] or config_json.head_dim(width, heads)
+    return DecoderConfig(
+        family="llama",
+        valid_vocab_size=fields["vocab_size"],
+        embed_size=width,
+        norm="rms",
+        gated_mlp=True,
+        rope=_read_rope(hf),
+        **fields,
+    )
+
+
+def _read_rope(hf: Json) -> Rope:
+    # transformers 5 writes "rope_parameters"; before it, "rope_theta" and "rope_scaling".
+    given = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    theta = given.get("rope_theta", hf.get("rope_theta", 10_000.0))
+    scaling = given.get("rope_type", given.get("type", "default"))
+    if scaling not in ("default", "linear", "llama3"):
+        raise InputError(
+            f"config.json: rope type {scaling!r} is not supported (default, linear, llama3); choose another checkpoint"
+        )
+    if given.get("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError("config.json: partial_rotary_factor is not supported; choose another checkpoint")
+    numbers = {field: given[key] for key, field in _ROPE_KEYS.items() if given.get(key) is not None}
+    return Rope(theta=float(theta), scaling=scaling, **numbers)
+
+
+def write_config(config: DecoderConfig) -> Json:
+    rope = config.rope
+    assert rope is not None, "Llama models have rotary positions"
+    scaling: Json | None = None
+    if rope.scaling != "default":
+        used = _ROPE_KEYS if rope.scaling == "llama3" else {"factor": "factor"}
+        scaling = {"rope_type": rope.scaling} | {key: getattr(rope, field) for key, field in used.items()}
+    # The older form: every version of transformers, and what serves its models, reads it.
+    return config_json.write(config, _KEYS) | {"rope_theta": rope.theta, "rope_scaling": scaling}
+
+
+def weights(config: DecoderConfig) -> list[Weight]:
+    layer = "model.layers.{}"
+    table = [
+        Weight("model.embed_tokens.weight", "embeddings/tokens/embedding"),
+        *norm(config, f"{layer}.input_layernorm", "blocks/attention_norm"),
+        *dense(f"{layer}.self_attn.q_proj", "blocks/attention/query", config.attention_bias),
+        *dense(f"{layer}.self_attn.k_proj", "blocks/attention/key", config.attention_bias),
+        *dense(f"{layer}.self_attn.v_proj", "blocks/attention/value", config.attention_bias),
+        *dense(f"{layer}.self_attn.o_proj", "blocks/attention/out", config.attention_bias),
+        *norm(config, f"{layer}.post_attention_layernorm", "blocks/mlp_norm"),
+        *dense(f"{layer}.mlp.gate_proj", "blocks/mlp/gate", config.mlp_bias),
+        *dense(f"{layer}.mlp.up_proj", "blocks/mlp/up", config.mlp_bias),
+        *dense(f"{layer}.mlp.down_proj", "blocks/mlp/down", config.mlp_bias),
+        *norm(config, "model.norm", "output/norm"),
+    ]
+    return table if config.tie_embeddings else [*table, Weight("lm_head.weight", "head/embedding")]

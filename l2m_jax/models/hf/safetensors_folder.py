@@ -1,0 +1,136 @@
+"""model.safetensors, or its shards with their index, read piece by piece and written without holding it twice."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from l2m_jax import files
+from l2m_jax.errors import InputError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class SafetensorsFolder:
+    """The tensors of a folder by Hugging Face name.
+
+    Args:
+        folder: holds model.safetensors, or model.safetensors.index.json and the shards that it names.
+        prefix: put before names that lack it: some checkpoints hold the bare transformer.
+        ignored: names (less the prefix) that match are no parameters.
+
+    Raises:
+        InputError: nothing to read there, a shard missing, or a file that is cut off.
+    """
+
+    def __init__(self, folder: Path, prefix: str, ignored: str | None):
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._folder = folder
+        self._stored: dict[str, tuple[Path, str]] = {}
+        for file in _files(folder):
+            with _opened(file) as opened:
+                for stored in opened.keys():  # noqa: SIM118  (no iterator of its own)
+                    bare = stored.removeprefix(prefix)
+                    if ignored and re.fullmatch(ignored, bare):
+                        continue
+                    name = stored if stored.startswith((prefix, "lm_head.")) else prefix + stored
+                    self._stored[name] = (file, stored)
+                    self.shapes[name] = tuple(opened.get_slice(stored).get_shape())
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        file, stored = self._stored[name]
+        # Opened anew for each piece: the pages of an open file count as this process's memory.
+        with _opened(file) as opened:
+            return opened.get_slice(stored)[index]
+
+    def place(self, name: str) -> str:
+        """The file with tensor `name`; the folder where no file has it."""
+        return str(self._stored[name][0] if name in self._stored else self._folder)
+
+    def drop(self, name: str) -> None:
+        """Takes a tensor out of what there is to place."""
+        self.shapes.pop(name, None)
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise InputError(f"{index} is not a safetensors index ({error}); fetch it again") from error
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent:
+            raise InputError(
+                f"{folder} lacks {', '.join(absent)}, which {INDEX} names; fetch the missing shards"
+            )
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    torch_files = sorted(folder.glob("*.bin"))
+    if torch_files:
+        raise InputError(
+            f"{folder} has only PyTorch weights ({torch_files[0].name}); where PyTorch is installed, convert them with: "
+            f"python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}')"
+            ".save_pretrained('CONVERTED')\""
+        )
+    raise InputError(f"{folder} has no {SINGLE} (nor {INDEX}); pass a folder that holds the weights")
+
+
+def _opened(file: Path):
+    try:
+        return safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is cut off or no safetensors file ({error}); fetch it again") from error
+
+
+def write(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], dtype: str, shard_bytes: int) -> None:
+    """Writes the tensors as one file, or as shards of at most `shard_bytes` with their index.
+
+    Each file takes its name once it is complete; files of an earlier model in `folder` go last.
+    """
+    unnamed: list[Path] = []
+    weight_map: list[list[str]] = []
+    total = 0
+    shard: dict[str, np.ndarray] = {}
+
+    def finish_shard():
+        file = folder / f".shard-{len(unnamed)}.unfinished"
+        save_file(shard, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # as any other file, not the library's owner-only
+        unnamed.append(file)
+        weight_map.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        stored = np.ascontiguousarray(tensor, dtype=np.dtype(getattr(ml_dtypes, dtype, dtype)))
+        if shard and sum(t.nbytes for t in shard.values()) + stored.nbytes > shard_bytes:
+            finish_shard()
+        shard[name] = stored
+        total += stored.nbytes
+    finish_shard()
+
+    names = [SINGLE] if len(unnamed) == 1 else [_shard_name(i, len(unnamed)) for i in range(len(unnamed))]
+    for file, name in zip(unnamed, names, strict=True):
+        os.replace(file, folder / name)
+    if len(names) > 1:
+        mapping = {
+            tensor: name for name, tensors in zip(names, weight_map, strict=True) for tensor in tensors
+        }
+        files.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": mapping})
+    else:
+        (folder / INDEX).unlink(missing_ok=True)
+    for file in folder.glob("*.safetensors"):
+        if file.name not in names:
+            file.unlink()
+
+
+def _shard_name(i: int, count: int) -> str:
+    return f"model-{i + 1:05d}-of-{count:05d}.safetensors"

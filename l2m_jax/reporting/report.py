@@ -1,0 +1,252 @@
+"""report.md: what a run did and what came of it, with its figures."""
+
+import datetime
+import html
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l2m_jax.curriculum import Difficulty, Stage, examples_seen, steps
+from l2m_jax.data.sources import Row
+from l2m_jax.evaluation import protocol
+from l2m_jax.evaluation.protocol import Results
+from l2m_jax.files import write_text
+from l2m_jax.reporting import figures
+from l2m_jax.reporting.figures import Metrics
+from l2m_jax.reporting.tables import Spread, Table
+
+_LONGEST_TEXT = 160
+_MOST_CATEGORIES_SHOWN = 12
+
+
+def extremes(graded: Difficulty, count: int = 5) -> tuple[list[int], list[int]]:
+    """Indices of the `count` easiest and of the `count` hardest examples, each from easier to harder."""
+    order = graded.order.tolist()
+    return order[:count], order[max(count, len(order) - count) :]
+
+
+def write_report(
+    folder: Path,
+    *,
+    title: str,
+    results: Mapping[str, Results],
+    teacher: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+    metrics: Metrics = (),
+    stages: Sequence[Stage] = (),
+    batch_size: int = 1,
+    seconds: Mapping[str, float] | None = None,
+    difficulty: Difficulty | None = None,
+    rows: Mapping[int, Row] | None = None,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Writes `folder`/report.md and the PNG files that it shows into `folder`/figures.
+
+    Sections without their input are left out.
+
+    Args:
+        title: the heading, such as the method's name.
+        results: what `evaluate` gave for each model, in the order of the table's rows.
+        teacher: the row of `results` that the others are compared with.
+        facts: what else to say about the run: method, data, models, hardware.
+        metrics: the lines of metrics.jsonl; the student's phase is "student", its baselines' "student:NAME", and
+            `validation_rouge_l` is × 100.
+        stages, batch_size: what the student was to train on.
+        seconds: how long each phase took; a phase of `metrics` goes by the same name.
+        difficulty: of the training examples.
+        rows: the text of the examples that `extremes` names, by index.
+        files: what lies where, each path relative to `folder`.
+    """
+    sections = [f"# {title}\n", _facts(facts or {}), _results(results, teacher)]
+    shown = folder / "figures"
+    if figures.steps_of(metrics, "student"):
+        figures.training(shown / "training.png", metrics)
+        figures.schedule(shown / "schedule.png", metrics)
+        sections += [_training(metrics, stages, batch_size)]
+    sections += [_phases(metrics, seconds or {})]
+    if difficulty is not None:
+        figures.difficulty(shown / "difficulty.png", difficulty)
+        sections += [_difficulty(difficulty, rows or {})]
+    if files:
+        listed = "\n".join(f"- [`{path}`]({path}): {what}" for path, what in files.items())
+        sections += [f"## Where things lie\n\n{listed}\n"]
+    write_text(folder / "report.md", "\n".join(section for section in sections if section))
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    return "".join(f"- {name}: {value}\n" for name, value in facts.items())
+
+
+def _results(results: Mapping[str, Results], teacher: str | None) -> str:
+    if not results:
+        return ""
+    seeds = sorted({len(found.seeds) for found in results.values()})
+    rules = dict.fromkeys(_described(found) for found in results.values())
+    count = f"{seeds[0]} seed{'s' if seeds[0] > 1 else ''}" if len(seeds) == 1 else "several seeds"
+    parts = [
+        f"## Results\n\nRouge-L × 100, mean ± standard deviation over {count} of sampling ({'; '.join(rules)}).\n",
+        protocol.table(results, teacher=teacher).markdown(),
+        _sets(results),
+    ]
+    return "\n".join(parts + [_categories(results, name) for name in _with_categories(results)])
+
+
+def _described(found: Results) -> str:
+    rules = found.rules
+    words = ["greedy" if rules.temperature == 0 else f"temperature {rules.temperature:g}"]
+    words += [f"top-k {rules.top_k}"] * bool(rules.top_k) + [f"top-p {rules.top_p:g}"] * (rules.top_p < 1)
+    words += [f"no repeated {rules.no_repeat_ngram}-gram"] * bool(rules.no_repeat_ngram)
+    return ", ".join([*words, f"at most {rules.max_new_tokens} new tokens"])
+
+
+def _sets(results: Mapping[str, Results]) -> str:
+    rows = [
+        [
+            model,
+            found.title,
+            f"{found.rows:,}" + f" ({found.left_out} left out)" * bool(found.left_out),
+            str(Spread.of(found.rouge_l.per_seed)),
+            str(Spread.of(found.exact_match.per_seed)),
+            f"{found.response_tokens:.0f}",
+        ]
+        for model, result in results.items()
+        for found in result.sets
+    ]
+    return _table(("model", "set", "prompts", "Rouge-L", "exact match", "tokens an answer"), rows, left=2)
+
+
+def _with_categories(results: Mapping[str, Results]) -> list[str]:
+    sets = (found for result in results.values() for found in result.sets)
+    return list(dict.fromkeys(found.title for found in sets if len(found.categories) > 1))
+
+
+def _categories(results: Mapping[str, Results], title: str) -> str:
+    """Categories by models for one set, folded away."""
+    groups = {
+        model: found.categories
+        for model, result in results.items()
+        for found in result.sets
+        if found.title == title
+    }
+    sizes = {name: group.rows for categories in groups.values() for name, group in categories.items()}
+    largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:_MOST_CATEGORIES_SHOWN]
+    values = {
+        f"{name} ({sizes[name]})": {
+            model: found[name].rouge_l.per_seed for model, found in groups.items() if name in found
+        }
+        for name in largest
+    }
+    rest = f", the {len(largest)} largest of {len(sizes)}" * (len(sizes) > len(largest))
+    body = Table(values, plain=True).markdown()
+    return f"<details><summary>{title} by category{rest}</summary>\n\n{body}\n</details>\n"
+
+
+def _training(metrics: Metrics, stages: Sequence[Stage], batch_size: int) -> str:
+    text = "## Training\n\n![Loss and Rouge-L over the steps](figures/training.png)\n"
+    text += "\n![α and β over the steps](figures/schedule.png)\n"
+    if not stages:
+        return text
+    rows = [
+        [
+            stage.index,
+            f"{stage.alpha:.3g}",
+            f"{stage.beta:.3g}",
+            f"{len(stage.indices):,}",
+            stage.epochs,
+            f"{stage.examples:,}",
+            f"{steps([stage], batch_size):,}",
+        ]
+        for stage in stages
+    ]
+    taken = figures.steps_of(metrics, "student")[-1]["step"]
+    planned = steps(stages, batch_size)
+    total = f"In all {planned:,} steps of {batch_size} examples, {examples_seen(stages):,} examples seen"
+    if taken != planned:
+        total += f"; {taken:,} steps were taken"
+    heading = ("stage", "α", "β", "examples", "epochs", "examples seen", "steps")
+    return f"{text}\n{_table(heading, rows)}\n{total}.\n"
+
+
+def _phases(metrics: Metrics, seconds: Mapping[str, float]) -> str:
+    phases = list(dict.fromkeys([*seconds, *(m["phase"] for m in metrics)]))
+    if not phases:
+        return ""
+    rows = []
+    for phase in phases:
+        lines = figures.steps_of(metrics, phase)
+        validations = [m["validation_rouge_l"] for m in figures.validations_of(metrics, phase)]
+        took = datetime.timedelta(seconds=round(seconds[phase])) if phase in seconds else "–"
+        if not lines:
+            rows.append([phase, took, *["–"] * 6])
+            continue
+        rates = [
+            statistics.median([m[name] for m in lines if name in m] or [0.0])
+            for name in ("examples_per_second", "tokens_per_second")
+        ]
+        examples = sum(m.get("examples", 0) for m in lines)
+        tail = [m["loss"] for m in lines[-max(1, len(lines) // 20) :]]
+        rows.append(
+            [
+                phase,
+                took,
+                f"{len(lines):,}",
+                f"{examples:,}" if examples else "–",
+                f"{statistics.fmean(tail):.3f}",
+                f"{max(validations):.1f}" if validations else "–",
+                *(f"{rate:,.0f}" if rate else "–" for rate in rates),
+            ]
+        )
+    heading = ("phase", "time", "steps", "examples", "last loss", "best validation", "examples/s", "tokens/s")
+    return f"## Phases\n\n{_table(heading, rows)}"
+
+
+def _difficulty(graded: Difficulty, rows: Mapping[int, Row]) -> str:
+    text = "## Difficulty\n\n![Rouge-L and cross-entropy of each subset](figures/difficulty.png)\n"
+    summary = []
+    for number, indices in enumerate(graded.subsets, start=1):
+        rouge_l, cross_entropy = 100 * graded.rouge_l[indices], graded.cross_entropy[indices]
+        summary.append(
+            [number, f"{len(indices):,}", f"{np.mean(rouge_l):.1f}", f"{np.mean(cross_entropy):.2f}"]
+        )
+    text += "\n" + _table(("subset", "examples", "mean Rouge-L", "mean cross-entropy"), summary)
+    for heading, indices in zip(("easiest", "hardest"), extremes(graded), strict=True):
+        shown = [
+            [
+                f"{graded.rank[i] + 1:,}",
+                f"{100 * graded.rouge_l[i]:.1f}",
+                f"{graded.cross_entropy[i]:.2f}",
+                _text(graded.ids[i]),
+                _text(rows[i].instruction),
+                _text(rows[i].input),
+                _text(rows[i].references[0] if rows[i].references else ""),
+            ]
+            for i in indices
+            if i in rows
+        ]
+        if shown:
+            columns = ("rank", "Rouge-L", "cross-entropy", "id", "instruction", "input", "reference")
+            text += f"\nThe {len(shown)} {heading}:\n\n{_table(columns, shown, right=3)}"
+    return text
+
+
+def _text(text: str) -> str:
+    """On one line, at most 160 characters, and read as text by Markdown."""
+    text = " ".join(text.split())
+    text = text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 1] + "…"
+    text = html.escape(text, quote=False)
+    return "".join("\\" + c if c in "\\|*_`[]~$" else c for c in text)
+
+
+def _table(
+    heading: Sequence[str], rows: Iterable[Sequence[Any]], *, left: int = 1, right: int | None = None
+) -> str:
+    """A Markdown table: the first `left` columns to the left, or only the first `right` ones to the right."""
+    count = len(heading)
+    aligned = ["---"] * left + ["---:"] * (count - left)
+    if right is not None:
+        aligned = ["---:"] * right + ["---"] * (count - right)
+    lines = [heading, aligned, *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)

@@ -1,0 +1,129 @@
+"""Whole runs of the script on a very small config: what they leave, and that a killed one ends the same."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from l2m_jax.config import defaults, parse
+from l2m_jax.data.tokenizer import train_tokenizer
+from l2m_jax.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _command(folder: Path, *flags: str) -> list[str]:
+    script, config = ROOT / "train.py", ROOT / "tests" / "configs" / "tiny.py"
+    return [sys.executable, str(script), f"--config={config}", f"--workdir={folder / 'run'}", *flags]
+
+
+def _run(folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(_command(folder, *flags), cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    done = _run(folder, "--config.baselines=('sft',)")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_workdir_holds_what_the_readme_says(finished):
+    run = finished / "run"
+    for name in ("config.json", "difficulty.parquet", "report.md", "figures/training.png"):
+        assert (run / name).stat().st_size > 0
+    for name in ("teacher", "student", "initial_student", "baselines/sft"):
+        assert (run / name / "model.safetensors").is_file() and (run / name / "tokenizer.json").is_file()
+    results = json.loads((run / "evaluation" / "results.json").read_text())
+    assert list(results) == ["teacher", "student before", "l2m", "sft"]
+    answers = [json.loads(line) for line in (run / "evaluation" / "responses.jsonl").read_text().splitlines()]
+    assert len(answers) == 4 * 4 * 2  # models, test rows, seeds
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    student = [line for line in steps if line["phase"] == "student" and "loss" in line]
+    assert [line["step"] for line in student] == list(range(1, len(student) + 1))
+    # Eq. 6 and 7 for n = 4, as the steps saw them.
+    assert list(dict.fromkeys(line["alpha"] for line in student)) == pytest.approx([0, 0.1 / 3, 0.2 / 3, 0.1])
+    assert list(dict.fromkeys(line["beta"] for line in student)) == pytest.approx([0.7, 0.8, 0.9, 1.0])
+
+
+def test_the_student_says_how_it_was_made_and_how_well_it_does(finished):
+    card = (finished / "run" / "student" / "README.md").read_text()
+    results = json.loads((finished / "run" / "evaluation" / "results.json").read_text())
+    assert "l2m" in card and "rouge" in card
+    assert f"{results['l2m']['sets'][0]['rouge_l']['mean']:.2f}"[:3] in card
+
+
+def test_a_student_with_another_tokenizer_is_refused(finished, tmp_path):
+    other = train_tokenizer(["quite other words than those of the tasks"] * 9, 300)
+    student = tmp_path / "student"
+    shutil.copytree(finished / "run" / "student", student)
+    other.save_pretrained(student)
+    done = _run(tmp_path, f"--config.student.model.path={student}")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "config.student.model.path: the tokenizer of" in done.stderr
+    assert not (tmp_path / "run" / "teacher").exists()
+
+
+def test_a_run_killed_within_a_stage_ends_as_one_that_was_not(finished, tmp_path):
+    running = subprocess.Popen(
+        _command(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 600
+    while running.poll() is None and time.monotonic() < deadline:
+        if metrics.is_file() and '"phase": "student", "step": 9,' in metrics.read_text():
+            break
+        time.sleep(0.05)
+    assert running.poll() is None, "the run ended before it could be killed"
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not (tmp_path / "run" / "student").exists()
+    times = tmp_path / "run" / "phases.json"
+    before = json.loads(times.read_text())
+    again = _run(tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "already there" in again.stdout
+    seconds = json.loads(times.read_text())
+    assert {"teacher", "student", "evaluation"} < set(seconds)
+    assert all(seconds[phase] >= taken > 0 for phase, taken in before.items())  # of both starts
+    for name in ("teacher", "initial_student", "student"):
+        file = Path("run") / name / "model.safetensors"
+        assert (tmp_path / file).read_bytes() == (finished / file).read_bytes()
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    student = [line["step"] for line in steps if line["phase"] == "student" and "loss" in line]
+    assert student == list(range(1, len(student) + 1))  # nothing twice, nothing lost
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--config.data.source=files", "config.data.tokenizer: empty"),
+        ("--config.method=l2n", "did you mean 'l2m'"),
+        ("--config.curriculum.stages=100", "100 difficulty subsets of 48"),
+        ("--config.curriculum.alpha=2.0", "config.curriculum.alpha: 2.0 must lie between 0 and 1"),
+        ("--config.nonsense=1", "nonsense"),
+    ],
+)
+def test_bad_settings_end_in_one_sentence(tmp_path, flag, said):
+    done = _run(tmp_path, flag)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_unknown_and_mistyped_settings_are_named():
+    values = defaults().to_dict()
+    values["training"]["learning_rat"] = 1.0
+    with pytest.raises(InputError, match=r"config\.training\.learning_rat: .*did you mean 'learning_rate'"):
+        parse(values)
+    values = defaults().to_dict()
+    values["data"]["train"] = 3
+    with pytest.raises(InputError, match=r"config\.data\.train: expected str, got 3"):
+        parse(values)
