@@ -1,17 +1,29 @@
-"""How the step is mapped over devices: `pmap` with everything replicated, or `jit` over a mesh, sharded.
+"""Placement: which devices a run uses, and how functions and arrays are laid out over them.
 
-The same functions of `step.py` run under both. Under "pmap" parameters and optimiser state carry a leading
-device axis, and each device sees its own share of a micro-batch. Under "fsdp" they are global arrays, each
-sharded along its largest divisible axis, and the micro-batch keeps its device axis, sharded.
+No other module maps functions over devices, places arrays or gathers them. There are two mappings of the same functions:
 
-With several processes, a device axis under "pmap" is that of this process's devices alone.
+- "pmap": `jax.pmap`. Parameters and state are replicated. Placed arrays carry a leading device axis, and a
+  function sees one device's copy.
+- "fsdp": `jax.jit` over a mesh. Parameters and state are global arrays, each sharded along its largest axis that the
+  devices divide. What is fed to devices keeps its leading device axis, which is sharded.
+
+A function says once, where it is defined, what its arguments are (`over_devices`):
+
+- static: hashable values that the program is compiled for;
+- weights: placed parameters or state;
+- replicated: plain values, equal on all devices, such as a learning rate;
+- everything else is a batch: one share a device.
+
+With several processes, the device axis under "pmap" is that of this process's devices alone.
 """
 
+import contextlib
+import contextvars
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +31,60 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from l2m_jax.models.sharding import rows_split_as
-
 AXIS = "devices"
+
+F = TypeVar("F", bound=Callable)
+Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
-class Parallel:
+class Layout:
+    """How the arguments and results of a function lie on devices; see `over_devices`."""
+
+    static: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    replicated: tuple[str, ...] = ()
+    donate: tuple[str, ...] = ()
+    returns: Literal["batch", "weights"] = "batch"
+    one_device: bool = False
+    split_rows: bool = True
+
+
+def over_devices(
+    *,
+    static: Sequence[str] = (),
+    weights: Sequence[str] = (),
+    replicated: Sequence[str] = (),
+    donate: Sequence[str] = (),
+    returns: Literal["batch", "weights"] = "batch",
+    one_device: bool = False,
+    split_rows: bool = True,
+) -> Callable[[F], F]:
+    """Declares how `Placement.map` lays out a function's arguments, by their names.
+
+    Args:
+        static, weights, replicated: kinds of arguments (see the module); all others are batches.
+        donate: arguments whose buffers the results may take over.
+        returns: "weights" where the results are parameters or state, "batch" where they are one share a device.
+        one_device: under "fsdp" the function sees one device's share at a time, without the device axis.
+            Otherwise it must accept the leading device axis of its batches, and sum over it.
+        split_rows: under "fsdp", keep activations with their rows. Not worth it for one token a row.
+
+    A function with a keyword argument `axis_name` gets the name of the device axis under "pmap", else None.
+    """
+    layout = Layout(
+        tuple(static), tuple(weights), tuple(replicated), tuple(donate), returns, one_device, split_rows
+    )
+
+    def mark(function: F) -> F:
+        function.layout = layout  # pyright: ignore[reportFunctionMemberAccess]
+        return function
+
+    return mark
+
+
+@dataclass(frozen=True)
+class Placement:
     """A mapping ("pmap" or "fsdp") over `devices`: those of all processes, one process after another."""
 
     mapping: str
@@ -51,39 +110,31 @@ class Parallel:
         mesh = self.mesh.local_mesh if self.mapping == "pmap" else self.mesh
         return NamedSharding(mesh, PartitionSpec(AXIS))
 
-    def map(
-        self,
-        function: Callable,
-        *,
-        static: Sequence[int] = (),
-        donate: Sequence[int] = (),
-        broadcast: Sequence[int] = (),
-    ) -> Callable:
-        """`function(..., axis_name=...)` compiled for all devices.
+    # Functions
 
-        Args:
-            static: positions of hashable arguments that the program is compiled for.
-            donate: positions of arguments whose buffers the results may take over.
-            broadcast: positions of plain arguments, without device axis or sharding, such as a learning rate.
-        """
+    def map(self, function: Callable) -> Callable:
+        """`function`, declared with `over_devices`, compiled for all devices. Arguments are positional."""
+        return _mapped(self, function)
+
+    def create(self, function: Callable[[], Any]) -> Any:
+        """One share of `function()` on each device, made there."""
+
+        def stacked():
+            return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (self._axis_size, *x.shape)), function())
+
+        return jax.jit(stacked, out_shardings=self._by_device)()
+
+    def initialise(self, function: Callable[[], Any]) -> Any:
+        """Weights that `function()` computes, placed. Under "fsdp" no device ever holds all of them."""
         if self.mapping == "pmap":
-            kinds = [p.kind for p in inspect.signature(function).parameters.values()]
-            count = sum(kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds)
-            in_axes = tuple(None if i in (*static, *broadcast) else 0 for i in range(count))
-            return jax.pmap(
-                functools.partial(function, axis_name=AXIS),
-                axis_name=AXIS,
-                in_axes=in_axes,
-                static_broadcasted_argnums=tuple(static),
-                donate_argnums=tuple(donate),
-                devices=self.devices,
-            )
+            return self.place(jax.jit(function)())
+        return jax.jit(lambda: self._constrain(function()))()
 
-        def sharded(*arguments):
-            with rows_split_as(NamedSharding(self.mesh, PartitionSpec(AXIS))):
-                return self._constrain(function(*arguments, axis_name=None))
+    @property
+    def _axis_size(self) -> int:
+        return len(self.local) if self.mapping == "pmap" else self.num_devices
 
-        return jax.jit(sharded, static_argnums=tuple(static), donate_argnums=tuple(donate))
+    # Weights
 
     def sharding(self, shape: tuple[int, ...], *, stacked: bool = False) -> NamedSharding:
         """Along the largest axis that the devices divide; replicated where none does.
@@ -98,40 +149,58 @@ class Parallel:
             spec[max(axes, key=lambda i: shape[i])] = AXIS
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
-    def parameter_sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
-        """The same for a parameter by its path, such as "blocks/mlp/up/kernel"."""
-        return self.sharding(shape, stacked=path.startswith("blocks/"))
+    def put(
+        self, shape: tuple[int, ...], read: Callable[[Index], np.ndarray], *, stacked: bool = False
+    ) -> jax.Array:
+        """One leaf of the weights, placed; `read` gives a piece of it on the host.
+
+        Under "fsdp" only the pieces of this process's devices are read. What is placed has buffers of its own.
+        """
+        if self.mapping == "fsdp":
+            return jax.make_array_from_callback(
+                shape, self.sharding(shape, stacked=stacked), lambda index: np.array(read(index))
+            )
+        host = np.array(read(tuple(slice(None) for _ in shape)))[None]
+        shards = [jax.device_put(host, self.devices[i], may_alias=False) for i in self.local]
+        return jax.make_array_from_single_device_arrays((len(shards), *shape), self._by_device, shards)
+
+    def place(self, tree: Any) -> Any:
+        """Parameters or state onto all devices, leaf by leaf, into buffers of their own, which a step may donate."""
+
+        def place(path, x):
+            host = np.asarray(x)
+            return self.put(host.shape, host.__getitem__, stacked=is_stacked(path))
+
+        return jax.tree_util.tree_map_with_path(place, tree)
+
+    def abstract(self, tree: Any) -> Any:
+        """Shapes (of `jax.eval_shape`, say) as `place` would lay out such arrays."""
+
+        def abstract(path, x):
+            if self.mapping == "fsdp":
+                sharding = self.sharding(x.shape, stacked=is_stacked(path))
+                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            return self.abstract_batch(x)
+
+        return jax.tree_util.tree_map_with_path(abstract, tree)
+
+    def to_host(self, tree: Any) -> Any:
+        """Copies of placed weights as NumPy arrays, whole in every process, leaf by leaf."""
+
+        def fetch(x):
+            if self.mapping == "pmap":
+                return np.array(x.addressable_shards[0].data)[0]
+            return np.array(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+
+        return jax.tree.map(fetch, tree)
 
     def _constrain(self, tree: Any) -> Any:
         def constrain(path, x):
-            return jax.lax.with_sharding_constraint(x, self.sharding(x.shape, stacked=_is_stacked(path)))
+            return jax.lax.with_sharding_constraint(x, self.sharding(x.shape, stacked=is_stacked(path)))
 
         return jax.tree_util.tree_map_with_path(constrain, tree)
 
-    def place(self, tree: Any, *, may_alias: bool = False) -> Any:
-        """Parameters or state onto all devices, into buffers of their own, which a step may take over.
-
-        `may_alias` spares the copy where they lie there already (under "fsdp", loaded by `Run.load`).
-        """
-        if self.mapping == "fsdp":
-
-            def shard(path, x):
-                sharding = self.sharding(np.shape(x), stacked=_is_stacked(path))
-                if isinstance(x, jax.Array) and x.sharding.device_set == sharding.device_set:
-                    placed = jax.device_put(x, sharding)
-                    return placed if may_alias else jnp.copy(placed)
-                host = np.asarray(x)
-                return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-            return jax.tree_util.tree_map_with_path(shard, tree)
-
-        def replicate(x):
-            shards = [jax.device_put(x, self.devices[i])[None] for i in self.local]
-            return jax.make_array_from_single_device_arrays(
-                (len(shards), *np.shape(x)), self._by_device, shards
-            )
-
-        return jax.tree.map(replicate, tree)
+    # Batches and results
 
     def feed(self, tree: Any) -> Any:
         """Host arrays with a leading axis of all devices: each share onto its device, if that is this process's."""
@@ -143,37 +212,105 @@ class Parallel:
 
         return jax.tree.map(put, tree)
 
-    def unplace(self, tree: Any) -> Any:
-        """The value behind placed arrays: under "pmap" one device's copy, under "fsdp" the global array."""
-        if self.mapping == "fsdp":
-            return tree
-        return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
-
-    def snapshot(self, tree: Any) -> Any:
-        """A copy of the value behind placed arrays, which stays as it is when a step reuses their buffers.
-
-        Under "pmap" on the host: every process has the same, and Orbax has the first one write it.
-        """
-        if self.mapping == "fsdp":
-            return jax.tree.map(jnp.copy, tree)
-        return jax.tree.map(np.asarray, self.unplace(tree))  # taking one device off the device axis copies
-
-    def collect(self, tree: Any) -> Any:
-        """What `unplace` gives, whole in every process, for the first one to write."""
+    def abstract_batch(self, tree: Any) -> Any:
+        """Shapes of one device's share as `feed` would lay out such arrays."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
         return jax.tree.map(
-            lambda x: x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True),
-            self.unplace(tree),
+            lambda x: jax.ShapeDtypeStruct((self.num_devices, *x.shape), x.dtype, sharding=sharding), tree
         )
 
-    def gather(self, x: Any) -> np.ndarray:
-        """The result of a mapped function with its leading axis of all devices, in every process."""
-        return multihost_utils.process_allgather(x, tiled=True)
+    def gather(self, tree: Any) -> Any:
+        """Results with their leading axis of all devices, as NumPy arrays, in every process. Waits for them."""
+        return multihost_utils.process_allgather(tree, tiled=True)
 
     def read(self, tree: Any) -> Any:
-        """Small replicated results as NumPy values."""
-        return jax.tree.map(np.asarray, self.unplace(tree))
+        """Small results that are equal on all devices, as NumPy values. Waits for them."""
+        return self.to_host(tree)
 
 
-def _is_stacked(path: Sequence[Any]) -> bool:
-    """Whether a leaf lies under the blocks, whose parameters have a leading layer axis."""
-    return any(str(getattr(key, "key", getattr(key, "name", ""))) == "blocks" for key in path)
+def is_stacked(path: Sequence[Any]) -> bool:
+    """Whether a leaf lies under "blocks" and carries a leading layer axis (`unstack_layers` takes that away)."""
+    names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
+    return any(
+        name == "blocks" and not isinstance(after, jax.tree_util.SequenceKey)
+        for name, after in zip(names, [*path[1:], None], strict=True)
+    )
+
+
+# Cached, so that a second call finds its programs compiled.
+@functools.cache
+def _mapped(placement: Placement, function: Callable) -> Callable:
+    layout: Layout = function.layout  # pyright: ignore[reportFunctionMemberAccess]
+    parameters = inspect.signature(function).parameters
+    names = [n for n, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    if unknown := {*layout.static, *layout.weights, *layout.replicated, *layout.donate} - set(names):
+        raise ValueError(f"{function.__name__} has no argument {', '.join(sorted(unknown))}")
+    static, donate = (
+        tuple(names.index(name) for name in chosen) for chosen in (layout.static, layout.donate)
+    )
+    takes_axis_name = "axis_name" in parameters
+    if placement.mapping == "pmap":
+        plain = {*layout.static, *layout.replicated}
+        return jax.pmap(
+            functools.partial(function, axis_name=AXIS) if takes_axis_name else function,
+            axis_name=AXIS,
+            in_axes=tuple(None if name in plain else 0 for name in names),
+            static_broadcasted_argnums=static,
+            donate_argnums=donate,
+            devices=placement.devices,
+        )
+    batched = [name not in (*layout.static, *layout.weights, *layout.replicated) for name in names]
+
+    def sharded(*arguments):
+        # Where devices are a mapped axis, their rows are not split further.
+        rows = NamedSharding(placement.mesh, PartitionSpec() if layout.one_device else PartitionSpec(AXIS))
+        with rows_split_as(rows) if layout.split_rows else contextlib.nullcontext():
+            called = functools.partial(function, axis_name=None) if takes_axis_name else function
+            if layout.one_device and any(batched):
+                result = _over_device_axis(called, arguments, static, batched)
+            else:
+                result = called(*arguments)
+        if layout.returns == "weights":
+            return placement._constrain(result)
+        return jax.lax.with_sharding_constraint(result, placement._by_device)
+
+    return jax.jit(sharded, static_argnums=static, donate_argnums=donate)
+
+
+def _over_device_axis(
+    function: Callable, arguments: Sequence[Any], static: Sequence[int], batched: Sequence[bool]
+) -> Any:
+    """`jax.vmap` over the device axis of the batches."""
+    dynamic = [i for i in range(len(arguments)) if i not in static]
+
+    def call(*given):
+        whole = list(arguments)
+        for i, value in zip(dynamic, given, strict=True):
+            whole[i] = value
+        return function(*whole)
+
+    in_axes = tuple(0 if batched[i] else None for i in dynamic)
+    return jax.vmap(call, in_axes=in_axes, spmd_axis_name=AXIS)(*(arguments[i] for i in dynamic))
+
+
+_ROWS: contextvars.ContextVar[NamedSharding | None] = contextvars.ContextVar("rows", default=None)
+
+
+@contextlib.contextmanager
+def rows_split_as(sharding: NamedSharding) -> Iterator[None]:
+    """While a function is traced in here, `split_rows` gives arrays this sharding, which names their first axis.
+
+    Left to itself, the compiler splits some activations as the parameters are: over heads, say, which the cuDNN
+    kernel refuses beside a mask that is split over rows.
+    """
+    token = _ROWS.set(sharding)
+    try:
+        yield
+    finally:
+        _ROWS.reset(token)
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """`x`, whose first axis is the batch, sharded as `rows_split_as` says; unchanged outside of it."""
+    sharding = _ROWS.get()
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)

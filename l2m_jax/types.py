@@ -28,7 +28,8 @@ class MicroBatch(NamedTuple):
         segment_ids_RxL: int32, 1, 2, ... for the examples of a row; 0 where a slot is empty.
         positions_RxL: int32, restarts at 0 with each example.
         target_index_T: int32, where in the flattened R·L slots each target is predicted *from* (the slot
-            before the target token). The real targets come first; T = R·L.
+            before the target token), ascending. The real targets come first; T = R·L. Those beyond them point past
+            the slots, each somewhere else.
         labels_T: int32, the token to predict.
         weights_T: float32, 0 beyond the real targets; for these 1, or one over the targets of their example.
         teacher_hidden_TxE: the teacher's final hidden state at each target, read from the teacher store;

@@ -207,7 +207,9 @@ def _arrange(
     """The arrays of packed rows, with the example and the number of each target."""
     num_devices, (rows, length) = len(packed.rows_AxR), packed.shape
     tokens, segment_ids, positions = np.zeros((3, num_devices, rows, length), np.int32)
-    target_index, labels, targets = np.zeros((3, num_devices, rows * length), np.int32)
+    labels, targets = np.zeros((2, num_devices, rows * length), np.int32)
+    # Beyond the real targets: out of range, and different from each other.
+    target_index = np.tile(np.arange(rows * length, 2 * rows * length, dtype=np.int32), (num_devices, 1))
     owners = np.full((num_devices, rows * length), -1, np.int64)
     weights = np.zeros((num_devices, rows * length), np.float32)
     teacher_hidden = None

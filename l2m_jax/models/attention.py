@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import backend
 
-from l2m_jax.models.sharding import split_rows
+from l2m_jax.parallel import split_rows
 
 if TYPE_CHECKING:
     from l2m_jax.models.architecture import DecoderConfig, Rope

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax
 import optax
 
+from l2m_jax.errors import require_at_least, require_fraction, require_positive
 from l2m_jax.types import Params
 
 _DECAYED = ("kernel", "embedding")
@@ -13,12 +14,24 @@ _DECAYED = ("kernel", "embedding")
 
 @dataclass(frozen=True)
 class OptimizerSettings:
+    """AdamW with a linear schedule. The defaults are the paper's values.
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
     learning_rate: float = 1e-4
-    weight_decay: float = 0.01
+    weight_decay: float = 0.01  # not on biases and norms
     adam_b1: float = 0.9
     adam_b2: float = 0.999
     clip_norm: float = 1.0
-    warmup_fraction: float = 0.1
+    warmup_fraction: float = 0.1  # of the updates
+
+    def __post_init__(self):
+        require_positive(self, "learning_rate", "clip_norm")
+        require_at_least(self, 0, "weight_decay")
+        require_fraction(self, "adam_b1", "adam_b2", below_one=True)
+        require_fraction(self, "warmup_fraction")
 
 
 def decayed(params: Params) -> Params:

@@ -19,6 +19,8 @@ import optax
 from l2m_jax import losses, models
 from l2m_jax.losses import LossSums, Objective
 from l2m_jax.models import DecoderConfig
+from l2m_jax.parallel import over_devices
+from l2m_jax.training.optimizer import OptimizerSettings, make_optimizer
 from l2m_jax.types import MicroBatch, Params
 
 
@@ -54,6 +56,12 @@ class Sums(NamedTuple):
     losses: LossSums
 
 
+@over_devices(static=("optimizer",), weights=("params",), returns="weights")
+def init_optimizer(optimizer: OptimizerSettings, params: Params) -> optax.OptState:
+    return make_optimizer(optimizer).init(params)
+
+
+@over_devices(weights=("params",), returns="weights")
 def zero_sums(params: Params) -> Sums:
     zero = jnp.zeros((), jnp.float32)
     return Sums(
@@ -74,8 +82,45 @@ def target_hidden(
         positions_BxL=batch.positions_RxL.reshape(-1, length),
         dropout_key=dropout_key,
     )
-    hidden = hidden_BxLxE.reshape(*lead, rows * length, -1)
-    return jnp.take_along_axis(hidden, batch.target_index_T[..., None], axis=-2)
+    take = _take_targets
+    for _ in lead:
+        take = jax.vmap(take)
+    return take(hidden_BxLxE.reshape(*lead, rows * length, -1), batch.target_index_T)
+
+
+def _take_targets(hidden_SxE: jax.Array, target_index_T: jax.Array) -> jax.Array:
+    """Rows by index; 0 beyond the real targets, whose indices lie out of range.
+
+    Indices are unique and ascending, so that the backward pass writes each row once, without atomic additions.
+    """
+    return hidden_SxE.at[target_index_T].get(
+        mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True
+    )
+
+
+@over_devices(static=("config",), weights=("params",))
+def hidden_pass(config: DecoderConfig, params: Params, batch: MicroBatch) -> jax.Array:
+    """`target_hidden` without dropout: what the teacher store keeps, `[T, E]`."""
+    return target_hidden(config, params, batch)
+
+
+@over_devices(static=("config", "chunk_size"), weights=("params",))
+def cross_entropy_pass(
+    config: DecoderConfig, chunk_size: int, params: Params, batch: MicroBatch
+) -> jax.Array:
+    """Cross-entropy at each target, float32 `[T]`, in nats; meaningless beyond the real targets."""
+    cross_entropy, _ = losses.fused_token_losses(
+        target_hidden(config, params, batch),
+        models.head(config, params),
+        None,
+        None,
+        batch.labels_T,
+        batch.weights_T,
+        Objective(beta=0.0),
+        valid_vocab_size=config.valid_vocab_size,
+        chunk_size=chunk_size,
+    )
+    return cross_entropy
 
 
 def _teacher_hidden(settings: StepSettings, objective: Objective, batch: MicroBatch, teacher: Teacher | None):
@@ -110,6 +155,13 @@ def loss_sums(
     )
 
 
+@over_devices(
+    static=("settings", "objective"),
+    weights=("params", "sums", "teacher"),
+    replicated=("dropout_key",),
+    donate=("sums",),
+    returns="weights",
+)
 def accumulate(
     settings: StepSettings,
     objective: Objective,
@@ -133,8 +185,15 @@ def accumulate(
     return jax.tree.map(lambda old, add: old + add.astype(old.dtype), sums, Sums(gradients, new))
 
 
+@over_devices(
+    static=("optimizer",),
+    weights=("state", "sums"),
+    replicated=("learning_rate",),
+    donate=("state", "sums"),
+    returns="weights",
+)
 def update(
-    optimizer: optax.GradientTransformation,
+    optimizer: OptimizerSettings,
     state: TrainState,
     sums: Sums,
     learning_rate: jax.Array,
@@ -150,7 +209,7 @@ def update(
         sums = jax.lax.psum(sums, axis_name)
     weight = jnp.maximum(sums.losses.weight, 1e-9)
     gradients = jax.tree.map(lambda g: g / weight, sums.gradients)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+    updates, optimizer_state = make_optimizer(optimizer).update(gradients, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: (p - learning_rate * u).astype(p.dtype), state.params, updates)
     metrics = {
         "loss": sums.losses.loss / weight,
@@ -160,19 +219,3 @@ def update(
         "grad_norm": optax.global_norm(gradients),
     }
     return TrainState(params, optimizer_state), jax.tree.map(jnp.zeros_like, sums), metrics
-
-
-def evaluate(
-    settings: StepSettings,
-    objective: Objective,
-    params: Params,
-    batch: MicroBatch,
-    teacher: Teacher | None,
-    *,
-    axis_name: str | None = None,
-) -> LossSums:
-    """Loss sums over all devices, without dropout and without gradient."""
-    sums = loss_sums(settings, objective, params, batch, teacher)
-    if axis_name is None:
-        return sums
-    return jax.tree.map(lambda x: jax.lax.psum(x, axis_name), sums)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from l2m_jax.models.sharding import rows_split_as, split_rows
+from l2m_jax.parallel import rows_split_as, split_rows
 
 
 def test_rows_are_split_only_where_asked_for():
