@@ -27,10 +27,60 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from l2m_jax.config import Config
-from l2m_jax.curriculum import Stage, baby_steps, examples_seen, partition, single_stage
-from l2m_jax.errors import InputError
+from l2m_jax.curriculum import Curriculum, Stage, baby_steps, examples_seen, partition, single_stage
+from l2m_jax.errors import (
+    InputError,
+    require_at_least,
+    require_choice,
+    require_fraction,
+    require_positive,
+)
 from l2m_jax.losses import DIVERGENCE_NAMES, Objective
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What a named method fixes, to be changed by hand (empty or negative: the method's own).
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    divergence: str = ""
+    alpha: float = -1.0  # of single-stage methods; `curriculum.alpha` is that of staged ones
+    beta: float = -1.0  # of methods with a constant β
+    temperature: float = 1.0
+    policy: str = "own"  # "on" (with responses of the current student, see `Rollouts`) or "off"
+
+    def __post_init__(self):
+        require_choice(self, "divergence", ("", *DIVERGENCE_NAMES))
+        require_choice(self, "policy", ("own", "on", "off"))
+        require_positive(self, "temperature")
+        for name in ("alpha", "beta"):
+            if not getattr(self, name) < 0:
+                require_fraction(self, name)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Responses that the student generates as it learns: what on-policy methods train on.
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    student_share: float = (
+        0.5  # of the examples; the others keep their response (DistiLLM-2 has both of each)
+    )
+    refreshes: int = 0  # times an epoch that responses are sampled anew; 0: the method's own number
+    replay_share: float = (
+        0.0  # of the student's responses, those taken from an earlier epoch if there are any
+    )
+
+    def __post_init__(self):
+        require_positive(self, "student_share")
+        require_fraction(self, "student_share", "replay_share")
+        require_at_least(self, 0, "refreshes")
 
 
 @dataclass(frozen=True)
@@ -47,6 +97,7 @@ class Method:
         responses: "reference", or "teacher": generated once.
         on_policy: the current student's responses, in place of some of these or, with `contrast`, beside them.
         refreshes: how many times an epoch an on-policy method samples responses anew.
+        temperature: of both sides' logits in the divergence.
         contrast: b of DistiLLM-2 (Ko et al., 2025): (2-b)·mean D on `responses` + b·mean D_2 on the student's own
             (the initial one's off-policy), where D_2 is KL(q‖(1-α)p+α·stop_gradient(q)) and each mean is over
             tokens, then over responses. 0: D alone.
@@ -62,6 +113,7 @@ class Method:
     responses: str = "reference"
     on_policy: bool = False
     refreshes: int = 4
+    temperature: float = 1.0
     contrast: float = 0.0
 
     @property
@@ -88,8 +140,13 @@ METHODS: dict[str, Method] = {
 }
 
 
-def get(name: str, config: Config) -> Method:
-    """The method of that name with the overrides of the config.
+def get(
+    name: str,
+    overrides: Overrides = Overrides(),
+    rollouts: Rollouts = Rollouts(),
+    curriculum: Curriculum = Curriculum(),
+) -> Method:
+    """The method of that name with its overrides.
 
     Raises:
         InputError: no such method; the known ones are listed. Or overrides that make no sense with it.
@@ -97,42 +154,55 @@ def get(name: str, config: Config) -> Method:
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise InputError(f"config.method: no method {name!r} ({hint}known: {', '.join(METHODS)})")
-    method, o = METHODS[name], config.overrides
-    if o.divergence and o.divergence not in DIVERGENCE_NAMES:
-        raise InputError(
-            f"config.overrides.divergence: {o.divergence!r} is none of {', '.join(DIVERGENCE_NAMES)}"
-        )
-    if o.divergence and method.contrast:
-        raise InputError(
-            f"config.overrides.divergence: {name} is two divergences, skew_kl and skew_reverse_kl_fixed_mixture; "
-            "leave it empty"
-        )
-    changes = {
-        "divergence": o.divergence or method.divergence,
-        "alpha": method.alpha if o.alpha < 0 else o.alpha,
-        "beta": method.beta if o.beta < 0 else o.beta,
-        "on_policy": method.on_policy if o.policy == "own" else o.policy == "on",
-        "refreshes": config.rollouts.refreshes or method.refreshes,
-    }
-    method = dataclasses.replace(method, **changes)
-    first, last = config.curriculum.beta_first, config.curriculum.beta_last
-    beta = min(first, last) if method.adaptive_beta else method.beta
+        raise InputError(f"method: no method {name!r} ({hint}known: {', '.join(METHODS)})")
+    method = METHODS[name]
+    _refuse_unused(name, method, overrides)
+    method = dataclasses.replace(
+        method,
+        divergence=overrides.divergence or method.divergence,
+        alpha=method.alpha if overrides.alpha < 0 else overrides.alpha,
+        beta=method.beta if overrides.beta < 0 else overrides.beta,
+        on_policy=method.on_policy if overrides.policy == "own" else overrides.policy == "on",
+        refreshes=rollouts.refreshes or method.refreshes,
+        temperature=overrides.temperature,
+    )
+    beta = min(curriculum.beta_first, curriculum.beta_last) if method.adaptive_beta else method.beta
     if (method.on_policy or method.contrast) and beta < 1:
         setting = "curriculum.beta_first" if method.adaptive_beta else "overrides.beta"
         raise InputError(
-            f"config.{setting}: {name} takes cross-entropy at beta {beta:g}, and its labels would be the student's "
-            "own responses here; set it to 1, or overrides.policy to 'off'"
+            f"{setting}: {name} uses cross-entropy at beta {beta:g}, and its labels would be the student's own "
+            "responses here; set it to 1, or overrides.policy to 'off'"
         )
     return method
 
 
-def stages(method: Method, config: Config, order: np.ndarray) -> tuple[Stage, ...]:
-    """What the method trains on: `order` lists the training examples, easiest first.
+def _refuse_unused(name: str, method: Method, overrides: Overrides) -> None:
+    """An override without an effect is a mistake that nobody would notice."""
+    if overrides.divergence and method.contrast:
+        raise InputError(
+            f"overrides.divergence: {name} is two divergences, skew_kl and skew_reverse_kl_fixed_mixture; "
+            "leave it empty"
+        )
+    if overrides.alpha >= 0 and method.staged:
+        raise InputError(f"overrides.alpha: {name} is staged and takes α_i from curriculum.alpha; set that")
+    if overrides.beta >= 0 and method.adaptive_beta:
+        raise InputError(
+            f"overrides.beta: {name} takes β_i from curriculum.beta_first and beta_last; set those"
+        )
+
+
+def stages(method: Method, curriculum: Curriculum, order: np.ndarray, seed: int = 0) -> tuple[Stage, ...]:
+    """What the method trains on.
 
     All methods see the same number of examples: a single-stage method as many as the staged ones.
+
+    Args:
+        order: the training examples, easiest first.
+        seed: of the subsets of a method that fills its stages at random.
     """
-    c = config.curriculum
+    c = curriculum
+    if method.ranking == "random":
+        order = np.random.default_rng(seed).permutation(len(order))
     subsets = partition(order, c.stages)
     chosen = [subsets[i - 1] for i in c.subsets] or subsets
     staged = baby_steps(
@@ -147,9 +217,9 @@ def stages(method: Method, config: Config, order: np.ndarray) -> tuple[Stage, ..
     return single_stage(indices, examples_seen(staged), alpha=method.alpha, beta=method.beta)
 
 
-def objectives(method: Method, config: Config, stage: Stage) -> tuple[Objective, ...]:
+def objectives(method: Method, stage: Stage) -> tuple[Objective, ...]:
     """The static objectives of a stage: that on `method.responses` and, with `contrast`, that on the student's."""
-    objective = Objective(method.divergence, stage.alpha, stage.beta, config.overrides.temperature)
+    objective = Objective(method.divergence, stage.alpha, stage.beta, method.temperature)
     if not method.contrast:
         return (objective,)
     # The mean over the responses of both terms, which are as many in each, is half the sum of the terms' means.
@@ -161,6 +231,11 @@ def objectives(method: Method, config: Config, stage: Stage) -> tuple[Objective,
     )
 
 
-def needs_teacher(method: Method, config: Config, stages: Iterable[Stage]) -> bool:
+def needs_teacher(method: Method, curriculum: Curriculum) -> bool:
     """Whether any stage has a divergence from the teacher in its loss."""
-    return any(o.needs_teacher for stage in stages for o in objectives(method, config, stage))
+    return max(curriculum.beta_first, curriculum.beta_last) > 0 if method.adaptive_beta else method.beta > 0
+
+
+def needs_ranking(method: Method, curriculum: Curriculum) -> bool:
+    """Whether it depends on the examples' difficulty what the method trains on, or when."""
+    return method.ranking != "random" and (method.staged or bool(curriculum.subsets))

@@ -10,17 +10,49 @@ import pickle
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from l2m_jax.config import Devices
-from l2m_jax.errors import InputError
+from l2m_jax.errors import InputError, require_at_least, require_choice, require_positive
 from l2m_jax.progress import console
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices of a run, and how its processes find each other. Changes cost and rounding, never the result.
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    mapping: str = "pmap"  # "pmap" (replicated) or "fsdp" (sharded parameters)
+    count: int = 0  # 0: all
+    slots: int = 0  # sequences decoded at once on a device; 0: chosen from the model's size
+    coordinator: str = ""  # host:port of process 0; empty: from the environment, or one process
+    num_processes: int = (
+        0  # 0: from the environment (SLURM, Open MPI, Kubernetes, TPU pods); 1: only this one
+    )
+    process_id: int = -1  # 0, 1, ...; -1: from the environment
+    timeout: int = 300  # seconds that processes wait for each other at the start
+
+    def __post_init__(self):
+        require_choice(self, "mapping", ("pmap", "fsdp"))
+        require_at_least(self, 0, "count", "slots", "num_processes")
+        require_at_least(self, -1, "process_id")
+        require_positive(self, "timeout")
+        if self.coordinator and not self.coordinator.rpartition(":")[2].isdigit():
+            raise InputError(f"coordinator: {self.coordinator!r} is not host:port, as in 'node1:12345'")
+        if self.process_id >= self.num_processes > 0:
+            raise InputError(
+                f"process_id: {self.process_id} is not below num_processes {self.num_processes}; ranks start at 0"
+            )
+
 
 _SILENCE = 100  # seconds without a sign of life from a process until the others end: JAX's default
 _LONGEST_WORK = (

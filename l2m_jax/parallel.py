@@ -189,7 +189,7 @@ class Placement:
 
         def fetch(x):
             if self.mapping == "pmap":
-                return np.array(x.addressable_shards[0].data)[0]
+                return np.asarray(np.array(x.addressable_shards[0].data)[0])
             return np.array(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
         return jax.tree.map(fetch, tree)
@@ -233,7 +233,7 @@ def is_stacked(path: Sequence[Any]) -> bool:
     names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
     return any(
         name == "blocks" and not isinstance(after, jax.tree_util.SequenceKey)
-        for name, after in zip(names, [*path[1:], None], strict=True)
+        for name, after in zip(names, [*path, None][1:], strict=True)
     )
 
 

@@ -1,10 +1,10 @@
 """The curriculum of L2M-KD: ranking, partition, Baby-Step stages and schedules.
 
-What is exported here is pure and needs neither JAX nor a model; `l2m_jax.curriculum.scoring` runs the student to
-get the scores that `rank` takes.
+All of it is pure and needs neither JAX nor a model.
 """
 
-from l2m_jax.curriculum.difficulty import Difficulty, rank
+from l2m_jax.curriculum.difficulty import RANKINGS, Difficulty, rank
+from l2m_jax.curriculum.settings import Curriculum
 from l2m_jax.curriculum.stages import (
     Stage,
     alpha_at,
@@ -18,6 +18,8 @@ from l2m_jax.curriculum.stages import (
 )
 
 __all__ = [
+    "RANKINGS",
+    "Curriculum",
     "Difficulty",
     "Stage",
     "alpha_at",

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from l2m_jax.curriculum.stages import partition
 from l2m_jax.errors import InputError
 
-METHODS = ("fusion", "rouge", "rouge_then_cross_entropy", "random")
+RANKINGS = ("fusion", "rouge", "rouge_then_cross_entropy", "random")
 
 _FUSION_CONSTANT = 60
 
@@ -51,8 +51,8 @@ def rank(
     rouge_l_N, cross_entropy_N = np.asarray(rouge_l_N, np.float64), np.asarray(cross_entropy_N, np.float64)
     if rouge_l_N.shape != cross_entropy_N.shape or rouge_l_N.ndim != 1:
         raise ValueError(f"one score of each kind an example: {rouge_l_N.shape} and {cross_entropy_N.shape}")
-    if method not in METHODS:
-        raise InputError(f"ranking method '{method}' is not known: choose one of {', '.join(METHODS)}")
+    if method not in RANKINGS:
+        raise InputError(f"ranking method '{method}' is not known: choose one of {', '.join(RANKINGS)}")
     if method == "random":
         return np.random.default_rng(seed).permutation(len(rouge_l_N)).astype(np.int64)
     for name, scores in (("Rouge-L", rouge_l_N), ("cross-entropy", cross_entropy_N)):

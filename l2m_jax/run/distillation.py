@@ -1,142 +1,270 @@
 """The phase that a run is for: a student trained by one method."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from l2m_jax import files, methods, models
-from l2m_jax.curriculum import Difficulty, Stage, examples_seen, steps
+from l2m_jax import methods, models
+from l2m_jax.curriculum import Curriculum, Difficulty, Stage, examples_seen, steps
+from l2m_jax.data.packing import Shape
 from l2m_jax.evaluation.protocol import evaluate
 from l2m_jax.evaluation.sets import from_corpus
+from l2m_jax.evaluation.settings import Evaluation
+from l2m_jax.generation import Generator, SamplingRules
+from l2m_jax.methods import Method
 from l2m_jax.models import DecoderConfig
+from l2m_jax.models.settings import with_dropout
 from l2m_jax.progress import console
-from l2m_jax.run import build, rollouts
-from l2m_jax.run.context import FinishedModel, Run
+from l2m_jax.run import data, responses, rollouts
+from l2m_jax.run.artefacts import Artefact
+from l2m_jax.run.context import Context
+from l2m_jax.run.models import load_frozen, load_to_train, read_config, save
+from l2m_jax.run.ranking import RankingInputs
+from l2m_jax.run.responses import ResponsesInputs, longest_prompt
+from l2m_jax.run.store import StoreInputs, open_store
 from l2m_jax.training.checkpoint import Checkpoints
-from l2m_jax.training.loop import Task, train
+from l2m_jax.training.loop import Task, Trainer
+from l2m_jax.training.optimizer import Training
 from l2m_jax.training.step import StepSettings, Teacher
-from l2m_jax.training.teacher import TeacherStore
 from l2m_jax.types import Params
 
 
-def distilled(
-    run: Run,
-    name: str,
+@dataclass(frozen=True)
+class ValidationInputs:
+    """Validations, where they decide what the student becomes.
+
+    Attributes:
+        count: validations over the whole training, evenly spaced.
+        rows: the most rows used of `corpus` (0: all).
+    """
+
+    corpus: Artefact
+    sampling: SamplingRules
+    seed: int
+    count: int
+    rows: int
+    max_prompt_length: int
+    keep_best: bool
+
+
+@dataclass(frozen=True)
+class StudentInputs:
+    """
+    Attributes:
+        method: with its overrides.
+        curriculum: what matters of it to this method.
+        ranking: None for a method that does not depend on it.
+        teacher: None for a method that does without it.
+        store: None where the teacher runs live.
+        generated: responses that are generated once and trained on, by the model's name.
+        rollouts: of an on-policy method.
+        sampling: how rollouts are sampled.
+        max_length: the most tokens of an example with a generated response.
+        validation: None where it decides nothing.
+    """
+
+    method: Method
+    curriculum: Curriculum
+    training: Training
+    seed: int
+    initial: Artefact
+    train: Artefact
+    tokenizer: data.Tokenizer
+    ranking: Artefact[RankingInputs] | None
+    teacher: Artefact | None
+    store: Artefact[StoreInputs] | None
+    generated: tuple[tuple[str, Artefact[ResponsesInputs]], ...]
+    rollouts: methods.Rollouts | None
+    sampling: SamplingRules | None
+    max_length: int | None
+    validation: ValidationInputs | None
+
+
+def relevant_curriculum(method: Method, curriculum: Curriculum) -> Curriculum:
+    """`curriculum` with what does not matter to the method at its default; the ranking is an artefact of its own."""
+    kept = ["stages", "epochs_per_stage", "subsets", "patience"]
+    if method.staged:
+        kept += ["alpha", "restart_optimizer"]
+    if method.adaptive_beta:
+        kept += ["beta_first", "beta_last"]
+    return Curriculum(**{name: getattr(curriculum, name) for name in kept})
+
+
+def stages_of(inputs: StudentInputs) -> tuple[Stage, ...]:
+    """What the student trains on; its ranking must be finished."""
+    size = len(data.open_corpus(inputs.train))
+    order = np.arange(size) if inputs.ranking is None else Difficulty.read(inputs.ranking.path).order
+    return methods.stages(inputs.method, inputs.curriculum, order, inputs.seed)
+
+
+def make_student(
+    artefact: Artefact[StudentInputs],
     phase: str,
-    teacher: FinishedModel,
-    initial: FinishedModel,
-    difficulty: Difficulty,
-    difficulty_made_from: str,
-    store: TeacherStore | None,
-) -> FinishedModel:
-    config, method = run.config, methods.get(name, run.config)
-    order = difficulty.order
-    if method.ranking == "random":
-        order = np.random.default_rng(config.student_seed).permutation(len(order))
-    stages = methods.stages(method, config, order)
-    console.print(
-        f"  {name}: {steps(stages, config.training.batch_size):,} updates on {examples_seen(stages):,} examples"
-        + ", two responses to each" * (method.contrast > 0)
-    )
-    folder = run.workdir / "student" if phase == "student" else run.workdir / "baselines" / name
-    e = config.evaluation
-    made_from = files.fingerprint(
-        phase.partition(":")[0], method, config.curriculum, config.overrides, config.training, config.student_seed,
-        config.rollouts if method.on_policy else None, rollouts.longest_example(run, teacher, initial),
-        (e.select, e.validation_every, e.validation_rows, e.seeds[0]), run.rules, config.teacher.signal,
-        teacher.fingerprint, initial.fingerprint, difficulty_made_from, run.splits.fingerprint,
-    )  # fmt: skip
+    monitored: ValidationInputs,
+    readme: str,
+    context: Context,
+) -> None:
+    """Trains the student by its method and saves it as a Hugging Face folder.
 
-    def make() -> tuple[DecoderConfig, Params]:
-        return initial.config, _distil(run, method, phase, stages, teacher, initial, store, made_from)
-
-    model_card = card(run, name, stages)
-    return run.finished_model(folder, made_from, config.student.model, make, model_card)
+    Args:
+        phase: its name in metrics.jsonl and on screen.
+        monitored: the validations to make; those of `artefact.inputs` where they decide something.
+        readme: its model card.
+    """
+    if artefact.is_finished:
+        console.print(f"  already there: {artefact.path}")
+        return
+    artefact.begin()
+    student = Student(artefact, phase, monitored, context)
+    save(artefact, student.saved_config, student.train(), context.placement, readme)
 
 
-def card(
-    run: Run, name: str, stages: tuple[Stage, ...], rouge_l: dict[str, float] | None = None
-) -> models.ModelCard:
-    config = run.config
-    return models.ModelCard(
-        name=f"{name} student",
-        student=config.student.model.path or "random weights",
-        teacher=config.teacher.model.path or "a teacher trained on the same data",
-        method=name,
-        alpha=tuple(stage.alpha for stage in stages),
-        beta=tuple(stage.beta for stage in stages),
-        data=("synthetic tasks",) if config.data.source == "synthetic" else (config.data.train,),
-        rouge_l=rouge_l or {},
-    )
+class Student:
+    """One training: from the artefacts that it reads to the parameters of the student."""
 
+    def __init__(
+        self, artefact: Artefact[StudentInputs], phase: str, monitored: ValidationInputs, context: Context
+    ):
+        self._artefact, self._inputs, self._phase, self._context = artefact, artefact.inputs, phase, context
+        self._monitored = monitored
+        inputs = self._inputs
+        self.saved_config = read_config(inputs.initial, context.student, inputs.tokenizer)
+        self._config = with_dropout(self.saved_config, inputs.training.dropout)
+        self._references = data.open_corpus(inputs.train)
+        self._tokenizer = data.load(inputs.tokenizer)
 
-def _distil(
-    run: Run,
-    method: methods.Method,
-    phase: str,
-    stages: tuple[Stage, ...],
-    teacher: FinishedModel,
-    initial: FinishedModel,
-    store: TeacherStore | None,
-    made_from: str,
-) -> Params:
-    config, parallel = run.config, run.parallel
-    signal = None
-    if methods.needs_teacher(method, config, stages):
-        live = store is None or not method.on_references_alone
-        head = parallel.place(models.head(teacher.config, teacher.params))
-        signal = Teacher(head, parallel.place(teacher.params, may_alias=True) if live else None)
-    task = Task(
-        phase=phase,
-        settings=StepSettings(
-            initial.config,
-            teacher.config,
-            min(initial.config.valid_vocab_size, teacher.config.valid_vocab_size),
-            config.chunk_size,
-        ),
-        stages=stages,
-        shapes=rollouts.shapes(run, method, rollouts.longest_example(run, teacher, initial)),
-        parts=method.refreshes if method.on_policy else 1,
-        optimizer=build.optimizer(config.training),
-        batch_size=config.training.batch_size,
-        seed=config.student_seed,
-        restart_optimizer=config.curriculum.restart_optimizer,
-        patience=config.curriculum.patience,
-        checkpoint_every=config.checkpoint_every,
-        validation_every=config.evaluation.validation_every,
-    )
-    validation = from_corpus(
-        "validation",
-        run.splits.validation,
-        rows=config.evaluation.validation_rows,
-        longest_prompt=run.longest_prompt(initial.config),
-    )
-
-    def validate(params: Params) -> dict[str, float]:
-        seeds = config.evaluation.seeds[:1]
-        found = evaluate(
-            initial.config,
-            params,
-            run.tokenizer,
-            [validation],
-            run.rules,
-            seeds,
-            title="validation",
-            **run.placement,
+    def train(self) -> Params:
+        """The student's parameters, placed."""
+        inputs, context, artefact = self._inputs, self._context, self._artefact
+        stages = stages_of(inputs)
+        console.print(
+            f"  {steps(stages, inputs.training.batch_size):,} updates on {examples_seen(stages):,} examples"
+            + ", two responses to each" * (inputs.method.contrast > 0)
         )
+        teacher_config, teacher = self._teacher()
+        assert artefact.progress is not None
+        checkpoints = Checkpoints(artefact.progress, context.placement, context.checkpoint_minutes)
+        trainer = Trainer(
+            self._task(stages, teacher_config),
+            context.placement,
+            self._data(),
+            teacher,
+            checkpoints,
+            context.metrics,
+            self._validate,
+        )
+        params = trainer.run(lambda: load_to_train(inputs.initial, context.placement))
+        checkpoints.close()
+        return params
+
+    def _task(self, stages: tuple[Stage, ...], teacher: DecoderConfig | None) -> Task:
+        inputs, method = self._inputs, self._inputs.method
+        vocabulary = self._config.valid_vocab_size
+        if teacher is not None:
+            vocabulary = min(vocabulary, teacher.valid_vocab_size)
+        return Task(
+            phase=self._phase,
+            settings=StepSettings(self._config, teacher, vocabulary, self._context.chunk_size),
+            stages=stages,
+            shapes=self._shapes(),
+            optimizer=inputs.training,
+            batch_size=inputs.training.batch_size,
+            seed=inputs.seed,
+            parts=method.refreshes if method.on_policy else 1,
+            restart_optimizer=inputs.curriculum.restart_optimizer,
+            patience=inputs.curriculum.patience,
+            validations=self._monitored.count,
+            keep_best=self._monitored.keep_best,
+        )
+
+    def _teacher(self) -> tuple[DecoderConfig | None, Teacher | None]:
+        """The teacher in its compute dtype: its head alone where its hidden states are stored."""
+        inputs, context = self._inputs, self._context
+        if inputs.teacher is None:
+            return None, None
+        config = read_config(inputs.teacher, context.teacher, inputs.tokenizer)
+        if inputs.store is not None:
+            put = context.placement.put
+            return config, Teacher(models.load_head(str(inputs.teacher.path), dtype=config.dtype, put=put))
+        _, params = load_frozen(inputs.teacher, context.teacher, inputs.tokenizer, context.placement)
+        return config, Teacher(models.head(config, params), params)
+
+    def _data(self):
+        inputs, context, references = self._inputs, self._context, self._references
+        eos = self._tokenizer.eos_token_id
+        fixed = {}
+        for name, generated in inputs.generated:
+            compute = context.teacher if name == "teacher" else context.student
+            answers = responses.make_responses(generated, compute, context, f"responses of the {name}")
+            rules = generated.inputs.sampling
+            fixed[name] = {i: rollouts.response(a, rules, eos) for i, a in answers.items()}
+        rows = None if inputs.store is None else open_store(inputs.store, context).read
+        return rollouts.training_data(
+            inputs.method, references, fixed, self._rollouts(), self._longest_example, rows
+        )
+
+    def _rollouts(self) -> rollouts.Rollouts | None:
+        inputs, context = self._inputs, self._context
+        if inputs.rollouts is None:
+            return None
+        assert inputs.sampling is not None
+        longest = longest_prompt(self._config, inputs.sampling, self._monitored.max_prompt_length)
+        sampler = rollouts.Sampler(
+            self._config,
+            context.placement,
+            self._tokenizer,
+            context.slots,
+            inputs.sampling,
+            longest,
+            inputs.seed,
+        )
+
+        def decode(tokens: tuple[int, ...]) -> str:
+            return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+        assert self._artefact.progress is not None
+        # By the key, for they outlive the checkpoints: other settings must not read them.
+        name = f"{self._artefact.progress.name}-{self._artefact.key[:8]}"
+        folder = self._artefact.progress.parent.parent / "rollouts" / name
+        return rollouts.Rollouts(inputs.rollouts, self._references, sampler, decode, folder)
+
+    @property
+    def _longest_example(self) -> int:
+        positions = [self._config.max_positions]
+        if self._inputs.teacher is not None:
+            read = read_config(self._inputs.teacher, self._context.teacher, self._inputs.tokenizer)
+            positions.append(read.max_positions)
+        return min(self._inputs.max_length or positions[0], *positions)
+
+    def _shapes(self) -> tuple[Shape, ...]:
+        """Rows are long enough for what may be generated."""
+        train, inputs = self._references, self._inputs
+        longest = int(train.lengths.max())
+        rules = [generated.inputs.sampling for _, generated in inputs.generated]
+        rules += [inputs.sampling] if inputs.sampling is not None else []
+        for rule in rules:
+            generated = int(train.prompt_lengths.max()) + rule.max_new_tokens
+            longest = max(longest, min(self._longest_example, generated))
+        return self._context.shapes(train.lengths, inputs.training.batch_size, longest)
+
+    def _validate(self, params: Params) -> dict[str, float]:
+        v, context = self._monitored, self._context
+        room = longest_prompt(self._config, v.sampling, v.max_prompt_length)
+        prompts = from_corpus("validation", data.open_corpus(v.corpus), rows=v.rows, longest_prompt=room)
+        generator = Generator(self._config, params, context.placement, self._tokenizer, context.slots)
+        found = evaluate(generator, [prompts], v.sampling, [v.seed], title="validation")
         return {"rouge_l": found.rouge_l}
 
-    folder = run.workdir / "checkpoints" / phase.replace(":", "_")
-    checkpoints = Checkpoints(folder, made_from)
-    stored = store if signal is not None else None
-    data = rollouts.training_data(run, method, teacher, initial, stored, folder / "rollouts")
-    last, best = train(
-        task,
-        parallel,
-        parallel.place(initial.params),
-        data,
-        signal,
-        checkpoints,
-        run.metrics,
-        validate,
+
+def validation_inputs(
+    evaluation: Evaluation, corpus: Artefact, sampling: SamplingRules, max_prompt_length: int
+) -> ValidationInputs:
+    return ValidationInputs(
+        corpus=corpus,
+        sampling=sampling,
+        seed=evaluation.seeds[0],
+        count=evaluation.validations,
+        rows=evaluation.validation_rows,
+        max_prompt_length=max_prompt_length,
+        keep_best=evaluation.select == "best",
     )
-    checkpoints.close()
-    return parallel.collect(best if config.evaluation.select == "best" else last)

@@ -1,74 +1,120 @@
-"""The last phase: the answers of all models, scored."""
+"""The last phase: the answers of a model to the evaluation sets, scored."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from l2m_jax import files
-from l2m_jax.evaluation.protocol import Results, evaluate
+from l2m_jax.evaluation.protocol import RESPONSES, RESULTS, Results, evaluate
 from l2m_jax.evaluation.sets import PromptSet, from_corpus, read_set
+from l2m_jax.generation import Generator, SamplingRules
 from l2m_jax.models import DecoderConfig
-from l2m_jax.multihost import is_first
-from l2m_jax.run.build import begins_with_bos
-from l2m_jax.run.context import FinishedModel, Run
+from l2m_jax.models.settings import Compute
+from l2m_jax.multihost import first, is_first
+from l2m_jax.run import data
+from l2m_jax.run.artefacts import Artefact, Source
+from l2m_jax.run.context import Context
+from l2m_jax.run.models import load_frozen
+from l2m_jax.run.responses import longest_prompt
 
 
-def _sets(run: Run, config: DecoderConfig) -> list[PromptSet]:
-    e, data = run.config.evaluation, run.config.data
+@dataclass(frozen=True)
+class SetInputs:
+    """An evaluation set: the test rows of the data, a known set, or a file that holds one."""
+
+    name: str
+    rows: Artefact | Source
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """
+    Attributes:
+        rows: the most rows of each set (0: all).
+        truncate: long prompts are truncated, not left out.
+        bos: whether prompts begin with the beginning-of-sequence token.
+    """
+
+    model: Artefact
+    sets: tuple[SetInputs, ...]
+    tokenizer: data.Tokenizer
+    sampling: SamplingRules
+    seeds: tuple[int, ...]
+    rows: int
+    max_prompt_length: int
+    truncate: bool
+    bos: bool
+
+
+def make_evaluation(
+    artefact: Artefact[EvaluationInputs], name: str, compute: Compute, context: Context
+) -> Results:
+    """The scores of a model; its answers are kept as they come."""
+    inputs = artefact.inputs
+    if not artefact.is_finished:
+        artefact.begin()
+        config, params = load_frozen(inputs.model, compute, inputs.tokenizer, context.placement)
+        tokenizer = data.load(inputs.tokenizer)
+        sets = _sets(inputs, config, context.workdir / "data" / "sets")
+        generator = Generator(config, params, context.placement, tokenizer, context.slots)
+        evaluate(
+            generator,
+            sets,
+            inputs.sampling,
+            inputs.seeds,
+            folder=artefact.path,
+            key=artefact.key,
+            title=name,
+        )
+        first(artefact.finish)
+    return Results.from_json(first(lambda: json.loads((artefact.path / RESULTS).read_text(encoding="utf-8"))))
+
+
+def _sets(inputs: EvaluationInputs, config: DecoderConfig, folder: Path) -> list[PromptSet]:
+    room = longest_prompt(config, inputs.sampling, inputs.max_prompt_length)
     found = []
-    for source in e.sets:
-        if source == "test":
-            found.append(
-                from_corpus("test", run.splits.test, rows=e.rows, longest_prompt=run.longest_prompt(config))
+    for chosen in inputs.sets:
+        if isinstance(chosen.rows, Artefact):
+            corpus = data.open_corpus(chosen.rows)
+            found.append(from_corpus(chosen.name, corpus, rows=inputs.rows, longest_prompt=room))
+            continue
+        known = chosen.rows.path == chosen.name
+        found.append(
+            read_set(
+                chosen.name if known else f"{chosen.name}={chosen.rows.path}",
+                data.load(inputs.tokenizer),
+                folder,
+                max_prompt_length=room,
+                long_prompt="truncate" if inputs.truncate else "drop",
+                bos=inputs.bos,
+                rows=inputs.rows,
             )
-        else:
-            found.append(
-                read_set(
-                    source,
-                    run.tokenizer,
-                    run.workdir / "data" / "sets",
-                    max_prompt_length=run.longest_prompt(config),
-                    long_prompt="truncate" if data.truncate else "drop",
-                    bos=begins_with_bos(data, "evaluation"),
-                    rows=e.rows,
-                )
-            )
+        )
     return found
 
 
-def evaluated_models(
-    run: Run, teacher: FinishedModel, initial: FinishedModel, students: dict[str, FinishedModel]
-) -> dict[str, Results]:
-    evaluated = {"teacher": teacher, "student before": initial, **students}
-    sets = _sets(run, initial.config)
-    folders = {
-        name: (run.workdir if name in students else run.shared) / "evaluation" / name.replace(" ", "_")
-        for name in evaluated
-    }
-    results = {}
-    for name, model in evaluated.items():
-        results[name] = evaluate(
-            model.config,
-            model.params,
-            run.tokenizer,
-            sets,
-            run.rules,
-            run.config.evaluation.seeds,
-            folder=folders[name],
-            made_from=model.fingerprint,
-            title=name,
-            **run.placement,
-        )
+def set_inputs(source: str, test: Artefact) -> SetInputs:
+    """A set as `config.evaluation.sets` names it: "test", a known name, a file, or name=file."""
+    if source == "test":
+        return SetInputs(source, test)
+    name, separator, path = source.partition("=")
+    if separator:
+        return SetInputs(name, data.given(path))
+    return SetInputs(Path(source).stem if Path(source).is_file() else source, data.given(source))
+
+
+def write_summary(workdir: Path, results: Mapping[str, Results], folders: Mapping[str, Path]) -> None:
+    """Scores and answers of all models, in one file each."""
     if is_first():
-        summary = run.workdir / "evaluation"
-        files.write_json(summary / "results.json", results)
-        files.write_text(summary / "responses.jsonl", "".join(_responses(folders)))
-    return results
+        summary = workdir / "evaluation"
+        files.write_json(summary / RESULTS, results)
+        files.write_text(summary / RESPONSES, "".join(_responses(folders)))
 
 
-def _responses(folders: dict[str, Path]) -> Iterator[str]:
+def _responses(folders: Mapping[str, Path]) -> Iterator[str]:
     """The answers of all models, each line with its model."""
     for name, folder in folders.items():
-        with (folder / "responses.jsonl").open(encoding="utf-8") as lines:
+        with (folder / RESPONSES).open(encoding="utf-8") as lines:
             for line in lines:
                 yield json.dumps({"model": name, **json.loads(line)}, ensure_ascii=False) + "\n"

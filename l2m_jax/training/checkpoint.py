@@ -1,6 +1,6 @@
-"""Checkpoints of a training phase: the latest one to resume from, and the best one by validation."""
+"""Checkpoints of a training phase: the latest to resume from, and the best by validation."""
 
-import json
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,11 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from l2m_jax.errors import InputError
 from l2m_jax.multihost import first
+from l2m_jax.parallel import Placement
+
+# With several processes, all must save at the same step: they ask the first one's clock this often.
+_STEPS_BETWEEN_LOOKS = 32
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Position:
         batch: batches finished in this epoch.
         stage_step: updates done in this stage.
         step: updates done in all.
-        best_rouge_l: the best validation Rouge-L in all; -1 before the first validation.
+        best_step: the step with the best validation Rouge-L in all, the earliest of equals; -1 before the first.
+        best_rouge_l: that Rouge-L.
         stage_best: the best one in this stage.
         not_better: validations in this stage since its best one.
     """
@@ -33,81 +37,90 @@ class Position:
     batch: int = 0
     stage_step: int = 0
     step: int = 0
+    best_step: int = -1
     best_rouge_l: float = -1.0
     stage_best: float = -1.0
     not_better: int = 0
 
 
-def _claim(folder: Path, made_from: str) -> None:
-    owner = folder / "made_from.json"
-    if owner.is_file() and json.loads(owner.read_text())["fingerprint"] != made_from:
-        raise InputError(
-            f"{folder}: these checkpoints belong to other settings or data; choose another --workdir, or "
-            "delete this folder to train anew"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    owner.write_text(json.dumps({"fingerprint": made_from}) + "\n")
-
-
 class Checkpoints:
-    """Checkpoints in `folder`, all made from what `made_from` (a fingerprint) stands for.
+    """Checkpoints in `folder`, of a state that lies on devices as `placement` says.
 
-    Raises:
-        InputError: the folder holds checkpoints of another run.
+    Args:
+        minutes: between checkpoints, as far as `due` is asked. 0: one after each step.
     """
 
-    def __init__(self, folder: Path, made_from: str):
-        first(lambda: _claim(folder, made_from))
+    def __init__(self, folder: Path, placement: Placement, minutes: float = 10.0):
+        self._placement, self._minutes = placement, minutes
+        self._saved_at = time.monotonic()
         # The latest to resume from, and the best; Orbax's own best_fn would delete the latest.
-        keep = policies.AnyPreservationPolicy(
-            [
-                policies.LatestN(1),
-                policies.BestN(
-                    get_metric_fn=lambda m: m["rouge_l"], n=1, keep_checkpoints_without_metrics=False
-                ),
-            ]
+        best = policies.BestN(
+            get_metric_fn=lambda m: m["rouge_l"], n=1, keep_checkpoints_without_metrics=False
         )
         self._manager = ocp.CheckpointManager(
             folder.resolve(),
-            options=ocp.CheckpointManagerOptions(preservation_policy=keep),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best])
+            ),
             item_names=("state", "position"),
         )
 
-    def save(self, state: Any, position: Position, rouge_l: float | None = None) -> None:
-        """Writes in the background; a checkpoint is there completely or not at all."""
+    def due(self, step: int) -> bool:
+        """Whether it is time for the next checkpoint; the same answer in all processes."""
+        if jax.process_count() == 1:
+            return self._time_is_up()
+        return step % _STEPS_BETWEEN_LOOKS == 0 and first(self._time_is_up)
+
+    def _time_is_up(self) -> bool:
+        return time.monotonic() - self._saved_at >= 60 * self._minutes
+
+    def save(self, state: Any, position: Position, *, is_best: bool = False) -> None:
+        """Saves the placed state. Afterwards its buffers may be donated: files are written in the background.
+
+        A checkpoint exists completely or not at all. No device holds a copy of the state meanwhile.
+        """
+        self._saved_at = time.monotonic()
         if self._manager.latest_step() == position.step:
             return
+        replicated = self._placement.mapping == "pmap"
         self._manager.save(
             position.step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(asdict(position))
+                state=ocp.args.StandardSave(self._placement.to_host(state) if replicated else state),
+                position=ocp.args.JsonSave(asdict(position)),
             ),
-            metrics=None if rouge_l is None else {"rouge_l": rouge_l},
+            metrics={"rouge_l": position.best_rouge_l} if is_best else None,
         )
+        if not replicated and self._placement.devices[0].platform == "cpu":
+            self._manager.wait_until_finished()  # a host copy of a CPU's buffer is the buffer itself
 
-    def restore_latest(self, like: Any) -> tuple[Any, Position] | None:
-        """The newest state, with the shapes and shardings of `like`; None when there is no checkpoint yet."""
+    def restore_latest(self, shapes: Any) -> tuple[Any, Position] | None:
+        """The newest state, placed, and its position; None before the first checkpoint.
+
+        Args:
+            shapes: of the state, as `jax.eval_shape` gives them.
+        """
         step = self._manager.latest_step()
-        return None if step is None else self._restore(step, like)
+        if step is None:
+            return None
+        found = self._restore(step, shapes)
+        return self._placed(found.state), Position(**found.position)
 
-    def restore_best(self, like: Any) -> tuple[Any, Position]:
-        """The state with the best validation Rouge-L, the earliest of equals; the latest without validations."""
+    def restore_best(self, shapes: Any, step: int) -> Any:
+        """The parameters after `step`, the best of the validations, placed. `shapes` as in `restore_latest`."""
         self._manager.wait_until_finished()
-        measured = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-        scored = [(metrics["rouge_l"], -step) for step, metrics in measured.items() if metrics]
-        step = -max(scored)[1] if scored else self._manager.latest_step()
-        assert step is not None, "restore_best before the first checkpoint"
-        return self._restore(step, like)
+        return self._placed(self._restore(step, shapes).state.params)
 
-    def _restore(self, step: int, like: Any) -> tuple[Any, Position]:
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        found: Any = self._manager.restore(
+    def _restore(self, step: int, shapes: Any) -> Any:
+        # Under "pmap" to the host, for it goes to each device from there; else straight to the devices.
+        like = shapes if self._placement.mapping == "pmap" else self._placement.abstract(shapes)
+        return self._manager.restore(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()
-            ),
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(like), position=ocp.args.JsonRestore()),
         )
-        return found.state, Position(**found.position)
+
+    def _placed(self, tree: Any) -> Any:
+        return self._placement.place(tree) if self._placement.mapping == "pmap" else tree
 
     def close(self) -> None:
         """Waits for what is still being written."""

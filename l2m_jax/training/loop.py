@@ -15,7 +15,7 @@ from l2m_jax.curriculum import Stage, steps
 from l2m_jax.data.batches import Examples, micro_batches, order_of_examples, prefetch
 from l2m_jax.data.packing import Shape
 from l2m_jax.losses import Objective
-from l2m_jax.parallel import Parallel
+from l2m_jax.parallel import Placement
 from l2m_jax.training import step as step_functions
 from l2m_jax.training.checkpoint import Checkpoints, Position
 from l2m_jax.training.metrics import MetricsLog
@@ -68,9 +68,12 @@ class Task:
         phase: its name in metrics.jsonl and on screen.
         settings: what the compiled step depends on, besides the objective.
         stages: in order; single-stage methods have one.
-        shapes: the micro-batch shapes of the run.
+        shapes: the micro-batch shapes of the phase.
         parts: parts of an epoch, before each of which the data may change.
-        validation_every: epochs between validations, and at the end of each stage.
+        restart_optimizer: a new schedule and optimiser state in each stage.
+        patience: a stage ends after so many validations without a better Rouge-L; 0: never early.
+        validations: over the whole phase, evenly spaced, the last one at its end.
+        keep_best: the result is the best by validation, not the last.
     """
 
     phase: str
@@ -83,156 +86,198 @@ class Task:
     parts: int = 1
     restart_optimizer: bool = True
     patience: int = 0
-    checkpoint_every: int = 200
-    validation_every: int = 1
+    validations: int = 0
+    keep_best: bool = False
 
 
-class StepFunctions:
-    """The step, mapped over devices: compiled at the first call for each objective and shape."""
-
-    def __init__(self, settings: OptimizerSettings, parallel: Parallel):
-        optimizer = make_optimizer(settings)
-
-        def update(state, sums, learning_rate, *, axis_name):
-            return step_functions.update(optimizer, state, sums, learning_rate, axis_name=axis_name)
-
-        def start(params, *, axis_name):
-            del axis_name
-            return optimizer.init(params)
-
-        def zeros(params, *, axis_name):
-            del axis_name
-            return step_functions.zero_sums(params)
-
-        # settings, objective, params, sums, batch, teacher, dropout key
-        self.accumulate = parallel.map(step_functions.accumulate, static=(0, 1), donate=(3,), broadcast=(6,))
-        self.update = parallel.map(update, donate=(0, 1), broadcast=(2,))
-        self.start = parallel.map(start)
-        self.zeros = parallel.map(zeros)
-
-
-def train(
-    task: Task,
-    parallel: Parallel,
-    params: Params,
-    data: Callable[[Part, Params], Sequence[Term]],
-    teacher: Teacher | None,
-    checkpoints: Checkpoints,
-    metrics: MetricsLog,
-    validate: Callable[[Params], dict[str, float]] | None = None,
-) -> tuple[Params, Params]:
-    """Trains through all stages, from the latest checkpoint when there is one.
+class Trainer:
+    """Trains through all stages of a task.
 
     Args:
-        params: initial parameters, placed on the devices; their buffers are taken over.
         data: what a part of an epoch trains on, given the placed parameters at its start. A run resumed within
-            the part gives it later ones, and must get the same data.
+            the part passes later ones, and must get the same data.
         teacher: placed on the devices; None without one.
-        validate: gives at least "rouge_l" for parameters.
-
-    Returns:
-        The last parameters and the best ones by validation (the last ones without validation), placed.
+        validate: gives at least "rouge_l" for placed parameters.
     """
-    functions = StepFunctions(task.optimizer, parallel)
-    state = TrainState(params, functions.start(params))
-    position = Position()
-    if (found := checkpoints.restore_latest(parallel.snapshot(state))) is not None:
-        state, position = parallel.place(found[0]), found[1]
-    metrics.drop_after(task.phase, position.step)
 
-    for number, stage in enumerate(task.stages):
-        if number < position.stage:
-            continue
-        state, position = _train_stage(
-            task, stage, parallel, functions, state, position, data, teacher, checkpoints, metrics, validate
+    def __init__(
+        self,
+        task: Task,
+        placement: Placement,
+        data: Callable[[Part, Params], Sequence[Term]],
+        teacher: Teacher | None,
+        checkpoints: Checkpoints,
+        metrics: MetricsLog,
+        validate: Callable[[Params], dict[str, float]] | None = None,
+    ):
+        self._task, self._placement, self._data, self._teacher = task, placement, data, teacher
+        self._checkpoints, self._metrics, self._validate = checkpoints, metrics, validate
+        self._optimizer = make_optimizer(task.optimizer)
+        self._accumulate = placement.map(step_functions.accumulate)
+        self._update = placement.map(step_functions.update)
+        self._init_optimizer = placement.map(step_functions.init_optimizer)
+        self._zero_sums = placement.map(step_functions.zero_sums)
+        self._position = Position()
+        self._validated_at = frozenset(_validation_steps(task) if validate is not None else ())
+
+    def run(self, initial: Callable[[], Params]) -> Params:
+        """Trains from the latest checkpoint if there is one, else from `initial()`, placed parameters to take over.
+
+        Returns:
+            The parameters, placed: the best by validation with `task.keep_best`, else the last.
+        """
+        task = self._task
+        shapes = step_functions.state_shapes(self._optimizer, task.settings.student)
+        found = self._checkpoints.restore_latest(shapes)
+        if found is None:
+            params = initial()
+            self._state = TrainState(params, self._init_optimizer(self._optimizer, params))
+            del params
+        else:
+            self._state, self._position = found
+            del found
+        self._metrics.drop_after(task.phase, self._position.step)
+        for number, stage in enumerate(task.stages):
+            if number >= self._position.stage:
+                self._train_stage(number, stage)
+        params = self._state.params
+        best = self._position.best_step
+        if task.keep_best and 0 <= best < self._position.step:
+            # The devices have room for one state, not for two.
+            del params, self._state
+            return self._checkpoints.restore_best(shapes, best)
+        del self._state
+        return params
+
+    def _train_stage(self, number: int, stage: Stage) -> None:
+        task = self._task
+        if self._position.stage_step == 0 and self._position.step > 0 and task.restart_optimizer:
+            params = self._state.params
+            del self._state
+            self._state = TrainState(params, self._init_optimizer(self._optimizer, params))
+            del params
+        scheduled = (stage,) if task.restart_optimizer else task.stages
+        rate = learning_rate_schedule(task.optimizer, steps(scheduled, task.batch_size))
+        before = steps(task.stages[:number], task.batch_size)
+        title = task.phase
+        if len(task.stages) > 1:
+            title = f"{task.phase}, stage {stage.index}/{len(task.stages)}"
+        self._sums = self._zero_sums(self._state.params)
+
+        with progress.bar(title, steps((stage,), task.batch_size)) as bar:
+            bar.resume_at(self._position.stage_step)
+            log = _StepLog(task, stage, self._metrics, bar, self._placement)
+            for batch in self._batches_of_stage(stage, log):
+                at = self._position.stage_step if task.restart_optimizer else self._position.step
+                learning_rate = np.float32(rate(at))
+                values = self._train_batch(batch, learning_rate)
+                self._position = _after_batch(task, stage, self._position)
+                log.add(self._position, learning_rate, batch, values)
+                ended = self._position.epoch == stage.epochs
+                improved = False
+                if before + self._position.stage_step in self._validated_at:
+                    log.flush()
+                    improved = self._validate_now(stage)
+                    log.restart_clock()
+                    ended = ended or 0 < task.patience <= self._position.not_better
+                if ended:
+                    self._position = _next_stage(self._position)
+                if ended or improved or self._checkpoints.due(self._position.step):
+                    self._checkpoints.save(self._state, self._position, is_best=improved)
+                    log.restart_clock()
+                if ended:
+                    break
+            log.flush()
+        del self._sums
+
+    def _train_batch(self, batch: "_Batch", learning_rate: np.float32) -> Any:
+        settings = self._task.settings
+        for number, (objective, micro_batch) in enumerate(batch.micro_batches):
+            key = _dropout_key(self._task, self._position.step, number)
+            self._sums = self._accumulate(
+                settings, objective, self._state.params, self._sums, micro_batch, self._teacher, key
+            )
+        self._state, self._sums, values = self._update(
+            self._optimizer, self._state, self._sums, learning_rate
         )
-    if position.best_rouge_l < 0:
-        return state.params, state.params
-    best, _ = checkpoints.restore_best(parallel.snapshot(state))
-    return state.params, parallel.place(best.params)
+        return values
 
+    def _validate_now(self, stage: Stage) -> bool:
+        """Whether this is the best validation so far, as far as that matters."""
+        assert self._validate is not None
+        # Zeros between batches: their memory is what generation needs beside the state.
+        del self._sums
+        values = self._validate(self._state.params)
+        self._sums = self._zero_sums(self._state.params)
+        position, rouge_l = self._position, values["rouge_l"]
+        named = {f"validation_{name}": value for name, value in values.items()}
+        self._metrics.write(self._task.phase, position.step, stage=stage.index, **named)
+        if rouge_l > position.best_rouge_l:
+            position = dataclasses.replace(position, best_rouge_l=rouge_l, best_step=position.step)
+        better_in_stage = rouge_l > position.stage_best
+        self._position = dataclasses.replace(
+            position,
+            stage_best=max(position.stage_best, rouge_l),
+            not_better=0 if better_in_stage else position.not_better + 1,
+        )
+        return self._task.keep_best and position.best_step == position.step
 
-def _train_stage(
-    task: Task,
-    stage: Stage,
-    parallel: Parallel,
-    functions: StepFunctions,
-    state: TrainState,
-    position: Position,
-    data: Callable[[Part, Params], Sequence[Term]],
-    teacher: Teacher | None,
-    checkpoints: Checkpoints,
-    metrics: MetricsLog,
-    validate: Callable[[Params], dict[str, float]] | None,
-) -> tuple[TrainState, Position]:
-    if position.stage_step == 0 and position.step > 0 and task.restart_optimizer:
-        state = TrainState(state.params, functions.start(state.params))
-    scheduled = (stage,) if task.restart_optimizer else task.stages
-    rate = learning_rate_schedule(task.optimizer, steps(scheduled, task.batch_size))
-    sums = functions.zeros(state.params)
-    title = task.phase if len(task.stages) == 1 else f"{task.phase}, stage {stage.index}/{len(task.stages)}"
-
-    with progress.bar(title, steps((stage,), task.batch_size)) as bar:
-        bar.resume_at(position.stage_step)
-        log = _StepLog(task, stage, metrics, bar, parallel)
-        while position.epoch < stage.epochs:
-            batches = math.ceil(stage.examples_in_epoch(position.epoch) / task.batch_size)
-            for part in _parts(task, stage, position):
-                terms = data(part, state.params)
-                log.restart_clock()
-                for batch in _batches(task, parallel, part, terms, position.batch):
-                    at = position.stage_step if task.restart_optimizer else position.step
-                    learning_rate = np.float32(rate(at))
-                    for number, (objective, micro_batch) in enumerate(batch.micro_batches):
-                        key = _dropout_key(task, position.step, number)
-                        sums = functions.accumulate(
-                            task.settings, objective, state.params, sums, micro_batch, teacher, key
-                        )
-                    state, sums, values = functions.update(state, sums, learning_rate)
-                    position = dataclasses.replace(
-                        position,
-                        batch=position.batch + 1,
-                        stage_step=position.stage_step + 1,
-                        step=position.step + 1,
-                    )
-                    log.add(position, learning_rate, batch, values)
-                    # An epoch's end has a checkpoint of its own, which holds the validation too.
-                    if position.step % task.checkpoint_every == 0 and position.batch < batches:
-                        checkpoints.save(parallel.snapshot(state), position)
+    def _batches_of_stage(self, stage: Stage, log: "_StepLog") -> Iterator["_Batch"]:
+        """Those from the current position on, packed and fed to the devices ahead of time within a part."""
+        while self._position.epoch < stage.epochs:
+            for part in _parts(self._task, stage, self._position):
                 log.flush()
-            position = dataclasses.replace(position, epoch=position.epoch + 1, batch=0)
-            ended = position.epoch == stage.epochs
-            if validate is not None and (ended or position.epoch % task.validation_every == 0):
-                position, values = _validated(position, validate(parallel.unplace(state.params)))
-                metrics.write(task.phase, position.step, stage=stage.index, **values)
-                ended = ended or 0 < task.patience <= position.not_better
-                position = _next_stage(position) if ended else position
-                checkpoints.save(parallel.snapshot(state), position, values["validation_rouge_l"])
+                terms = self._data(part, self._state.params)
                 log.restart_clock()
-            elif ended:
-                position = _next_stage(position)
-                checkpoints.save(parallel.snapshot(state), position)
-            if ended:
-                break
-    return state, position
+                yield from prefetch(self._batches(part, terms, self._position.batch), depth=4)
+
+    def _batches(self, part: Part, terms: Sequence[Term], batch: int) -> Iterator["_Batch"]:
+        """The batches of `part` from number `batch` of its epoch on."""
+        size, feed = self._task.batch_size, self._placement.feed
+        for start in range(max(batch - part.first_batch, 0) * size, len(part.indices), size):
+            chosen = part.indices[start : start + size]
+            yield _Batch(
+                part.epoch,
+                [(term.objective, feed(m)) for term in terms for m in self._packed(term, chosen)],
+                len(chosen),
+                sum(int(term.examples.lengths[chosen].sum()) for term in terms),
+                sum(int(_targets(term.examples, chosen).sum()) for term in terms),
+            )
+
+    def _packed(self, term: Term, chosen: np.ndarray) -> list[MicroBatch]:
+        return micro_batches(
+            term.examples,
+            chosen,
+            self._task.shapes,
+            self._placement.num_devices,
+            term.teacher_rows,
+            filled=self._placement.local,
+            equal_examples=term.equal_examples,
+        )
+
+
+def _validation_steps(task: Task) -> list[int]:
+    """The updates after which there is a validation: `task.validations` of them, whatever the stages are."""
+    total = steps(task.stages, task.batch_size)
+    return [max(1, round(total * k / task.validations)) for k in range(1, task.validations + 1)]
+
+
+def _after_batch(task: Task, stage: Stage, position: Position) -> Position:
+    batches = math.ceil(stage.examples_in_epoch(position.epoch) / task.batch_size)
+    epoch_ended = position.batch + 1 == batches
+    return dataclasses.replace(
+        position,
+        epoch=position.epoch + epoch_ended,
+        batch=0 if epoch_ended else position.batch + 1,
+        stage_step=position.stage_step + 1,
+        step=position.step + 1,
+    )
 
 
 def _next_stage(position: Position) -> Position:
     return dataclasses.replace(
         position, stage=position.stage + 1, epoch=0, batch=0, stage_step=0, stage_best=-1.0, not_better=0
     )
-
-
-def _validated(position: Position, values: dict[str, float]) -> tuple[Position, dict[str, float]]:
-    rouge_l = values["rouge_l"]
-    better = rouge_l > position.stage_best
-    position = dataclasses.replace(
-        position,
-        best_rouge_l=max(position.best_rouge_l, rouge_l),
-        stage_best=max(position.stage_best, rouge_l),
-        not_better=0 if better else position.not_better + 1,
-    )
-    return position, {f"validation_{name}": value for name, value in values.items()}
 
 
 def _dropout_key(task: Task, step: int, micro_batch: int) -> jax.Array | None:
@@ -257,40 +302,11 @@ def _parts(task: Task, stage: Stage, position: Position) -> Iterator[Part]:
 
 @dataclass(frozen=True)
 class _Batch:
+    epoch: int
     micro_batches: list[tuple[Objective, MicroBatch]]  # on the devices
     examples: int
     tokens: int
     target_tokens: int
-
-
-def _batches(
-    task: Task, parallel: Parallel, part: Part, terms: Sequence[Term], batch: int
-) -> Iterator[_Batch]:
-    """The batches of `part` from number `batch` of its epoch on, packed and fed to the devices ahead of time."""
-
-    def make() -> Iterator[_Batch]:
-        skipped = max(batch - part.first_batch, 0) * task.batch_size
-        for start in range(skipped, len(part.indices), task.batch_size):
-            chosen = part.indices[start : start + task.batch_size]
-            yield _Batch(
-                [(term.objective, parallel.feed(m)) for term in terms for m in packed(term, chosen)],
-                len(chosen),
-                sum(int(term.examples.lengths[chosen].sum()) for term in terms),
-                sum(int(_targets(term.examples, chosen).sum()) for term in terms),
-            )
-
-    def packed(term: Term, chosen: np.ndarray) -> list[MicroBatch]:
-        return micro_batches(
-            term.examples,
-            chosen,
-            task.shapes,
-            parallel.num_devices,
-            term.teacher_rows,
-            filled=parallel.local,
-            equal_examples=term.equal_examples,
-        )
-
-    return prefetch(make(), depth=4)
 
 
 def _targets(examples: Examples, chosen: np.ndarray) -> np.ndarray:
@@ -300,9 +316,11 @@ def _targets(examples: Examples, chosen: np.ndarray) -> np.ndarray:
 class _StepLog:
     """Writes a step's metrics once the next step is dispatched, so that reading them holds nothing up."""
 
-    def __init__(self, task: Task, stage: Stage, metrics: MetricsLog, bar: progress.Bar, parallel: Parallel):
+    def __init__(
+        self, task: Task, stage: Stage, metrics: MetricsLog, bar: progress.Bar, placement: Placement
+    ):
         self._task, self._stage, self._metrics, self._bar = task, stage, metrics, bar
-        self._parallel = parallel
+        self._placement = placement
         self._waiting: tuple[Position, Any, _Batch, Any] | None = None
         self.restart_clock()
 
@@ -320,10 +338,9 @@ class _StepLog:
             return
         position, learning_rate, batch, values = self._waiting
         self._waiting = None
-        values = {name: float(value) for name, value in self._parallel.read(values).items()}
-        del values[
-            "weight"
-        ]  # what the sums were divided by: the target tokens or the examples, counted below
+        values = {name: float(value) for name, value in self._placement.read(values).items()}
+        # What the sums were divided by: the target tokens or the examples, counted below.
+        del values["weight"]
         self._examples += batch.examples
         self._tokens += batch.tokens
         seconds = max(time.monotonic() - self._clock, 1e-9)
@@ -335,7 +352,7 @@ class _StepLog:
             self._task.phase,
             position.step,
             stage=self._stage.index,
-            epoch=position.epoch,
+            epoch=batch.epoch,
             alpha=self._stage.alpha,
             beta=self._stage.beta,
             learning_rate=float(learning_rate),

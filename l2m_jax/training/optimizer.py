@@ -1,12 +1,13 @@
 """AdamW as the paper sets it; the learning rate is an argument of the step, so a new stage compiles nothing."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import optax
 
-from l2m_jax.errors import require_at_least, require_fraction, require_positive
+from l2m_jax.errors import InputError, require_at_least, require_fraction, require_positive
 from l2m_jax.types import Params
 
 _DECAYED = ("kernel", "embedding")
@@ -42,6 +43,7 @@ def decayed(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(lambda path, _: str(path[-1].key) in _DECAYED, params)
 
 
+@functools.cache  # equal settings give the same object, which a compiled step depends on
 def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
     """Clip, Adam and decoupled weight decay: `optax.adamw` without the last factor, minus the learning rate."""
     return optax.chain(
@@ -62,3 +64,36 @@ def learning_rate_schedule(settings: OptimizerSettings, steps: int) -> Callable[
         return peak * (steps - step) / (steps - warmup)
 
     return rate
+
+
+@dataclass(frozen=True)
+class Training(OptimizerSettings):
+    """How a model is trained on batches of examples.
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    batch_size: int = 16  # examples an update, over all devices
+    dropout: float = -1.0  # negative: the rates that the model was published with
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive(self, "batch_size")
+        if not self.dropout < 1:
+            raise InputError(f"dropout: {self.dropout!r} must be below 1 (negative: the model's own rates)")
+
+
+@dataclass(frozen=True)
+class FineTuning(Training):
+    """Supervised fine-tuning on the reference responses, for a number of epochs.
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    epochs: int = 10  # 0: none
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_at_least(self, 0, "epochs")

@@ -20,7 +20,6 @@ from l2m_jax import losses, models
 from l2m_jax.losses import LossSums, Objective
 from l2m_jax.models import DecoderConfig
 from l2m_jax.parallel import over_devices
-from l2m_jax.training.optimizer import OptimizerSettings, make_optimizer
 from l2m_jax.types import MicroBatch, Params
 
 
@@ -57,8 +56,8 @@ class Sums(NamedTuple):
 
 
 @over_devices(static=("optimizer",), weights=("params",), returns="weights")
-def init_optimizer(optimizer: OptimizerSettings, params: Params) -> optax.OptState:
-    return make_optimizer(optimizer).init(params)
+def init_optimizer(optimizer: optax.GradientTransformation, params: Params) -> optax.OptState:
+    return optimizer.init(params)
 
 
 @over_devices(weights=("params",), returns="weights")
@@ -67,6 +66,12 @@ def zero_sums(params: Params) -> Sums:
     return Sums(
         jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), LossSums(zero, zero, zero, zero)
     )
+
+
+def state_shapes(optimizer: optax.GradientTransformation, config: DecoderConfig) -> TrainState:
+    """Shapes of the state of a model in training, without computing it."""
+    params = jax.eval_shape(lambda: models.init(config, jax.random.key(0)))
+    return TrainState(params, jax.eval_shape(optimizer.init, params))
 
 
 def target_hidden(
@@ -193,7 +198,7 @@ def accumulate(
     returns="weights",
 )
 def update(
-    optimizer: OptimizerSettings,
+    optimizer: optax.GradientTransformation,
     state: TrainState,
     sums: Sums,
     learning_rate: jax.Array,
@@ -209,7 +214,7 @@ def update(
         sums = jax.lax.psum(sums, axis_name)
     weight = jnp.maximum(sums.losses.weight, 1e-9)
     gradients = jax.tree.map(lambda g: g / weight, sums.gradients)
-    updates, optimizer_state = make_optimizer(optimizer).update(gradients, state.optimizer, state.params)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: (p - learning_rate * u).astype(p.dtype), state.params, updates)
     metrics = {
         "loss": sums.losses.loss / weight,

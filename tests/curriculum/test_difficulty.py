@@ -97,4 +97,4 @@ def test_a_file_without_the_columns_is_refused(tmp_path):
 
 
 def test_every_method_has_a_name():
-    assert difficulty.METHODS == ("fusion", "rouge", "rouge_then_cross_entropy", "random")
+    assert difficulty.RANKINGS == ("fusion", "rouge", "rouge_then_cross_entropy", "random")

@@ -7,28 +7,28 @@ import numpy as np
 import pytest
 
 from l2m_jax import models
-from l2m_jax.errors import InputError
 from l2m_jax.models import DecoderConfig
-from l2m_jax.parallel import Parallel
+from l2m_jax.parallel import Placement
 from l2m_jax.training.checkpoint import Checkpoints, Position
 from l2m_jax.training.optimizer import OptimizerSettings, make_optimizer
-from l2m_jax.training.step import TrainState
+from l2m_jax.training.step import TrainState, state_shapes
 
 CONFIG = DecoderConfig(
     family="gpt2", vocab_size=64, valid_vocab_size=64, hidden_size=24, embed_size=24, num_layers=2, num_heads=2,
     num_kv_heads=2, head_dim=12, intermediate_size=48, max_positions=16,
 )  # fmt: skip
 
+OPTIMIZER = make_optimizer(OptimizerSettings())
 
-def _parallel(mapping: str, count: int) -> Parallel:
-    return Parallel(mapping, tuple(jax.devices()[:count]))
+
+def _placement(mapping: str, count: int) -> Placement:
+    return Placement(mapping, tuple(jax.devices()[:count]))
 
 
 def _state(seed: int) -> TrainState:
     params = models.init(CONFIG, jax.random.key(seed))
     noise = models.init(dataclasses.replace(CONFIG, init_std=1.0), jax.random.key(seed + 1))
-    optimizer = make_optimizer(OptimizerSettings())
-    _, state = optimizer.update(noise, optimizer.init(params), params)
+    _, state = OPTIMIZER.update(noise, OPTIMIZER.init(params), params)
     return TrainState(params, state)
 
 
@@ -43,25 +43,45 @@ def _state(seed: int) -> TrainState:
     ],
 )
 def test_another_number_of_devices_restores_all_the_same(tmp_path, saved_on, restored_on):
-    before, after, state = _parallel(*saved_on), _parallel(*restored_on), _state(0)
-    checkpoints = Checkpoints(tmp_path / "run", "inputs")
-    checkpoints.save(before.snapshot(before.place(state)), Position(step=7))
+    before, after, state = _placement(*saved_on), _placement(*restored_on), _state(0)
+    placed = before.place(state)
+    checkpoints = Checkpoints(tmp_path, before)
+    checkpoints.save(placed, Position(step=7))
+    # As a step does: it donates the buffers of the state while the files are written.
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
+    jax.block_until_ready(overwrite(placed))
     checkpoints.close()
 
-    checkpoints = Checkpoints(tmp_path / "run", "inputs")
-    found = checkpoints.restore_latest(after.snapshot(after.place(_state(5))))
+    checkpoints = Checkpoints(tmp_path, after)
+    found = checkpoints.restore_latest(state_shapes(OPTIMIZER, CONFIG))
     checkpoints.close()
     assert found is not None and found[1] == Position(step=7)
-    placed = after.place(found[0])
-    jax.tree.map(np.testing.assert_array_equal, after.collect(placed), state)
-    for leaf in jax.tree.leaves(placed):
+    jax.tree.map(np.testing.assert_array_equal, after.to_host(found[0]), state)
+    for leaf in jax.tree.leaves(found[0]):
         assert leaf.sharding.device_set == set(after.devices)
     if restored_on[0] == "fsdp":
-        largest = placed.params["blocks"]["mlp"]["up"]["kernel"]
+        largest = found[0].params["blocks"]["mlp"]["up"]["kernel"]
         assert largest.addressable_shards[0].data.size * after.num_devices == largest.size
 
 
-def test_checkpoints_of_other_inputs_are_refused(tmp_path):
-    Checkpoints(tmp_path / "run", "inputs").close()
-    with pytest.raises(InputError, match="belong to other settings or data"):
-        Checkpoints(tmp_path / "run", "others")
+def test_the_best_outlives_the_latest(tmp_path):
+    placement, shapes = _placement("pmap", 1), state_shapes(OPTIMIZER, CONFIG)
+    checkpoints = Checkpoints(tmp_path, placement)
+    for step, rouge_l in ((1, 3.0), (2, 8.0), (3, None), (4, None)):
+        position = Position(step=step, best_rouge_l=rouge_l or 8.0)
+        checkpoints.save(placement.place(_state(step)), position, is_best=rouge_l is not None)
+    best = placement.to_host(checkpoints.restore_best(shapes, 2))
+    jax.tree.map(np.testing.assert_array_equal, best, jax.tree.map(np.asarray, _state(2).params))
+    _, position = checkpoints.restore_latest(shapes) or (None, None)
+    checkpoints.close()
+    assert position is not None and position.step == 4
+    kept = {int(folder.name) for folder in tmp_path.iterdir() if folder.name.isdigit()}
+    assert kept == {2, 4}
+
+
+def test_a_checkpoint_is_due_after_its_minutes(tmp_path):
+    placement = _placement("pmap", 1)
+    at_once, later = Checkpoints(tmp_path / "0", placement, 0), Checkpoints(tmp_path / "1", placement, 60)
+    assert at_once.due(1) and not later.due(1)
+    at_once.close()
+    later.close()

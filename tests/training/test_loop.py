@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from l2m_jax import models
-from l2m_jax.curriculum import single_stage
+from l2m_jax.curriculum import baby_steps, examples_seen, partition, single_stage
 from l2m_jax.data.batches import ListedExamples
 from l2m_jax.data.packing import Shape
 from l2m_jax.losses import Objective
 from l2m_jax.models import DecoderConfig
-from l2m_jax.parallel import Parallel
+from l2m_jax.parallel import Placement
 from l2m_jax.training.checkpoint import Checkpoints
-from l2m_jax.training.loop import Task, Term, train
+from l2m_jax.training.loop import Task, Term, Trainer, _validation_steps
 from l2m_jax.training.metrics import MetricsLog, read_metrics
 from l2m_jax.training.optimizer import OptimizerSettings
 from l2m_jax.training.step import StepSettings
@@ -42,21 +42,15 @@ def _train(folder, mapping: str, params, dtype: str = "float32"):
         batch_size=6,
         seed=0,
     )
-    parallel = Parallel(mapping, tuple(jax.devices()[:2]))
-    placed, metrics = parallel.place(params), MetricsLog(folder / "metrics.jsonl")
-    checkpoints = Checkpoints(folder / "checkpoints", "inputs")
-    last, _ = train(
-        task,
-        parallel,
-        placed,
-        lambda part, params: (Term(Objective(beta=0.0), examples),),
-        None,
-        checkpoints,
-        metrics,
-    )
+    placement = Placement(mapping, tuple(jax.devices()[:2]))
+    placed, metrics = placement.place(params), MetricsLog(folder / "metrics.jsonl")
+    checkpoints = Checkpoints(folder / "checkpoints", placement)
+    terms = (Term(Objective(beta=0.0), examples),)
+    trainer = Trainer(task, placement, lambda part, params: terms, None, checkpoints, metrics)
+    last = trainer.run(lambda: placed)
     checkpoints.close()
     losses = [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
-    return parallel.collect(last), placed, losses
+    return placement.to_host(last), placed, losses
 
 
 @pytest.mark.parametrize("mapping", ["pmap", "fsdp"])
@@ -76,3 +70,15 @@ def test_bfloat16_computes_on_float32_master_weights(tmp_path):
     kernel = np.asarray(mixed["blocks"]["mlp"]["up"]["kernel"])
     assert np.mean(kernel == kernel.astype(jnp.bfloat16).astype(np.float32)) < 0.05
     np.testing.assert_allclose(kernel, exact["blocks"]["mlp"]["up"]["kernel"], atol=0.03)
+
+
+def test_all_methods_are_validated_equally_often():
+    """Ten epochs' worth of examples, once in four stages and once in a single one."""
+    rows = np.arange(400)
+    staged = baby_steps(partition(rows, 4), epochs=4)
+    single = single_stage(rows, examples_seen(staged))
+    settings = StepSettings(CONFIG, None, 60)
+    for stages in (staged, single):
+        task = Task("test", settings, stages, (), OptimizerSettings(), 10, 0, validations=20)
+        due = _validation_steps(task)
+        assert len(set(due)) == 20 and due[-1] == 400 and due[0] == 20

@@ -13,7 +13,7 @@ from l2m_jax.data.batches import ListedExamples, micro_batches, padded_batch
 from l2m_jax.data.packing import Shape
 from l2m_jax.losses import Objective
 from l2m_jax.models import DecoderConfig
-from l2m_jax.parallel import Parallel
+from l2m_jax.parallel import Placement, over_devices
 from l2m_jax.training import step
 from l2m_jax.training.optimizer import OptimizerSettings, learning_rate_schedule, make_optimizer
 from l2m_jax.training.step import StepSettings, Sums, Teacher, TrainState
@@ -48,38 +48,32 @@ def _at_targets(function, config, params, examples, i: int) -> np.ndarray:
     return np.asarray(result[examples.prompt_lengths[i] - 1 : examples.lengths[i] - 1])
 
 
-def _updated(parallel: Parallel, batches, *, updates: int = 2, teacher_hidden: bool = False):
+def _updated(placement: Placement, batches, *, updates: int = 2, teacher_hidden: bool = False):
     """Parameters and metrics after training on the same batch `updates` times."""
     optimizer = make_optimizer(OptimizerSettings())
-
-    def update(state, sums, learning_rate, *, axis_name):
-        return step.update(optimizer, state, sums, learning_rate, axis_name=axis_name)
-
-    accumulate = parallel.map(step.accumulate, static=(0, 1), donate=(3,), broadcast=(6,))
-    mapped_update = parallel.map(update, donate=(0, 1), broadcast=(2,))
-    start = parallel.map(lambda params, *, axis_name: optimizer.init(params))
-    zeros = parallel.map(lambda params, *, axis_name: step.zero_sums(params))
+    accumulate, update = placement.map(step.accumulate), placement.map(step.update)
     student, teacher = _params()
-    params = parallel.place(student)
-    state, sums = TrainState(params, start(params)), zeros(params)
-    head = parallel.place(models.head(TEACHER, teacher))
-    signal = Teacher(head, None if teacher_hidden else parallel.place(teacher))
+    params = placement.place(student)
+    state = TrainState(params, placement.map(step.init_optimizer)(optimizer, params))
+    sums = placement.map(step.zero_sums)(params)
+    head = placement.place(models.head(TEACHER, teacher))
+    signal = Teacher(head, None if teacher_hidden else placement.place(teacher))
     metrics = None
     for _ in range(updates):
         for batch in batches:
-            sums = accumulate(SETTINGS, OBJECTIVE, state.params, sums, parallel.feed(batch), signal, None)
-        state, sums, metrics = mapped_update(state, sums, np.float32(1e-2))
-    return jax.tree.map(np.asarray, parallel.unplace(state.params)), parallel.read(metrics)
+            sums = accumulate(SETTINGS, OBJECTIVE, state.params, sums, placement.feed(batch), signal, None)
+        state, sums, metrics = update(optimizer, state, sums, np.float32(1e-2))
+    return placement.to_host(state.params), placement.read(metrics)
 
 
-def _parallel(mapping: str, count: int) -> Parallel:
-    return Parallel(mapping, tuple(jax.devices()[:count]))
+def _placement(mapping: str, count: int) -> Placement:
+    return Placement(mapping, tuple(jax.devices()[:count]))
 
 
 @pytest.fixture(scope="module")
 def padded():
     """The reference: all examples padded in one micro-batch on one device."""
-    return _updated(_parallel("pmap", 1), [padded_batch(_examples(), range(10), 32)])
+    return _updated(_placement("pmap", 1), [padded_batch(_examples(), range(10), 32)])
 
 
 def _assert_same(found, expected) -> None:
@@ -98,15 +92,15 @@ def _assert_same(found, expected) -> None:
 def test_devices_packing_and_accumulation_leave_the_update_alone(padded, mapping, devices):
     batches = micro_batches(_examples(), np.arange(10), SHAPES, devices)
     assert devices > 1 or len(batches) > 1  # on one device the batch takes several micro-batches
-    _assert_same(_updated(_parallel(mapping, devices), batches), padded)
+    _assert_same(_updated(_placement(mapping, devices), batches), padded)
 
 
 @pytest.mark.parametrize("mapping", ["pmap", "fsdp"])
 def test_a_batch_of_fewer_examples_than_devices_leaves_some_without(mapping):
-    alone = _updated(_parallel("pmap", 1), [padded_batch(_examples(), range(2), 32)])
+    alone = _updated(_placement("pmap", 1), [padded_batch(_examples(), range(2), 32)])
     batches = micro_batches(_examples(), np.arange(2), SHAPES, 4)
     assert not batches[0].weights_T.any(axis=1).all()
-    _assert_same(_updated(_parallel(mapping, 4), batches), alone)
+    _assert_same(_updated(_placement(mapping, 4), batches), alone)
 
 
 def test_the_division_is_by_all_targets_of_the_batch(padded):
@@ -125,7 +119,7 @@ def test_first_loss_is_that_of_the_dense_logits():
         p = _at_targets(models.logits, TEACHER, teacher, examples, i)[:, :60]
         labels = jnp.asarray(examples.example_tokens(i)[examples.prompt_lengths[i] :])
         total += float(losses.token_loss(q, p, labels, OBJECTIVE).sum())
-    _, metrics = _updated(_parallel("pmap", 2), micro_batches(examples, np.arange(10), SHAPES, 2), updates=1)
+    _, metrics = _updated(_placement("pmap", 2), micro_batches(examples, np.arange(10), SHAPES, 2), updates=1)
     np.testing.assert_allclose(metrics["loss"], total / metrics["weight"], rtol=1e-5)
 
 
@@ -137,29 +131,36 @@ def test_stored_hidden_states_of_the_teacher_equal_the_live_teacher(padded):
         return _at_targets(models.hidden_states, TEACHER, teacher, examples, i)
 
     batches = micro_batches(examples, np.arange(10), SHAPES, 2, rows)
-    _assert_same(_updated(_parallel("pmap", 2), batches, teacher_hidden=True), padded)
+    _assert_same(_updated(_placement("pmap", 2), batches, teacher_hidden=True), padded)
 
 
 def test_a_stage_compiles_once_for_each_shape():
     traced = []
 
+    @over_devices(
+        static=("settings", "objective"),
+        weights=("params", "sums", "teacher"),
+        replicated=("key",),
+        donate=("sums",),
+        returns="weights",
+    )
     def counted(settings, objective, params, sums, batch, teacher, key, *, axis_name):
         traced.append((objective, batch.tokens_RxL.shape))
         return step.accumulate(settings, objective, params, sums, batch, teacher, key, axis_name=axis_name)
 
-    parallel = _parallel("pmap", 1)
-    accumulate = parallel.map(counted, static=(0, 1), donate=(3,), broadcast=(6,))
+    placement = _placement("pmap", 1)
+    accumulate = placement.map(counted)
     student, teacher = _params()
     params, signal = (
-        parallel.place(student),
-        Teacher(parallel.place(models.head(TEACHER, teacher)), parallel.place(teacher)),
+        placement.place(student),
+        Teacher(placement.place(models.head(TEACHER, teacher)), placement.place(teacher)),
     )
-    sums: Sums = parallel.map(lambda params, *, axis_name: step.zero_sums(params))(params)
+    sums: Sums = placement.map(step.zero_sums)(params)
     for alpha, beta in ((0.0, 0.7), (0.1, 1.0)):
         for chosen in (np.arange(10), np.arange(5), np.arange(3, 10)):
             for batch in micro_batches(_examples(), chosen, SHAPES, 1):
                 objective = Objective("skew_kl", alpha, beta)  # equal, not identical
-                sums = accumulate(SETTINGS, objective, params, sums, parallel.feed(batch), signal, None)
+                sums = accumulate(SETTINGS, objective, params, sums, placement.feed(batch), signal, None)
     assert len(traced) == len(set(traced)) <= 2 * len(SHAPES)
 
 

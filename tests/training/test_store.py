@@ -15,10 +15,10 @@ from l2m_jax.data.packing import Shape
 from l2m_jax.errors import InputError
 from l2m_jax.losses import Objective
 from l2m_jax.models import DecoderConfig
-from l2m_jax.parallel import Parallel
-from l2m_jax.training import step, teacher
+from l2m_jax.parallel import Placement
+from l2m_jax.training import step, store
 from l2m_jax.training.step import StepSettings, Teacher
-from l2m_jax.training.teacher import build_store
+from l2m_jax.training.store import TeacherStore
 
 STUDENT, TEACHER = (
     DecoderConfig(
@@ -34,8 +34,6 @@ COUNT = 30
 @dataclass(frozen=True)
 class Examples(ListedExamples):
     """What the store needs to know of a corpus."""
-
-    fingerprint: str = "data"
 
     def __len__(self):
         return len(self.tokens)
@@ -59,36 +57,34 @@ def params():
 
 
 @functools.cache
-def mapped_forward(num_devices: int):
-    parallel = Parallel("pmap", tuple(jax.devices()[:num_devices]))
+def placement(num_devices: int) -> Placement:
+    return Placement("pmap", tuple(jax.devices()[:num_devices]))
 
-    def hidden(params, batch, *, axis_name):
-        del axis_name
-        return step.target_hidden(TEACHER, params, batch)
 
-    hidden = parallel.map(hidden)
-    placed = parallel.place(params()[1])
-    return lambda batch: hidden(placed, parallel.feed(batch))
+@functools.cache
+def placed_teacher(num_devices: int):
+    return placement(num_devices).place(params()[1])
 
 
 class Forward:
     """A forward pass that counts its calls, and fails at one of them."""
 
     def __init__(self, fail_at: int = -1, num_devices: int = 1):
-        self.calls, self.fail_at, self.forward = 0, fail_at, mapped_forward(num_devices)
+        self.calls, self.fail_at, self.num_devices = 0, fail_at, num_devices
 
     def __call__(self, batch):
         if self.calls == self.fail_at:
             raise KeyboardInterrupt
         self.calls += 1
-        return self.forward(batch)
+        hidden = placement(self.num_devices).map(step.hidden_pass)
+        return hidden(TEACHER, placed_teacher(self.num_devices), batch)
 
 
-def build(folder, forward=None, *, name="teacher", dtype="float32", data=None, num_devices=1):
-    forward = forward or Forward(num_devices=num_devices)
-    return build_store(
-        folder, forward, data or corpus(), teacher=name, width=24, dtype=dtype, num_devices=num_devices
-    )
+def build(folder, forward=None, *, key="key", dtype="float32", num_devices=1) -> TeacherStore:
+    found = TeacherStore(folder, corpus(), key=key, width=24, dtype=dtype)
+    found.fill(placement(num_devices), forward or Forward(num_devices=num_devices))
+    assert found.is_complete
+    return found
 
 
 def content(folder) -> dict[str, bytes]:
@@ -97,12 +93,12 @@ def content(folder) -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(teacher, "_BLOCK", 8)
+    monkeypatch.setattr(store, "_BLOCK", 8)
 
 
 @pytest.mark.parametrize(("dtype", "least", "most"), [("float32", 0, 1e-6), ("bfloat16", 1e-7, 1e-3)])
 def test_losses_equal_the_live_teachers(tmp_path, dtype, least, most):
-    store = build(tmp_path, dtype=dtype)
+    stored = build(tmp_path, dtype=dtype)
     student, live = params()
     settings = StepSettings(STUDENT, TEACHER, 61, chunk_size=16)
     sums = jax.jit(step.loss_sums, static_argnums=(0, 1))
@@ -120,16 +116,16 @@ def test_losses_equal_the_live_teachers(tmp_path, dtype, least, most):
     # Neither the order nor the batch that the store was written in.
     for indices in np.random.default_rng(1).permutation(COUNT).reshape(5, 6):
         expected = divergence(indices, None, Teacher(head, live))
-        differences.append(abs(divergence(indices, store.read, Teacher(head)) - expected) / expected)
+        differences.append(abs(divergence(indices, stored.read, Teacher(head)) - expected) / expected)
     assert least <= np.mean(differences) and np.max(differences) <= most
 
 
 def test_rows_are_in_the_stores_dtype(tmp_path):
     for dtype in ("float32", "float16", "bfloat16"):
-        store = build(tmp_path / dtype, dtype=dtype)
-        rows = store.read(7)
+        stored = build(tmp_path / dtype, dtype=dtype)
+        rows = stored.read(7)
         assert rows.shape == (corpus().response_lengths[7], 24) and str(rows.dtype) == dtype
-        assert store.hidden_TxE.shape == (corpus().response_lengths.sum(), 24)
+        assert stored.hidden_TxE.shape == (corpus().response_lengths.sum(), 24)
 
 
 def test_devices_share_the_pass(tmp_path):
@@ -175,10 +171,9 @@ def test_data_cut_short_or_gone_is_computed_again(tmp_path, size):
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"name": "other"}, "another teacher;"),
+        ({"key": "other"}, "another key;"),
         ({"dtype": "float16"}, "another dtype;"),
-        ({"data": "other"}, "another data set;"),
-        ({"name": "other", "dtype": "bfloat16"}, "another teacher and dtype;"),
+        ({"key": "other", "dtype": "bfloat16"}, "another key and dtype;"),
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])
@@ -189,8 +184,6 @@ def test_a_store_of_something_else_is_refused(tmp_path, options, what, finished)
         with pytest.raises(KeyboardInterrupt):
             build(tmp_path, Forward(fail_at=0))
     expected = content(tmp_path)
-    if "data" in options:
-        options = {"data": Examples(corpus().tokens, corpus().prompt_lengths, fingerprint="other")}
     with pytest.raises(InputError, match=what):
         build(tmp_path, **options)
     assert content(tmp_path) == expected
@@ -199,11 +192,11 @@ def test_a_store_of_something_else_is_refused(tmp_path, options, what, finished)
 def test_disk_use_is_announced_before_it_is_spent(tmp_path, monkeypatch, capsys):
     size = 24 * 4 * int(corpus().response_lengths.sum())
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(teacher.shutil, "disk_usage", lambda path: usage(size - 1))
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage(size - 1))
     forward = Forward()
     with pytest.raises(InputError, match="make room"):
         build(tmp_path, forward)
     assert forward.calls == 0 and content(tmp_path) == {}
-    monkeypatch.setattr(teacher.shutil, "disk_usage", lambda path: usage(size))
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage(size))
     build(tmp_path, forward)
     assert f"takes {size / 1e9:.3f} GB on disk" in capsys.readouterr().out

@@ -1,0 +1,44 @@
+"""The settings of a curriculum."""
+
+from dataclasses import dataclass
+
+from l2m_jax.curriculum.difficulty import RANKINGS
+from l2m_jax.errors import (
+    InputError,
+    require_at_least,
+    require_choice,
+    require_fraction,
+    require_positive,
+)
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """How training examples are ranked, and the stages that they are learnt in. Defaults are the paper's.
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    stages: int = 4
+    epochs_per_stage: int = 8  # on cumulative quarters: 20 epochs' worth, which single-stage methods also get
+    ranking: str = "fusion"  # one of `difficulty.RANKINGS`
+    ranking_model: str = ""  # folder of the student that ranks; empty: the student's initial weights
+    subsets: tuple[int, ...] = ()  # which of the subsets are trained on, 1 the easiest (empty: all)
+    alpha: float = 0.1  # α_n of Eq. 6
+    beta_first: float = 0.7  # β_1 and β_n of Eq. 7
+    beta_last: float = 1.0
+    restart_optimizer: bool = True  # a new schedule and optimiser state in each stage
+    patience: int = 0  # end a stage after so many validations without a better Rouge-L (0: never)
+
+    def __post_init__(self):
+        require_positive(self, "stages", "epochs_per_stage")
+        require_choice(self, "ranking", RANKINGS)
+        require_fraction(self, "alpha", "beta_first", "beta_last")
+        require_at_least(self, 0, "patience")
+        if outside := [i for i in self.subsets if not 1 <= i <= self.stages]:
+            raise InputError(
+                f"subsets: {outside[0]} is not one of the {self.stages} subsets, which are numbered from 1"
+            )
+        if len(set(self.subsets)) != len(self.subsets):
+            raise InputError(f"subsets: {self.subsets} names a subset twice")

@@ -1,0 +1,181 @@
+"""What a run makes: artefacts, each known by the inputs that it is made from.
+
+The inputs of a phase are a frozen dataclass of exactly what changes its result: settings, other artefacts, and
+given files by their content. Their hash is the artefact's key. What changes cost or rounding alone is in the
+`Context` and in no key.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from l2m_jax import files
+from l2m_jax.errors import InputError
+from l2m_jax.multihost import first
+
+_RECORD = "inputs.json"
+_SHOWN = 3
+
+I = TypeVar("I")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something given to a run, known by its content.
+
+    Attributes:
+        path: a file, a folder, or a hub name.
+        content: hash of what is there; of a hub name, the name.
+    """
+
+    path: str = field(compare=False)
+    content: str
+
+
+@dataclass(frozen=True)
+class Artefact(Generic[I]):
+    """A folder or file that a phase makes.
+
+    Attributes:
+        inputs: what it is made from: a frozen dataclass.
+        path: where it is kept.
+        progress: a folder with unfinished work, such as checkpoints; it is deleted with the finished artefact.
+        settings: the config's names of fields of `inputs`, for messages.
+    """
+
+    inputs: I
+    path: Path = field(compare=False)
+    progress: Path | None = field(default=None, compare=False)
+    settings: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """16 hexadecimal digits that change with the inputs."""
+        return files.fingerprint(type(self.inputs).__name__, described(self.inputs))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it is there, made from these inputs; the first process looks, for all."""
+        return first(self._is_finished)
+
+    def _is_finished(self) -> bool:
+        found = _read_record(self.path)
+        return found is not None and found["finished"] and found["key"] == self.key and self.path.exists()
+
+    def begin(self) -> None:
+        """Marks the place of unfinished work as this artefact's."""
+        first(lambda: self._write_record(self.progress or self.path, finished=False))
+
+    def finish(self) -> None:
+        """Marks what lies at `path` as complete."""
+        self._write_record(self.path, finished=True)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Path]:
+        """A folder to write into, in the first process; it becomes `path` when the block ends without an error."""
+        with files.writing(self.path) as folder:
+            yield folder
+            self._write_record(folder, finished=True)
+        if self.progress is not None:
+            shutil.rmtree(self.progress, ignore_errors=True)
+
+    def _write_record(self, place: Path, *, finished: bool) -> None:
+        record = {"key": self.key, "finished": finished, "inputs": described(self.inputs)}
+        files.write_json(_record_of(place), record)
+
+
+def _record_of(place: Path) -> Path:
+    """Within a folder; beside a file, which has a suffix."""
+    return place.with_name(f".{place.name}.{_RECORD}") if place.suffix else place / _RECORD
+
+
+def _read_record(place: Path) -> dict[str, Any] | None:
+    file = _record_of(place)
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {name: found[name] for name in ("key", "finished", "inputs")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file}: cannot be read ({error}); it says what {place} was made from. Delete {place} to make it anew"
+        ) from error
+
+
+def described(value: Any) -> Any:
+    """Inputs as JSON: artefacts by their keys, sources by their content."""
+    if isinstance(value, Artefact):
+        return {"artefact": value.key}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [f for f in dataclasses.fields(value) if f.compare]
+        return {f.name: described(getattr(value, f.name)) for f in fields}
+    if isinstance(value, tuple | list):
+        return [described(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(name): described(item) for name, item in value.items()}
+    return value
+
+
+def refuse_changed(artefacts: Iterable[Artefact]) -> None:
+    """Refuses to continue where something is kept that was made from other inputs. Nothing is touched.
+
+    Raises:
+        InputError: which settings differ, old and new, and what to do.
+    """
+    found = first(lambda: [message for artefact in artefacts for message in _changes(artefact)])
+    if found:
+        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise InputError(
+            f"{'; '.join(found[:_SHOWN])}{more}. Choose another --workdir (with --shared for what should stay in "
+            "common), or move these away to make them anew"
+        )
+
+
+def _changes(artefact: Artefact) -> list[str]:
+    for place in (artefact.path, artefact.progress):
+        if place is None or not place.exists():
+            continue
+        record = _read_record(place)
+        if record is None:
+            if place.is_dir() and not any(place.iterdir()):
+                continue
+            return [f"{place} is in the way: it has no record of what it was made from"]
+        if record["key"] == artefact.key:
+            continue
+        differing = list(_differences(record["inputs"], described(artefact.inputs), artefact.settings))
+        # Another artefact among the inputs is reported by itself.
+        if differing:
+            return [f"{place} was made with {', '.join(differing)}"]
+        return [f"{place} was made from another {' and another '.join(_replaced(record, artefact))}"]
+    return []
+
+
+def _replaced(record: dict[str, Any], artefact: Artefact) -> list[str]:
+    new = described(artefact.inputs)
+    return [name.replace("_", " ") for name in new if record["inputs"].get(name) != new[name]]
+
+
+def _differences(old: Any, new: Any, settings: Mapping[str, str], name: str = "") -> Iterator[str]:
+    """ "training.batch_size 16 (now 32)" for each setting that differs; given files and artefacts are left out."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        if {"artefact", "content"} & {*old, *new}:
+            if "content" in new and old.get("content") != new["content"]:
+                yield f"another content of {settings.get(name, name)}"
+            return
+        for key in dict.fromkeys([*old, *new]):
+            inner = f"{name}.{key}" if name else key
+            yield from _differences(old.get(key), new.get(key), settings, inner)
+        return
+    if old != new and not any(isinstance(value, dict) and "artefact" in value for value in (old, new)):
+        yield f"{_setting(name, settings)} {old!r} (now {new!r})"
+
+
+def _setting(name: str, settings: Mapping[str, str]) -> str:
+    head, dot, tail = name.partition(".")
+    return f"{settings[head]}{dot}{tail}" if head in settings else name.replace("_", " ")

@@ -1,0 +1,166 @@
+"""What can be refused is refused before the first phase: files, models, tokenizers, evaluation sets, room on disk."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from l2m_jax.config import Config
+from l2m_jax.curriculum import partition
+from l2m_jax.data.splits import check_sources
+from l2m_jax.data.tokenizer import tokenizer_fingerprint
+from l2m_jax.errors import InputError
+from l2m_jax.evaluation.sets import check_set
+from l2m_jax.models import DecoderConfig
+from l2m_jax.multihost import first
+from l2m_jax.progress import console
+from l2m_jax.run import data
+from l2m_jax.run.artefacts import refuse_changed
+from l2m_jax.run.models import initial_config
+from l2m_jax.run.resolve import Artefacts
+from l2m_jax.run.responses import longest_prompt
+from l2m_jax.training.optimizer import make_optimizer
+from l2m_jax.training.step import state_shapes
+
+
+def check_files(config: Config) -> None:
+    """Data files and evaluation sets: that they are there, and that their first rows can be read.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    first(lambda: _check_files(config))
+
+
+def _check_files(config: Config) -> None:
+    try:
+        check_sources(config.data)
+    except InputError as error:
+        raise InputError(f"config.{error}") from error
+    for source in config.evaluation.sets:
+        if source != "test":
+            try:
+                check_set(source)
+            except InputError as error:
+                raise InputError(f"config.evaluation.sets: {error}") from error
+
+
+def check_models(config: Config, artefacts: Artefacts) -> None:
+    """The architectures of teacher and student, their tokenizers, and the room that answers have in them.
+
+    Raises:
+        InputError: naming the model.
+    """
+    refuse_changed(artefacts)
+    _check_tokenizers(config, artefacts.tokenizer)
+    teacher, student = _architectures(config, artefacts)
+    if teacher.family != student.family:
+        console.print(f"  note: a {teacher.family} teacher and a {student.family} student with one tokenizer")
+    for who, model in (("teacher", teacher), ("student", student)):
+        if longest_prompt(model, config.sampling, config.data.max_prompt_length) < 1:
+            raise InputError(
+                f"config.sampling.max_new_tokens: {config.sampling.max_new_tokens} leaves no room for a prompt in the "
+                f"{who}'s {model.max_positions} positions; lower it"
+            )
+        if model.rope is None and config.data.max_length > model.max_positions:
+            raise InputError(
+                f"config.data.max_length: {config.data.max_length} exceeds the {who}'s {model.max_positions} "
+                "positions; lower it"
+            )
+
+
+def _architectures(config: Config, artefacts: Artefacts) -> tuple[DecoderConfig, DecoderConfig]:
+    found = []
+    for who, artefact, compute in (
+        ("teacher", artefacts.teacher, config.teacher.compute),
+        ("student", artefacts.initial_student, config.student.compute),
+    ):
+        try:
+            found.append(initial_config(artefact.inputs, compute))
+        except InputError as error:
+            raise InputError(f"config.{who}.model: {error}") from error
+    return found[0], found[1]
+
+
+def _check_tokenizers(config: Config, tokenizer: data.Tokenizer) -> None:
+    """A pretrained teacher or student whose tokenizer gives other ids than the run's learns nothing of use."""
+    for who, model in (("teacher", config.teacher.model), ("student", config.student.model)):
+        if not model.path or model.init != "pretrained" or model.path.endswith(".gguf"):
+            continue
+        folder = Path(model.path)
+        if folder.is_dir() and not any(
+            (folder / name).is_file() for name in ("tokenizer.json", "vocab.json")
+        ):
+            continue  # a folder of weights alone says nothing about its tokenizer
+        if tokenizer_fingerprint(data.read_tokenizer(model.path)) != tokenizer_fingerprint(
+            data.load(tokenizer)
+        ):
+            raise InputError(
+                f"config.{who}.model.path: the tokenizer of '{model.path}' gives other ids than the run's "
+                f"('{config.data.tokenizer or config.teacher.model.path}'); teacher and student must share one"
+            )
+
+
+def check_rows(config: Config, artefacts: Artefacts) -> None:
+    """That the tokenised rows suffice: for the subsets, for the prompts of validations, for the disk.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    train = data.open_corpus(artefacts.corpora["train"])
+    if artefacts.ranking is not None:
+        partition(np.arange(len(train)), config.curriculum.stages)
+    _, student = _architectures(config, artefacts)
+    room = longest_prompt(student, config.sampling, config.data.max_prompt_length)
+    for part in ("validation", "test"):
+        corpus = data.open_corpus(artefacts.corpora[part])
+        if not (corpus.prompt_lengths <= room).any():
+            raise InputError(
+                f"config.data.{part}: none of {len(corpus)} prompts has at most {room} tokens; set data.truncate, "
+                "or lower sampling.max_new_tokens to leave them more of the model's positions"
+            )
+    first(lambda: _check_room(config, artefacts))
+
+
+def bytes_needed(config: Config, artefacts: Artefacts) -> dict[str, int]:
+    """Bytes that the run still writes, by what takes them. Answers and reports are small beside these."""
+    teacher, student = _architectures(config, artefacts)
+    sizes = {}
+    for name, artefact, model in (
+        ("teacher", artefacts.teacher, teacher),
+        ("initial student", artefacts.initial_student, student),
+        *((name, artefact, student) for name, artefact in artefacts.students.items()),
+    ):
+        if artefact.is_finished:
+            continue
+        state = state_shapes(make_optimizer(config.training), model)
+        weights = _bytes(state.params)
+        # A checkpoint is written before an older one is deleted: the latest, the best, and the next.
+        sizes[name] = weights + 3 * _bytes(state) * (artefact.progress is not None)
+    if artefacts.store is not None and not artefacts.store.is_finished:
+        targets = int(data.open_corpus(artefacts.corpora["train"]).response_lengths.sum())
+        width = 4 if artefacts.store.inputs.dtype == "float32" else 2
+        sizes["teacher store"] = targets * teacher.embed_size * width
+    return sizes
+
+
+def _bytes(tree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _check_room(config: Config, artefacts: Artefacts) -> None:
+    sizes = bytes_needed(config, artefacts)
+    models = [size for name, size in sizes.items() if name != "teacher store"]
+    # Checkpoints go when their model is finished, so that only the largest are there at a time.
+    needed = sum(models) if len(models) < 2 else sum(models) - sum(sorted(models)[:-1]) * 9 // 10
+    needed += sizes.get("teacher store", 0)
+    folder = artefacts.teacher.path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        listed = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in sizes.items())
+        raise InputError(
+            f"{folder}: the run needs about {needed / 1e9:.1f} GB ({listed}), and {free / 1e9:.1f} GB are free; make "
+            "room, choose another --workdir, or set teacher.signal to 'live'"
+        )

@@ -1,0 +1,166 @@
+"""The phase that everything starts from: a tokenizer, and the tokenised training, validation and test rows."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from l2m_jax import files
+from l2m_jax.data.corpus import Corpus, write_corpus
+from l2m_jax.data.settings import Data, SyntheticData
+from l2m_jax.data.splits import Part, part_rows, token_limits
+from l2m_jax.data.synthetic import synthetic_rows
+from l2m_jax.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from l2m_jax.errors import InputError
+from l2m_jax.models.hf.gguf import GgufFile
+from l2m_jax.multihost import first
+from l2m_jax.progress import console
+from l2m_jax.run.artefacts import Artefact, Source
+
+PARTS: tuple[Part, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class TokenizerInputs:
+    """A tokenizer trained on synthetic tasks."""
+
+    synthetic: SyntheticData
+
+
+@dataclass(frozen=True)
+class CorpusInputs:
+    """One part of the data.
+
+    Attributes:
+        data: the settings that matter to this part; the others, and all paths, are at their defaults.
+        source: the file or hub name that its rows come from; None for synthetic tasks.
+        split: whether the part is split off the training rows.
+    """
+
+    part: Part
+    data: Data
+    source: Source | None
+    split: bool
+    tokenizer: "Tokenizer"
+
+
+Tokenizer = Source | Artefact[TokenizerInputs]
+
+
+@functools.cache
+def read_tokenizer(source: str) -> Any:
+    """The tokenizer of a folder, a GGUF file or a hub name."""
+    return GgufFile(Path(source)).tokenizer() if source.endswith(".gguf") else load_tokenizer(source)
+
+
+def tokenizer_source(path: str, setting: str) -> Source:
+    """A given tokenizer; equal for tokenizers that give the same ids.
+
+    Raises:
+        InputError: there is none; `setting` is named.
+    """
+    try:
+        return Source(path, tokenizer_fingerprint(read_tokenizer(path)))
+    except InputError as error:
+        raise InputError(f"config.{setting}: {error}") from error
+
+
+def load(tokenizer: Tokenizer) -> Any:
+    return read_tokenizer(str(tokenizer.path))
+
+
+def make_tokenizer(artefact: Artefact[TokenizerInputs]) -> None:
+    synthetic = artefact.inputs.synthetic
+
+    def make() -> None:
+        rows = synthetic_rows(synthetic.seed, synthetic.train, 1, 1).train
+        texts = [f"{row.instruction}\n{row.input}\n{row.references[0]}" for row in rows]
+        with artefact.writing() as folder:
+            train_tokenizer(texts, synthetic.tokenizer_size).save_pretrained(folder)
+
+    if not artefact.is_finished:
+        first(make)
+
+
+def corpus_inputs(data: Data, part: Part, tokenizer: Tokenizer) -> CorpusInputs:
+    """The inputs of one part: only what matters to it."""
+    separate = bool(getattr(data, part)) if part != "train" else bool(data.validation and data.test)
+    kept: dict[str, Any] = {
+        name: getattr(data, name) for name in ("source", "max_length", "max_prompt_length", "truncate")
+    }
+    if data.source == "synthetic":
+        sizes = {"train": part == "train", "validation": part != "test", "test": True}
+        small = {name: getattr(SyntheticData(), name) for name, used in sizes.items() if not used}
+        synthetic = dataclasses.replace(
+            data.synthetic, tokenizer_size=SyntheticData().tokenizer_size, **small
+        )
+        kept |= {"synthetic": synthetic, "bos": _bos(data, part)}
+        return CorpusInputs(part, Data(**kept), None, False, tokenizer)
+    sizes = {f"{part}_rows"} if separate else {"validation_rows", "test_rows", f"{part}_rows"}
+    if not separate:
+        kept |= {"split_seed": data.split_seed, "bos": data.bos}
+        kept |= {name: "separate" if getattr(data, name) else "" for name in ("validation", "test")}
+    else:
+        kept |= {"bos": _bos(data, part)}
+        kept |= {"validation": "separate", "test": "separate"}
+    kept |= {name: getattr(data, name) for name in sizes}
+    path = getattr(data, part) if separate else data.train
+    return CorpusInputs(part, Data(train="", **kept), given(path), not separate, tokenizer)
+
+
+def _bos(data: Data, part: Part) -> str:
+    """ "both" or "none", as this part is concerned."""
+    return "both" if data.bos in ("both", "training" if part == "train" else "evaluation") else "none"
+
+
+def given(path: str, patterns: tuple[str, ...] | None = None) -> Source:
+    """A file, a folder (of files that match `patterns`) or a hub name, by its content."""
+    there = Path(path)
+    if not there.exists():
+        return Source(path, f"hub:{path}")
+    return Source(path, first(lambda: files.content_hash(there, patterns=patterns)))
+
+
+def given_model(path: str) -> Source:
+    """A model's folder, GGUF file or hub name, by what decides its weights."""
+    return given(path, ("config.json", "*.safetensors", "*.safetensors.index.json"))
+
+
+def relevant_synthetic(data: Data) -> SyntheticData:
+    """What the tokenizer is trained on.
+
+    Raises:
+        InputError: there is neither a tokenizer nor a task to train one on.
+    """
+    if data.source != "synthetic":
+        raise InputError(
+            "config.data.tokenizer: empty, and the teacher has no path to take it from; give a folder or a hub name"
+        )
+    s = data.synthetic
+    return SyntheticData(train=s.train, seed=s.seed, tokenizer_size=s.tokenizer_size)
+
+
+def make_corpus(artefact: Artefact[CorpusInputs]) -> Corpus:
+    """The tokenised rows of a part; prints how many were kept and why others were dropped."""
+    inputs = artefact.inputs
+
+    def make() -> None:
+        data, tokenizer = inputs.data, load(inputs.tokenizer)
+        if inputs.source is not None:
+            field = "train" if inputs.split else inputs.part
+            data = dataclasses.replace(data, **{field: inputs.source.path})
+        with artefact.writing() as folder:
+            rows = part_rows(data, inputs.part, tokenizer)
+            write_corpus(folder, rows, tokenizer, token_limits(data, inputs.part))
+
+    if not artefact.is_finished:
+        first(make)
+    corpus = Corpus.open(artefact.path)
+    console.print(f"  {inputs.part}: {corpus.counts}, {len(corpus.tokens):,} tokens")
+    return corpus
+
+
+@functools.cache
+def open_corpus(artefact: Artefact[CorpusInputs]) -> Corpus:
+    return Corpus.open(artefact.path)

@@ -1,0 +1,192 @@
+"""The phases that make a model: the teacher, and the student before distillation."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from l2m_jax import models
+from l2m_jax.curriculum import single_stage
+from l2m_jax.errors import InputError
+from l2m_jax.losses import Objective
+from l2m_jax.models import DecoderConfig
+from l2m_jax.models.settings import Compute, Model, random_config, with_compute, with_dropout
+from l2m_jax.multihost import first
+from l2m_jax.parallel import Placement
+from l2m_jax.progress import console
+from l2m_jax.run import data
+from l2m_jax.run.artefacts import Artefact, Source
+from l2m_jax.run.context import Context
+from l2m_jax.training.checkpoint import Checkpoints
+from l2m_jax.training.loop import Task, Term, Trainer
+from l2m_jax.training.optimizer import FineTuning
+from l2m_jax.training.step import StepSettings
+from l2m_jax.types import Params
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """
+    Attributes:
+        model: the settings that matter; its path is empty, for `weights` stands for it.
+        weights: a folder, a GGUF file or a hub name; None for random weights and for layers of the teacher.
+        teacher: whose layers a student takes.
+        finetune: None for a model that is used as it is.
+        train: the rows that it is fine-tuned on.
+        seed: of random weights and of fine-tuning; None where neither is done.
+    """
+
+    model: Model
+    weights: Source | None
+    teacher: Artefact | None
+    finetune: FineTuning | None
+    train: Artefact | None
+    tokenizer: data.Tokenizer
+    seed: int | None
+
+
+def model_inputs(
+    model: Model,
+    finetune: FineTuning,
+    train: Artefact,
+    tokenizer: data.Tokenizer,
+    seed: int,
+    teacher: Artefact | None = None,
+) -> ModelInputs:
+    """The inputs of a model: only what matters."""
+    takes_layers = model.init == "teacher_layers"
+    weights = None
+    if model.path and not takes_layers:
+        pretrained = model.init == "pretrained"
+        weights = data.given_model(model.path) if pretrained else data.given(model.path, ("config.json",))
+    random = weights is None and not takes_layers
+    finetuned = finetune if finetune.epochs else None
+    return ModelInputs(
+        model=dataclasses.replace(
+            model,
+            path="",
+            layers=model.layers if takes_layers else (),
+            architecture=model.architecture if random else Model().architecture,
+        ),
+        weights=weights,
+        teacher=teacher if takes_layers else None,
+        finetune=finetuned,
+        train=train if finetuned else None,
+        tokenizer=tokenizer,
+        seed=seed if finetuned or random or model.init == "random" else None,
+    )
+
+
+def read_config(model: Artefact | Source, compute: Compute, tokenizer: data.Tokenizer) -> DecoderConfig:
+    """The architecture of a model, computed as `compute` says; entries past the tokenizer's are no tokens."""
+    return _completed(models.read_config(str(model.path)), compute, tokenizer)
+
+
+def load_frozen(
+    model: Artefact | Source, compute: Compute, tokenizer: data.Tokenizer, placement: Placement
+) -> tuple[DecoderConfig, Params]:
+    """A model that is not trained, placed, in its compute dtype."""
+    config = read_config(model, compute, tokenizer)
+    _, params = models.load(str(model.path), dtype=config.dtype, frozen=True, put=placement.put)
+    return config, params
+
+
+def load_to_train(model: Artefact, placement: Placement) -> Params:
+    """The float32 parameters of a model, placed."""
+    return models.load(str(model.path), put=placement.put)[1]
+
+
+def _completed(config: DecoderConfig, compute: Compute, tokenizer: data.Tokenizer) -> DecoderConfig:
+    tokens = len(data.load(tokenizer))
+    if tokens > config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokens} tokens and the model's vocabulary {config.vocab_size} entries: they do not "
+            "belong together; set config.data.tokenizer to the model's own"
+        )
+    config = dataclasses.replace(config, valid_vocab_size=min(config.valid_vocab_size, tokens))
+    return with_compute(config, compute)
+
+
+def initial_config(inputs: ModelInputs, compute: Compute) -> DecoderConfig:
+    """The architecture of the model that `inputs` describe, before it exists.
+
+    Raises:
+        InputError: a model that cannot be read, or another vocabulary than the tokenizer's.
+    """
+    if inputs.teacher is not None:
+        teacher = initial_config(inputs.teacher.inputs, compute)
+        models.check_layers(teacher, inputs.model.layers)
+        return dataclasses.replace(teacher, num_layers=len(inputs.model.layers))
+    if inputs.weights is not None:
+        return read_config(inputs.weights, compute, inputs.tokenizer)
+    config = random_config(inputs.model.architecture, data.load(inputs.tokenizer))
+    return _completed(config, compute, inputs.tokenizer)
+
+
+def make_model(artefact: Artefact[ModelInputs], name: str, compute: Compute, context: Context) -> None:
+    """Loads or initialises a model, fine-tunes it if asked for, and saves it as a Hugging Face folder."""
+    if artefact.is_finished:
+        console.print(f"  already there: {artefact.path}")
+        return
+    artefact.begin()
+    inputs, placement = artefact.inputs, context.placement
+    config = initial_config(inputs, compute)
+    initial = functools.partial(_initial_params, inputs, config, placement)
+    params = initial() if inputs.finetune is None else _finetuned(artefact, name, config, initial, context)
+    save(artefact, config, params, placement)
+
+
+def save(
+    artefact: Artefact,
+    config: DecoderConfig,
+    params: Params,
+    placement: Placement,
+    readme: str | None = None,
+) -> None:
+    """Saves placed parameters as the artefact's Hugging Face folder."""
+    host = placement.to_host(params)
+    tokenizer = data.load(artefact.inputs.tokenizer)
+
+    def write() -> None:
+        with artefact.writing() as folder:
+            models.save(folder, config, host, tokenizer=tokenizer, readme=readme)
+
+    first(write)
+
+
+def _initial_params(inputs: ModelInputs, config: DecoderConfig, placement: Placement) -> Params:
+    if inputs.teacher is not None:
+        path = str(inputs.teacher.path)
+        return models.load(path, layers=inputs.model.layers, put=placement.put)[1]
+    if inputs.weights is not None and inputs.model.init == "pretrained":
+        return models.load(inputs.weights.path, put=placement.put)[1]
+    assert inputs.seed is not None
+    return placement.initialise(lambda: models.init(config, jax.random.key(inputs.seed)))
+
+
+def _finetuned(
+    artefact: Artefact[ModelInputs], name: str, config: DecoderConfig, initial, context: Context
+) -> Params:
+    """Supervised fine-tuning on the reference responses."""
+    inputs, finetune = artefact.inputs, artefact.inputs.finetune
+    assert finetune is not None and inputs.train is not None and artefact.progress is not None
+    assert inputs.seed is not None
+    train = data.open_corpus(inputs.train)
+    config = with_dropout(config, finetune.dropout)
+    task = Task(
+        phase=name,
+        settings=StepSettings(config, None, config.valid_vocab_size, context.chunk_size),
+        stages=single_stage(np.arange(len(train)), finetune.epochs * len(train), beta=0.0),
+        shapes=context.shapes(train.lengths, finetune.batch_size),
+        optimizer=finetune,
+        batch_size=finetune.batch_size,
+        seed=inputs.seed,
+    )
+    terms = (Term(Objective(beta=0.0), train),)
+    checkpoints = Checkpoints(artefact.progress, context.placement, context.checkpoint_minutes)
+    trainer = Trainer(task, context.placement, lambda *_: terms, None, checkpoints, context.metrics)
+    params = trainer.run(initial)
+    checkpoints.close()
+    return params

@@ -1,0 +1,262 @@
+"""From a config to everything that its run makes: the one place that sees all settings.
+
+Each phase gets its inputs from here, and nothing else of the config. The keys of all artefacts are known before
+the first phase starts.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from l2m_jax import methods
+from l2m_jax.config import Config
+from l2m_jax.run import data
+from l2m_jax.run.artefacts import Artefact
+from l2m_jax.run.distillation import StudentInputs, relevant_curriculum, validation_inputs
+from l2m_jax.run.evaluation import EvaluationInputs, set_inputs
+from l2m_jax.run.models import ModelInputs, model_inputs
+from l2m_jax.run.ranking import RankingInputs
+from l2m_jax.run.responses import ResponsesInputs
+from l2m_jax.run.store import StoreInputs
+
+
+@dataclass(frozen=True)
+class Artefacts:
+    """What a run makes, in this order.
+
+    Attributes:
+        corpora: by part.
+        generated: responses that are generated once, by the model's name.
+        students, evaluations: by name; a student's is its method's.
+    """
+
+    tokenizer: data.Tokenizer
+    corpora: dict[data.Part, Artefact[data.CorpusInputs]]
+    teacher: Artefact[ModelInputs]
+    initial_student: Artefact[ModelInputs]
+    ranking: Artefact[RankingInputs] | None
+    store: Artefact[StoreInputs] | None
+    generated: dict[str, Artefact[ResponsesInputs]]
+    students: dict[str, Artefact[StudentInputs]]
+    evaluations: dict[str, Artefact[EvaluationInputs]]
+
+    def __iter__(self) -> Iterator[Artefact]:
+        if isinstance(self.tokenizer, Artefact):
+            yield self.tokenizer
+        yield from (*self.corpora.values(), self.teacher, self.initial_student)
+        if self.ranking is not None:
+            yield from (self.ranking.inputs.answers, self.ranking)
+        if self.store is not None:
+            yield self.store
+        yield from (*self.generated.values(), *self.students.values(), *self.evaluations.values())
+
+
+def resolve(config: Config, workdir: Path, shared: Path) -> Artefacts:
+    """All artefacts of a run.
+
+    Args:
+        shared: where tokenizer, data, teacher, initial student, ranking, store and generated responses are kept.
+
+    Raises:
+        InputError: a file or model that cannot be read.
+    """
+    return _Resolver(config, workdir, shared).artefacts()
+
+
+class _Resolver:
+    def __init__(self, config: Config, workdir: Path, shared: Path):
+        self.config, self.workdir, self.shared = config, workdir, shared
+        self.chosen = {
+            name: methods.get(name, config.overrides, config.rollouts, config.curriculum)
+            for name in config.method_names
+        }
+        self.tokenizer = self._tokenizer()
+        self.corpora = {
+            part: Artefact(
+                data.corpus_inputs(config.data, part, self.tokenizer),
+                shared / "data" / part,
+                settings={"data": "data", "source": f"data.{part}", "tokenizer": "data.tokenizer"},
+            )
+            for part in data.PARTS
+        }
+        self.teacher = self._teacher()
+        self.initial = self._initial_student()
+
+    def artefacts(self) -> Artefacts:
+        config = self.config
+        ranked = any(methods.needs_ranking(method, config.curriculum) for method in self.chosen.values())
+        ranking = self._ranking() if ranked else None
+        store = self._store() if any(self._reads_store(m) for m in self.chosen.values()) else None
+        generated = {name: self._responses(name) for name in self._generated_names()}
+        students = {
+            name: self._student(name, method, ranking, store, generated)
+            for name, method in self.chosen.items()
+        }
+        evaluations = {
+            "teacher": self._evaluation(self.teacher, self.shared, "teacher"),
+            "student before": self._evaluation(self.initial, self.shared, "student_before"),
+        }
+        for name, student in students.items():
+            evaluations[name] = self._evaluation(student, self.workdir, name)
+        return Artefacts(
+            self.tokenizer,
+            self.corpora,
+            self.teacher,
+            self.initial,
+            ranking,
+            store,
+            generated,
+            students,
+            evaluations,
+        )
+
+    def _tokenizer(self) -> data.Tokenizer:
+        given, teacher = self.config.data.tokenizer, self.config.teacher.model.path
+        if given or teacher:
+            return data.tokenizer_source(
+                given or teacher, "data.tokenizer" if given else "teacher.model.path"
+            )
+        synthetic = data.relevant_synthetic(self.config.data)
+        inputs = data.TokenizerInputs(synthetic)
+        return Artefact(inputs, self.shared / "data" / "tokenizer", settings={"synthetic": "data.synthetic"})
+
+    def _teacher(self) -> Artefact[ModelInputs]:
+        teacher, seed = self.config.teacher, self.config.seed
+        inputs = model_inputs(teacher.model, teacher.finetune, self.corpora["train"], self.tokenizer, seed)
+        return Artefact(
+            inputs,
+            self.shared / "teacher",
+            self.shared / "checkpoints" / "teacher",
+            {"model": "teacher.model", "weights": "teacher.model.path", "finetune": "teacher.finetune"},
+        )
+
+    def _initial_student(self) -> Artefact[ModelInputs]:
+        student = self.config.student
+        # Another seed than the teacher's: equal weights would make the pair a special case.
+        inputs = model_inputs(
+            student.model,
+            student.warmup,
+            self.corpora["train"],
+            self.tokenizer,
+            self.config.seed + 1,
+            self.teacher,
+        )
+        return Artefact(
+            inputs,
+            self.shared / "initial_student",
+            self.shared / "checkpoints" / "initial_student",
+            {"model": "student.model", "weights": "student.model.path", "finetune": "student.warmup"},
+        )
+
+    def _ranking(self) -> Artefact[RankingInputs]:
+        c = self.config.curriculum
+        if c.ranking_model:
+            model = data.given_model(c.ranking_model)
+            answers = self._responses_of(model, "ranking_model")
+        else:
+            # Its answers may serve as training data as well.
+            model, answers = self.initial, self._responses("initial_student")
+        inputs = RankingInputs(
+            model=model,
+            answers=answers,
+            train=self.corpora["train"],
+            tokenizer=self.tokenizer,
+            ranking=c.ranking,
+            stages=c.stages,
+            seed=self.config.seed if c.ranking == "random" else None,
+        )
+        settings = {"ranking": "curriculum.ranking", "stages": "curriculum.stages"}
+        return Artefact(inputs, self.shared / "difficulty.parquet", settings=settings)
+
+    def _responses(self, name: str) -> Artefact[ResponsesInputs]:
+        return self._responses_of({"teacher": self.teacher, "initial_student": self.initial}[name], name)
+
+    def _responses_of(self, model, name: str) -> Artefact[ResponsesInputs]:
+        config = self.config
+        inputs = ResponsesInputs(
+            model=model,
+            train=self.corpora["train"],
+            tokenizer=self.tokenizer,
+            sampling=config.sampling,
+            seed=config.evaluation.seeds[0],
+            max_prompt_length=config.data.max_prompt_length,
+        )
+        settings = {"seed": "evaluation.seeds", "max_prompt_length": "data.max_prompt_length"}
+        return Artefact(inputs, self.shared / f"{name}_responses.jsonl", settings=settings)
+
+    def _store(self) -> Artefact[StoreInputs]:
+        dtype = self.config.teacher.store_dtype
+        inputs = StoreInputs(self.teacher, self.corpora["train"], self.tokenizer, dtype)
+        return Artefact(inputs, self.shared / "teacher_store", settings={"dtype": "teacher.store_dtype"})
+
+    def _reads_store(self, method: methods.Method) -> bool:
+        stored = self.config.teacher.signal == "store" and method.on_references_alone
+        return stored and methods.needs_teacher(method, self.config.curriculum)
+
+    def _generated_names(self) -> list[str]:
+        """Whose responses, generated once, any of the methods trains on."""
+        chosen = self.chosen.values()
+        wanted = {
+            "teacher": any(method.responses == "teacher" for method in chosen),
+            "initial_student": any(method.contrast and not method.on_policy for method in chosen),
+        }
+        return [name for name, needed in wanted.items() if needed]
+
+    def _student(
+        self,
+        name: str,
+        method: methods.Method,
+        ranking: Artefact[RankingInputs] | None,
+        store: Artefact[StoreInputs] | None,
+        generated: dict[str, Artefact[ResponsesInputs]],
+    ) -> Artefact[StudentInputs]:
+        config = self.config
+        used = {
+            "teacher": method.responses == "teacher",
+            "initial_student": method.contrast > 0 and not method.on_policy,
+        }
+        validation = validation_inputs(
+            config.evaluation, self.corpora["validation"], config.sampling, config.data.max_prompt_length
+        )
+        curriculum = relevant_curriculum(method, config.curriculum)
+        inputs = StudentInputs(
+            method=method,
+            curriculum=curriculum,
+            training=config.training,
+            seed=config.student_seed,
+            initial=self.initial,
+            train=self.corpora["train"],
+            tokenizer=self.tokenizer,
+            ranking=ranking if methods.needs_ranking(method, config.curriculum) else None,
+            teacher=self.teacher if methods.needs_teacher(method, config.curriculum) else None,
+            store=store if self._reads_store(method) else None,
+            generated=tuple((of, generated[of]) for of, needed in used.items() if needed),
+            rollouts=config.rollouts if method.on_policy else None,
+            sampling=config.sampling if method.on_policy else None,
+            max_length=None if method.on_references_alone else config.data.max_length,
+            validation=validation if validation.keep_best or curriculum.patience else None,
+        )
+        main = name == config.method
+        settings = {"seed": "student.seed", "max_length": "data.max_length", "validation": "evaluation"}
+        return Artefact(
+            inputs,
+            self.workdir / "student" if main else self.workdir / "baselines" / name,
+            self.workdir / "checkpoints" / ("student" if main else f"student_{name}"),
+            settings,
+        )
+
+    def _evaluation(self, model: Artefact, folder: Path, name: str) -> Artefact[EvaluationInputs]:
+        config, e = self.config, self.config.evaluation
+        inputs = EvaluationInputs(
+            model=model,
+            sets=tuple(set_inputs(source, self.corpora["test"]) for source in e.sets),
+            tokenizer=self.tokenizer,
+            sampling=config.sampling,
+            seeds=e.seeds,
+            rows=e.rows,
+            max_prompt_length=config.data.max_prompt_length,
+            truncate=config.data.truncate,
+            bos=config.data.bos in ("evaluation", "both"),
+        )
+        settings = {name: f"evaluation.{name}" for name in ("sets", "seeds", "rows")}
+        return Artefact(inputs, folder / "evaluation" / name, settings=settings)

@@ -1,0 +1,61 @@
+"""The phase that generates a model's response to each training prompt, for the ranking and for methods that use them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from l2m_jax.generation import Answer, Generator, ResponseFile, SamplingRules, generate
+from l2m_jax.models import DecoderConfig
+from l2m_jax.models.settings import Compute
+from l2m_jax.multihost import first
+from l2m_jax.progress import console
+from l2m_jax.run import data
+from l2m_jax.run.artefacts import Artefact, Source
+from l2m_jax.run.context import Context
+from l2m_jax.run.models import load_frozen, read_config
+
+
+@dataclass(frozen=True)
+class ResponsesInputs:
+    """
+    Attributes:
+        max_prompt_length: prompts with more tokens get no response; 0: only those that leave no room for one.
+        seed: whatever the run's own seed is, so that runs have the responses in common.
+    """
+
+    model: Artefact | Source
+    train: Artefact
+    tokenizer: data.Tokenizer
+    sampling: SamplingRules
+    seed: int
+    max_prompt_length: int
+
+
+def longest_prompt(config: DecoderConfig, sampling: SamplingRules, max_prompt_length: int) -> int:
+    """The most tokens of a prompt that leaves the model room for an answer."""
+    room = config.max_positions - sampling.max_new_tokens
+    return min(room, max_prompt_length or room)
+
+
+def make_responses(
+    artefact: Artefact[ResponsesInputs], compute: Compute, context: Context, title: str
+) -> Mapping[int, Answer]:
+    """The answers by training example; they are kept as they come, and generated once."""
+    inputs = artefact.inputs
+    train, tokenizer = data.open_corpus(inputs.train), data.load(inputs.tokenizer)
+    config = read_config(inputs.model, compute, inputs.tokenizer)
+    room = longest_prompt(config, inputs.sampling, inputs.max_prompt_length)
+    kept = np.flatnonzero(train.prompt_lengths <= room).tolist()
+    if left := len(train) - len(kept):
+        console.print(f"  {left:,} prompts leave no room for an answer")
+    output = first(lambda: ResponseFile(artefact.path, artefact.key))
+    params = None
+    if not artefact.is_finished:
+        artefact.begin()
+        config, params = load_frozen(inputs.model, compute, inputs.tokenizer, context.placement)
+    generator = Generator(config, params, context.placement, tokenizer, context.slots)
+    prompts = [train.prompt_tokens(i).tolist() for i in kept]
+    answers = generate(generator, prompts, inputs.sampling, [inputs.seed], output=output, title=title)
+    first(artefact.finish)
+    return dict(zip(kept, answers, strict=True))

@@ -1,0 +1,87 @@
+"""What a run tells at its end: the report, the model cards, and a table on screen."""
+
+import os
+from pathlib import Path
+
+from rich.table import Table
+
+from l2m_jax.config import Config
+from l2m_jax.curriculum import Difficulty, examples_seen, steps
+from l2m_jax.evaluation.protocol import Results
+from l2m_jax.progress import console
+from l2m_jax.reporting.card import ModelCard
+from l2m_jax.reporting.report import extremes, write_report
+from l2m_jax.run import data
+from l2m_jax.run.context import Context
+from l2m_jax.run.distillation import stages_of
+from l2m_jax.run.resolve import Artefacts
+from l2m_jax.training.metrics import read_metrics
+
+
+def card(
+    config: Config, artefacts: Artefacts, name: str, rouge_l: dict[str, float] | None = None
+) -> ModelCard:
+    """The card of a student; its ranking must be finished."""
+    stages = stages_of(artefacts.students[name].inputs)
+    return ModelCard(
+        name=f"{name} student",
+        student=config.student.model.path or "random weights",
+        teacher=config.teacher.model.path or "a teacher trained on the same data",
+        method=name,
+        alpha=tuple(stage.alpha for stage in stages),
+        beta=tuple(stage.beta for stage in stages),
+        data=("synthetic tasks",) if config.data.source == "synthetic" else (config.data.train,),
+        rouge_l=rouge_l or {},
+    )
+
+
+def write(
+    config: Config,
+    artefacts: Artefacts,
+    context: Context,
+    results: dict[str, Results],
+    difficulty: Difficulty | None,
+) -> None:
+    """Writes report.md with its figures, and prints the scores."""
+    workdir, train = context.workdir, data.open_corpus(artefacts.corpora["train"])
+    stages = stages_of(artefacts.students[config.method].inputs)
+    easiest, hardest = extremes(difficulty) if difficulty is not None else ((), ())
+    shared = Path(os.path.relpath(artefacts.teacher.path.parent, workdir))
+    devices, batch_size = context.placement.devices, config.training.batch_size
+    listed = {
+        "student/": "the distilled student, a Hugging Face folder",
+        f"{shared / 'teacher'}/": "the fine-tuned teacher",
+        "metrics.jsonl": "losses, rates and validations",
+        "evaluation/": "scores and answers of each model",
+        "config.json": "every setting of this run",
+    }
+    if difficulty is not None:
+        listed[f"{shared / 'difficulty.parquet'}"] = (
+            "Rouge-L, cross-entropy, rank and subset of each training example"
+        )
+    write_report(
+        workdir,
+        title=f"Distillation by {config.method}",
+        results=results,
+        teacher="teacher",
+        facts={
+            "method": config.method,
+            "training examples": f"{len(train):,}",
+            "examples seen": f"{examples_seen(stages):,} in {steps(stages, batch_size):,} updates",
+            "devices": f"{len(devices)} × {devices[0].device_kind}, {context.placement.mapping}",
+            "seed": config.student_seed,
+        },
+        metrics=read_metrics(workdir / "metrics.jsonl"),
+        stages=stages,
+        batch_size=batch_size,
+        seconds=context.seconds,
+        difficulty=difficulty,
+        rows={i: train.row(i) for i in (*easiest, *hardest)},
+        files=listed,
+    )
+    sets = next(iter(results.values())).sets
+    table = Table("model", *(found.title for found in sets), title="Rouge-L × 100, mean ± std over seeds")
+    for name, result in results.items():
+        table.add_row(name, *(f"{s.rouge_l.mean:.1f} ± {s.rouge_l.std:.1f}" for s in result.sets))
+    console.print(table)
+    console.print(f"student: {workdir / 'student'}\nreport:  {workdir / 'report.md'}")

@@ -1,0 +1,184 @@
+"""The teacher's final hidden states at the response positions, computed once and read back by sample.
+
+E numbers a token instead of V logits: with the teacher's head, which stays on the devices, they give its exact
+distribution. They lie in one flat, memory-mapped array `[Σ r_i, E]`, r_i targets of example i after one another.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from l2m_jax import files, progress
+from l2m_jax.data.batches import Examples, ForwardBatch, forward_batches, prefetch
+from l2m_jax.errors import InputError
+from l2m_jax.multihost import first, is_first
+from l2m_jax.parallel import Placement
+from l2m_jax.types import MicroBatch
+
+_HIDDEN, _MARK = "hidden.bin", "store.json"
+_BLOCK = 4096  # examples between two notes of progress
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+class Corpus(Examples, Protocol):
+    """What the store needs of the data set; `data.corpus.Corpus` is one."""
+
+    @property
+    def response_lengths(self) -> np.ndarray:
+        """Targets of each example, [n]."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+class TeacherStore:
+    """The store of one teacher's hidden states for the examples of one corpus, in `folder`.
+
+    Attributes:
+        offsets: int64 [n + 1], example i has rows offsets[i] to offsets[i + 1].
+
+    Args:
+        key: of the teacher and the corpus that it is made from.
+        width: E.
+        dtype: "float32", "bfloat16" or "float16".
+
+    Raises:
+        InputError: `folder` holds a store of something else.
+    """
+
+    def __init__(self, folder: Path, corpus: Corpus, *, key: str, width: int, dtype: str):
+        self.offsets = np.concatenate([[0], np.cumsum(corpus.response_lengths, dtype=np.int64)])
+        self._folder, self._corpus, self._width, self._dtype = folder, corpus, width, dtype
+        self._made_from = {"key": key, "width": width, "dtype": dtype}
+        self._done = first(self._examples_done)
+
+    @property
+    def is_complete(self) -> bool:
+        return self._done == len(self._corpus)
+
+    @functools.cached_property
+    def hidden_TxE(self) -> np.memmap:
+        """Memory-mapped, all targets of all examples."""
+        return self._mapped("r")
+
+    def read(self, example: int) -> np.ndarray:
+        """`[r_i, E]` in the store's dtype, a view of the file: only what is used of it is read from disk."""
+        return np.asarray(self.hidden_TxE[self.offsets[example] : self.offsets[example + 1]])
+
+    def fill(self, placement: Placement, forward: Callable[[MicroBatch], jax.Array]) -> None:
+        """Computes what is missing. Interrupted, it continues from the last note of progress.
+
+        Args:
+            forward: the teacher's hidden states at the targets of a micro-batch that is fed to devices,
+                `[A, T, E]`. Devices compute one batch while the states of the one before are written. With several
+                processes, the first one writes.
+
+        Raises:
+            InputError: the disk is too full.
+        """
+        if self.is_complete:
+            return
+        first(self._prepare)
+        # Network file systems write whole pages, so two hosts could not write rows beside each other.
+        target = self._mapped("r+") if is_first() else None
+        count = len(self._corpus)
+        with progress.bar("teacher's hidden states", count) as bar:
+            bar.resume_at(self._done)
+            # Block by block: a number says what is done, and a resumed pass packs as an uninterrupted one.
+            for start in range(self._done, count, _BLOCK):
+                block = np.arange(start, min(start + _BLOCK, count))
+                self._fill_block(block, target, placement, forward, bar)
+                if target is not None:
+                    target.flush()
+                    self._note(int(block[-1]) + 1)
+        first(lambda: None)  # the others open it once it is complete
+        self._done = count
+
+    def _fill_block(
+        self,
+        block: np.ndarray,
+        target_TxE: np.ndarray | None,
+        placement: Placement,
+        forward: Callable[[MicroBatch], jax.Array],
+        bar: progress.Bar,
+    ) -> None:
+        start, tokens = time.monotonic(), 0
+
+        def write(batch: ForwardBatch, hidden_AxTxE: jax.Array) -> None:
+            nonlocal tokens
+            states = placement.gather(hidden_AxTxE)
+            if target_TxE is None:
+                return
+            real = batch.example_AxT >= 0
+            rows = self.offsets[batch.example_AxT[real]] + batch.target_AxT[real]
+            target_TxE[rows] = states[real].astype(target_TxE.dtype)
+            tokens += int(self._corpus.lengths[batch.indices].sum())
+            rate = tokens / (time.monotonic() - start)
+            bar.advance(len(batch.indices), **{"tokens/s": f"{rate:,.0f}"})
+
+        unwritten = None
+        for batch in prefetch(forward_batches(self._corpus, block, placement.num_devices)):
+            started = (batch, forward(placement.feed(batch.micro_batch)))
+            if unwritten is not None:
+                write(*unwritten)
+            unwritten = started
+        if unwritten is not None:
+            write(*unwritten)
+
+    def _mapped(self, mode: Any) -> np.memmap:
+        shape = (int(self.offsets[-1]), self._width)
+        return np.memmap(self._folder / _HIDDEN, _DTYPES[self._dtype], mode=mode, shape=shape)
+
+    @property
+    def _bytes(self) -> int:
+        return int(self.offsets[-1]) * self._width * np.dtype(_DTYPES[self._dtype]).itemsize
+
+    def _examples_done(self) -> int:
+        mark, file = self._folder / _MARK, self._folder / _HIDDEN
+        if not mark.is_file():
+            return 0
+        noted = json.loads(mark.read_text())
+        differing = [name for name, value in self._made_from.items() if noted.get(name) != value]
+        if differing:
+            raise InputError(
+                f"{self._folder}: holds hidden states made with another {' and '.join(differing)}; choose another "
+                "--workdir, or move this folder away"
+            )
+        if not file.is_file() or file.stat().st_size != self._bytes:
+            return 0  # the data is cut short or gone: a note of progress is worth nothing
+        return noted["examples"]
+
+    def _prepare(self) -> None:
+        _reserve(self._folder / _HIDDEN, self._bytes)
+        self._note(self._done)
+
+    def _note(self, examples: int) -> None:
+        files.write_json(self._folder / _MARK, self._made_from | {"examples": examples})
+
+
+def _reserve(file: Path, size: int) -> None:
+    """Takes the disk space now: a full disk during the pass would be a fatal signal, not an exception."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    taken = file.stat().st_blocks * 512 if file.is_file() else 0
+    free = shutil.disk_usage(file.parent).free
+    progress.console.print(f"  takes {size / 1e9:.3f} GB on disk ({free / 1e9:.1f} GB free)")
+    if size - taken > free:
+        raise InputError(
+            f"{file}: needs {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make room, choose a smaller "
+            "teacher.store_dtype, or set teacher.signal to 'live'"
+        )
+    with file.open("ab") as opened:
+        opened.truncate(size)
+        # Not everywhere: macOS has no such call, some network file systems refuse it.
+        with contextlib.suppress(AttributeError, OSError):
+            os.posix_fallocate(opened.fileno(), 0, size)
