@@ -24,7 +24,7 @@ def get_config(variant: str = ""):
     config = defaults(variant or "paper")
     config.data.train_rows = 11_500
     config.teacher.model.path = "gpt2-xl"
-    config.teacher.model.remat = "block"
+    config.teacher.compute.remat = "block"
     config.teacher.finetune.update(epochs=10, learning_rate=5e-5)
     config.student.model.path = "gpt2-large"
     config.curriculum.alpha = 0.15

@@ -24,10 +24,10 @@ def get_config(variant: str = ""):
     config = defaults(variant or "paper")
     config.data.train_rows = 11_500
     config.teacher.model.path = "openlm-research/open_llama_7b_v2"
-    config.teacher.model.remat = "block"
+    config.teacher.compute.remat = "block"
     config.teacher.finetune.update(epochs=10, learning_rate=5e-5)
     config.student.model.path = "openlm-research/open_llama_3b_v2"
-    config.student.model.remat = "block"
+    config.student.compute.remat = "block"
     config.devices.mapping = "fsdp"  # the teacher's fine-tuning outgrows one card
     config.curriculum.alpha = 0.15
     config.evaluation.sets = ("test", "self_inst", "vicuna", "s_ni", "un_ni")

@@ -24,7 +24,7 @@ def get_config(variant: str = ""):
     config = defaults(variant or "paper")
     config.data.train_rows = 11_500
     config.teacher.model.path = "facebook/opt-2.7b"
-    config.teacher.model.remat = "block"
+    config.teacher.compute.remat = "block"
     config.teacher.finetune.update(epochs=10, learning_rate=5e-5)
     config.student.model.path = "facebook/opt-350m"
     config.curriculum.alpha = 0.15

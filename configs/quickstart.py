@@ -17,19 +17,17 @@ def get_config(variant: str = ""):
     config.max_shapes = 1
 
     config.teacher.model.architecture.update(num_layers=3, num_heads=4, hidden_size=128, max_positions=64)
-    config.teacher.model.dropout = 0.0
-    config.teacher.finetune.update(epochs=12, batch_size=64, learning_rate=3e-3)
+    config.teacher.finetune.update(epochs=12, batch_size=64, learning_rate=3e-3, dropout=0.0)
 
     config.student.model.architecture.update(num_layers=2, num_heads=4, hidden_size=64, max_positions=64)
-    config.student.model.dropout = 0.0
     # A few passes before the ranking, so that its answers say something about difficulty.
-    config.student.warmup.update(epochs=3, batch_size=64, learning_rate=3e-3)
+    config.student.warmup.update(epochs=3, batch_size=64, learning_rate=3e-3, dropout=0.0)
 
     config.curriculum.epochs_per_stage = 4
-    config.training.update(batch_size=64, learning_rate=3e-3)
+    config.training.update(batch_size=64, learning_rate=3e-3, dropout=0.0)
     config.sampling.max_new_tokens = 24
     config.evaluation.seeds = (10, 20, 30)
-    config.evaluation.validation_every = 2
+    config.evaluation.validations = 10
     if variant == "compare":
         config.baselines = ("sft", "kld")
     elif variant:

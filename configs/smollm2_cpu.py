@@ -24,17 +24,15 @@ def get_config(variant: str = ""):
         train_rows=256, validation_rows=16, test_rows=40, max_length=256, max_prompt_length=128
     )
     config.teacher.finetune.epochs = 0
-    config.teacher.model.dropout = 0.0
     config.student.model.init = "teacher_layers"
     config.student.model.layers = (0, 1, 8, 15, 22, 29)
-    config.student.model.dropout = 0.0
     # Layers taken out of their order say little until they have seen some text.
     config.student.warmup.update(epochs=2, learning_rate=5e-4)
     config.curriculum.update(alpha=0.15, epochs_per_stage=2)
     config.training.learning_rate = 5e-4
     config.sampling.max_new_tokens = 64
-    config.sampling.slots = 16
+    config.devices.slots = 16
     config.evaluation.update(seeds=(10, 20, 30), rows=40)
-    config.evaluation.validation_every = 2
+    config.evaluation.validations = 5
     config.max_shapes = 2
     return config

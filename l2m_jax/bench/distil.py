@@ -8,6 +8,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,17 @@ from l2m_jax.bench.workload import Request, step_flops
 from l2m_jax.data.batches import ListedExamples, micro_batches, prefetch
 from l2m_jax.data.packing import choose_shapes
 from l2m_jax.losses import Objective
-from l2m_jax.parallel import Parallel
+from l2m_jax.parallel import Placement
 from l2m_jax.training import step
-from l2m_jax.training.loop import StepFunctions
-from l2m_jax.training.optimizer import OptimizerSettings
-from l2m_jax.training.step import StepSettings, Teacher, TrainState, target_hidden
-from l2m_jax.training.teacher import build_store
+from l2m_jax.training.optimizer import OptimizerSettings, make_optimizer
+from l2m_jax.training.step import StepSettings, Teacher, TrainState
+from l2m_jax.training.store import TeacherStore
 from l2m_jax.types import MicroBatch
 
 _DEVICES = 1  # as the peers have one
 
 
 class _Corpus(ListedExamples):
-    fingerprint = ""
-
     @property
     def response_lengths(self) -> np.ndarray:
         return self.lengths - self.prompt_lengths
@@ -54,53 +52,17 @@ def run(request: Request) -> dict[str, Any]:
     corpus = _Corpus(
         [np.array(t, np.int32) for t in request.tokens], np.array(request.prompt_lengths, np.int32)
     )
-    parallel = Parallel("pmap", tuple(jax.local_devices()[:_DEVICES]))
-    student_config, student = models.load(request.student)
-    teacher_config, teacher = models.load(request.teacher)
-    settings = StepSettings(student_config, teacher_config, student_config.valid_vocab_size)
-    objective = Objective(alpha=0.0)  # KL(teacher‖student)
+    placement = Placement("pmap", tuple(jax.local_devices()[:_DEVICES]))
     with tempfile.TemporaryDirectory() as folder:
-        store, store_seconds = _store(Path(folder), parallel, teacher_config, teacher, corpus)
-        head = parallel.place(models.head(teacher_config, teacher))
-        del teacher
-        signal = Teacher(head)
-        shapes = choose_shapes(corpus.lengths, len(request.batches[0]), _DEVICES)
-        functions = StepFunctions(OptimizerSettings(learning_rate=request.learning_rate), parallel)
-        params = parallel.place(student)
-        state = TrainState(params, functions.start(params))
-        sums = functions.zeros(state.params)
-
-        def batches():
-            for indices in request.batches:
-                packed = micro_batches(corpus, indices, shapes, _DEVICES, teacher_rows=store.read)
-                yield [parallel.feed(m) for m in packed]
-
-        def one_pass(state: TrainState, sums: Any):
-            values, times = [], []
-            last = time.perf_counter()
-            for batch in prefetch(batches(), depth=4):
-                for m in batch:
-                    sums = functions.accumulate(settings, objective, state.params, sums, m, signal, None)
-                state, sums, metrics = functions.update(state, sums, np.float32(request.learning_rate))
-                values.append(float(parallel.read(metrics)["loss"]))
-                now = time.perf_counter()
-                times.append(now - last)
-                last = now
-            return state, sums, values, times
-
-        state, sums, first_losses, first_times = one_pass(state, sums)
-        state, sums, _, times = one_pass(state, sums)
-        peak = peak_rss_bytes()  # before the parts are taken for themselves
-        example_batch = next(iter(batches()))[0]
-        temporary = temporary_bytes(
-            functions.accumulate.lower(
-                settings, objective, state.params, sums, example_batch, signal, None
-            ).compile()
-        )
-        loss_seconds = _loss_seconds(settings, objective, parallel, state.params, signal, batches)
-        update_seconds = _update_seconds(functions, state, sums, request.learning_rate)
+        store, store_seconds = _store(Path(folder), placement, request, corpus)
+        pair = _Pair(request, placement, corpus, store)
+        first_losses, first_times = pair.one_pass()
+        _, times = pair.one_pass()
+        peak = peak_rss_bytes()  # before the parts are measured by themselves
+        temporary = temporary_bytes(pair.compiled_step())
+        loss_seconds, update_seconds = pair.loss_seconds(), pair.update_seconds()
     rate = matmul_rate()
-    flops = step_flops(student_config, teacher_config, corpus, request.batches)
+    flops = step_flops(pair.student, pair.teacher, corpus, request.batches)
     step_seconds = float(np.mean(times))
     parts = {
         "teacher pass (once)": (store_seconds / len(request.batches), flops["teacher_body"]),
@@ -124,73 +86,113 @@ def run(request: Request) -> dict[str, Any]:
             for name, (took, flop) in parts.items()
         ],
         "matmul_gflops": rate / 1e9,
-        "shapes": [list(shape) for shape in shapes],
+        "shapes": [list(shape) for shape in pair.shapes],
         "temporary_mb": temporary / 1e6,
         "peak_rss_mb": peak / 1e6,
     }
 
 
-def _store(folder: Path, parallel: Parallel, config: Any, params: Any, corpus: _Corpus):
-    def forward(params: Any, batch: MicroBatch, *, axis_name: str | None) -> jax.Array:
-        del axis_name
-        return target_hidden(config, params, batch)
+def _store(
+    folder: Path, placement: Placement, request: Request, corpus: _Corpus
+) -> tuple[TeacherStore, float]:
+    config, params = models.load(request.teacher, put=placement.put)
+    hidden = placement.map(step.hidden_pass)
 
-    hidden, placed = parallel.map(forward), parallel.place(params)
-
-    def build(name: str):
-        return build_store(
-            folder / name,
-            lambda batch: hidden(placed, parallel.feed(batch)),
-            corpus,
-            teacher="bench",
-            width=config.embed_size,
-            dtype="float32",
-            num_devices=_DEVICES,
-        )
+    def build(name: str) -> TeacherStore:
+        store = TeacherStore(folder / name, corpus, key="bench", width=config.embed_size, dtype="float32")
+        store.fill(placement, lambda batch: hidden(config, params, batch))
+        return store
 
     build("warm_up")
     start = time.perf_counter()
     return build("store"), time.perf_counter() - start
 
 
-def _loss_seconds(settings, objective, parallel: Parallel, params, signal: Teacher, batches) -> float:
-    """Seconds a batch of the loss and its gradient alone, from hidden states."""
+class _Pair:
+    """A student that learns from a teacher's stored hidden states, by the functions that a run maps."""
 
-    def loss(hidden_TxE, head_VxE, batch: MicroBatch, teacher_head_VxE):
-        return losses.fused_distillation_sums(
-            hidden_TxE,
-            head_VxE,
-            batch.teacher_hidden_TxE,
-            teacher_head_VxE,
-            batch.labels_T,
-            batch.weights_T,
-            objective,
-            valid_vocab_size=settings.valid_vocab_size,
-            chunk_size=settings.chunk_size,
-        ).loss
+    def __init__(self, request: Request, placement: Placement, corpus: _Corpus, store: TeacherStore):
+        self._request, self._placement, self._corpus, self._store = request, placement, corpus, store
+        self.student, params = models.load(request.student, put=placement.put)
+        self.teacher = models.read_config(request.teacher)
+        self._settings = StepSettings(self.student, self.teacher, self.student.valid_vocab_size)
+        self._objective = Objective(alpha=0.0)  # KL(teacher‖student)
+        self._signal = Teacher(models.load_head(request.teacher, dtype="float32", put=placement.put))
+        self.shapes = choose_shapes(corpus.lengths, len(request.batches[0]), _DEVICES)
+        self._optimizer = make_optimizer(OptimizerSettings(learning_rate=request.learning_rate))
+        self._accumulate, self._update = placement.map(step.accumulate), placement.map(step.update)
+        self._state = TrainState(params, placement.map(step.init_optimizer)(self._optimizer, params))
+        self._sums = placement.map(step.zero_sums)(params)
 
-    gradient = jax.jit(jax.grad(loss, (0, 1)))
-    hidden = jax.jit(partial(target_hidden, settings.student))
-    params = parallel.unplace(params)
-    head_VxE, teacher_head_VxE = models.head(settings.student, params), parallel.unplace(signal.head_VxE)
-    given = [
-        (hidden(params, m), head_VxE, m, teacher_head_VxE)
-        for batch in batches()
-        for m in map(parallel.unplace, batch)
-    ]
-    took = seconds(lambda: [gradient(*arguments) for arguments in given], 1)
-    return took.median / len(list(batches()))
+    def _batches(self) -> Iterator[list[MicroBatch]]:
+        for indices in self._request.batches:
+            rows = self._store.read
+            packed = micro_batches(self._corpus, indices, self.shapes, _DEVICES, teacher_rows=rows)
+            yield [self._placement.feed(m) for m in packed]
 
+    def _arguments(self, batch: MicroBatch) -> tuple:
+        return (self._settings, self._objective, self._state.params, self._sums, batch, self._signal, None)
 
-def _update_seconds(
-    functions: StepFunctions, state: TrainState, sums: step.Sums, learning_rate: float
-) -> float:
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        state, sums, _ = jax.block_until_ready(functions.update(state, sums, np.float32(learning_rate)))
-        times.append(time.perf_counter() - start)
-    return Spread.of(times[1:]).median
+    def _update_once(self) -> Any:
+        rate = np.float32(self._request.learning_rate)
+        self._state, self._sums, values = self._update(self._optimizer, self._state, self._sums, rate)
+        return values
+
+    def one_pass(self) -> tuple[list[float], list[float]]:
+        """The loss of each batch, and the seconds from batch to batch."""
+        values, times = [], []
+        last = time.perf_counter()
+        for batch in prefetch(self._batches(), depth=4):
+            for m in batch:
+                self._sums = self._accumulate(*self._arguments(m))
+            values.append(float(self._placement.read(self._update_once())["loss"]))
+            now = time.perf_counter()
+            times.append(now - last)
+            last = now
+        return values, times
+
+    def compiled_step(self) -> Any:
+        batch = next(self._batches())[0]
+        return self._accumulate.lower(*self._arguments(batch)).compile()  # type: ignore[attr-defined]
+
+    def loss_seconds(self) -> float:
+        """Seconds a batch of the loss and its gradient alone, from hidden states."""
+        objective, settings = self._objective, self._settings
+
+        def loss(hidden_TxE, head_VxE, batch: MicroBatch, teacher_head_VxE):
+            return losses.fused_distillation_sums(
+                hidden_TxE,
+                head_VxE,
+                batch.teacher_hidden_TxE,
+                teacher_head_VxE,
+                batch.labels_T,
+                batch.weights_T,
+                objective,
+                valid_vocab_size=settings.valid_vocab_size,
+                chunk_size=settings.chunk_size,
+            ).loss
+
+        gradient = jax.jit(jax.grad(loss, (0, 1)))
+        hidden = jax.jit(partial(step.target_hidden, settings.student))
+        params, teacher_head_VxE = self._placement.to_host((self._state.params, self._signal.head_VxE))
+        head_VxE = models.head(settings.student, params)
+        given = jax.device_put(
+            [
+                (hidden(params, one), head_VxE, one, teacher_head_VxE)
+                for batch in self._batches()
+                for one in self._placement.to_host(batch)
+            ]
+        )
+        took = seconds(lambda: [gradient(*arguments) for arguments in given], 1)
+        return took.median / len(self._request.batches)
+
+    def update_seconds(self) -> float:
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            jax.block_until_ready((self._update_once(), self._state))
+            times.append(time.perf_counter() - start)
+        return Spread.of(times[1:]).median
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import numpy as np
 
 from l2m_jax.bench.common import Spread
 from l2m_jax.losses import Objective, fused_token_losses
-from l2m_jax.training.teacher import TeacherStore, build_store
+from l2m_jax.parallel import Placement
+from l2m_jax.training.store import TeacherStore
 from l2m_jax.types import MicroBatch
 
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -20,8 +21,6 @@ _COMPARED = 2048  # targets whose losses are compared
 
 class _Examples:
     """What a store needs to know of a corpus."""
-
-    fingerprint = ""
 
     def __init__(self, prompt_lengths: np.ndarray, response_lengths: np.ndarray):
         self.prompt_lengths, self.response_lengths = prompt_lengths, response_lengths
@@ -52,10 +51,11 @@ def run(
     random = np.random.default_rng(0)
     states_TxE = random.standard_normal((8192, width), np.float32)
 
-    def forward(batch: MicroBatch) -> np.ndarray:
+    def forward(batch: MicroBatch) -> Any:
         devices, length = batch.labels_T.shape
         return np.broadcast_to(states_TxE[:length], (devices, length, width))
 
+    placement = Placement("pmap", tuple(jax.local_devices()[:1]))
     divergence_of = _divergence(width, vocabulary)
     rows, exact = [], None
     for dtype in _DTYPES:
@@ -63,7 +63,8 @@ def run(
         for _ in range(repeats):
             with tempfile.TemporaryDirectory() as folder:
                 start = time.perf_counter()
-                store = build_store(Path(folder), forward, corpus, teacher="random", width=width, dtype=dtype)
+                store = TeacherStore(Path(folder), corpus, key="random", width=width, dtype=dtype)
+                store.fill(placement, forward)
                 wrote.append(targets / (time.perf_counter() - start))
                 read.append(targets / _seconds_to_read(store, random.permutation(examples)))
                 compared = np.array(store.hidden_TxE[:_COMPARED])

@@ -12,14 +12,16 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.max_length = 160
     for model, width in ((config.teacher.model, 24), (config.student.model, 16)):
         model.architecture.update(num_layers=1, num_heads=2, hidden_size=width, max_positions=192)
-        if variant == "no_dropout":
-            model.dropout = 0.0
+    if variant == "no_dropout":
+        for training in (config.teacher.finetune, config.student.warmup, config.training):
+            training.dropout = 0.0
     config.teacher.finetune.update(epochs=1)
     config.student.warmup.update(epochs=1)
     config.curriculum.epochs_per_stage = 2
     config.sampling.max_new_tokens = 4
     config.evaluation.seeds = (10, 20)
     config.max_shapes = 1
-    config.checkpoint_every = 2
+    config.checkpoint_minutes = 0.0
+    config.evaluation.validations = 4
     config.devices.count = 1
     return config

@@ -1,0 +1,119 @@
+"""Artefacts: what is in a key, when finished work counts as finished, and what a changed setting does to it."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from l2m_jax.errors import InputError
+from l2m_jax.run.artefacts import Artefact, Source, refuse_changed
+from l2m_jax.training.optimizer import Training
+
+
+@dataclass(frozen=True)
+class Inputs:
+    training: Training
+    weights: Source
+    teacher: Artefact | None = None
+
+
+def _artefact(
+    folder: Path, rate: float = 1e-3, content: str = "a", teacher: Artefact | None = None
+) -> Artefact:
+    inputs = Inputs(Training(learning_rate=rate), Source(str(folder / "given"), content), teacher)
+    settings = {"training": "student.warmup", "weights": "student.model.path"}
+    return Artefact(inputs, folder / "model", folder / "checkpoints" / "model", settings)
+
+
+def _make(artefact: Artefact) -> None:
+    artefact.begin()
+    with artefact.writing() as folder:
+        (folder / "weights").write_text("finished work")
+
+
+def _files(folder: Path) -> dict[str, str]:
+    return {str(f.relative_to(folder)): f.read_text() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def test_a_key_follows_from_contents_and_not_from_places(tmp_path):
+    one, other = _artefact(tmp_path / "a"), _artefact(tmp_path / "b")
+    assert one.key == other.key and one == other
+    assert one.key != _artefact(tmp_path / "a", content="b").key
+    assert one.key != _artefact(tmp_path / "a", rate=2e-3).key
+    assert _artefact(tmp_path, teacher=one).key == _artefact(tmp_path, teacher=other).key
+    assert _artefact(tmp_path, teacher=one).key != _artefact(tmp_path, teacher=replace(one, inputs=1)).key
+
+
+def test_finished_work_counts_for_its_inputs_alone(tmp_path):
+    artefact = _artefact(tmp_path)
+    assert not artefact.is_finished
+    artefact.begin()
+    assert not artefact.is_finished and (tmp_path / "checkpoints" / "model").is_dir()
+    _make(artefact)
+    assert artefact.is_finished and not _artefact(tmp_path, rate=2e-3).is_finished
+    assert not (tmp_path / "checkpoints" / "model").exists()  # a finished model needs no checkpoints
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"rate": 3e-3},
+            r"was made with student\.warmup\.learning_rate 0\.001 \(now 0\.003\)\. Choose another --workdir",
+        ),
+        ({"content": "b"}, r"was made with another content of student\.model\.path"),
+    ],
+)
+def test_a_changed_setting_is_named_and_destroys_nothing(tmp_path, finished, changes, said):
+    artefact = _artefact(tmp_path)
+    _make(artefact) if finished else artefact.begin()
+    before = _files(tmp_path)
+    with pytest.raises(InputError, match=said):
+        refuse_changed([_artefact(tmp_path, **changes)])
+    assert _files(tmp_path) == before
+    refuse_changed([artefact])
+
+
+def test_the_cause_is_named_and_not_only_its_consequence(tmp_path):
+    teacher = _artefact(tmp_path / "teacher")
+    student = _artefact(tmp_path / "student", teacher=teacher)
+    _make(teacher)
+    _make(student)
+    changed = _artefact(tmp_path / "teacher", rate=3e-3)
+    with pytest.raises(InputError) as error:
+        refuse_changed([changed, _artefact(tmp_path / "student", teacher=changed)])
+    assert "learning_rate 0.001 (now 0.003); " in str(error.value)
+    assert f"{tmp_path / 'student' / 'model'} was made from another teacher" in str(error.value)
+
+
+def test_what_others_have_put_there_is_left_alone(tmp_path):
+    (tmp_path / "model").mkdir()
+    refuse_changed([_artefact(tmp_path)])  # empty
+    (tmp_path / "model" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="is in the way: it has no record"):
+        refuse_changed([_artefact(tmp_path)])
+
+
+def test_a_torn_record_is_said_in_a_sentence(tmp_path):
+    artefact = _artefact(tmp_path)
+    _make(artefact)
+    (tmp_path / "model" / "inputs.json").write_text('{"key": "')
+    with pytest.raises(InputError, match=r"inputs\.json: cannot be read .* Delete .*model to make it anew"):
+        refuse_changed([artefact])
+
+
+def test_a_single_file_has_its_record_beside_it(tmp_path):
+    artefact = Artefact(Inputs(Training(), Source("x", "a")), tmp_path / "difficulty.parquet")
+    artefact.begin()
+    assert not artefact.is_finished
+    artefact.path.write_text("ranks")
+    assert not artefact.is_finished
+    artefact.finish()
+    assert artefact.is_finished
+    record = json.loads((tmp_path / ".difficulty.parquet.inputs.json").read_text())
+    assert record["inputs"]["weights"] == {"content": "a"}
+    artefact.path.unlink()
+    assert not artefact.is_finished
+    refuse_changed([artefact])
