@@ -1,4 +1,4 @@
-"""Files that a phase leaves behind: written completely or not at all, and tied to what they were made from."""
+"""Files that survive a crash: each is written completely or not at all. And hashes of values and of files."""
 
 import contextlib
 import dataclasses
@@ -7,16 +7,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 FINGERPRINT_FILE = "fingerprint.json"
+_DIGITS = 16
 
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -27,44 +28,138 @@ def _plain(value: Any) -> Any:
 
 
 def fingerprint(*values: Any) -> str:
-    """16 hexadecimal digits that change with any of `values` (dataclasses, dicts, sequences, numbers, strings)."""
+    """16 hexadecimal digits that change with any of `values` (dataclasses, dicts, sequences, numbers, strings).
+
+    Dataclass fields declared with `compare=False` do not count.
+    """
     text = json.dumps([_plain(v) for v in values], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+
+
+def content_hash(path: Path, *, patterns: Sequence[str] | None = None) -> str:
+    """16 hexadecimal digits that change with the content of a file, or with the files of a folder.
+
+    Each file is read once: its hash is remembered, by path, size and modification time, under `~/.cache/l2m_jax`.
+
+    Args:
+        path: a file, or a folder whose relative file names and contents count.
+        patterns: globs relative to the folder, such as "*.safetensors"; only files that match one of them count.
+            None: all files, subfolders included. Ignored for a file.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+    """
+    path = Path(path).absolute()
+    if not path.is_dir():
+        return _file_hash(path)[:_DIGITS]
+    matches = {file for pattern in patterns or ("**/*",) for file in path.glob(pattern) if file.is_file()}
+    return fingerprint([(file.relative_to(path).as_posix(), _file_hash(file)) for file in sorted(matches)])
+
+
+def _file_hash(file: Path) -> str:
+    # The status from before reading: had the file changed meanwhile, the entry would never match.
+    status, known = file.stat(), _remembered_hashes()
+    match known.get(str(file)):
+        case [status.st_size, status.st_mtime_ns, str(digest)]:
+            return digest
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    known = {name: entry for name, entry in known.items() if os.path.exists(name)}
+    known[str(file)] = [status.st_size, status.st_mtime_ns, digest]
+    with contextlib.suppress(OSError, RuntimeError):
+        write_text(_hash_cache(), json.dumps(known))
+    return digest
+
+
+def _hash_cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "l2m_jax" / "content_hashes.json"
+
+
+def _remembered_hashes() -> dict[str, Any]:
+    """Empty where the cache is missing, unreadable or damaged: files are then read again."""
+    try:
+        known = json.loads(_hash_cache().read_text(encoding="utf-8"))
+    except (OSError, RuntimeError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path` in one step, so that a reader sees the old text or the new one, never a part."""
+    """Replaces `path` atomically: a reader sees the old text or the new one, even after a power failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    _sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
+    """As `write_text`, for dataclasses, dicts, sequences, numbers and strings."""
     write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n")
 
 
 def is_finished(folder: Path, expected: str) -> bool:
     """Whether `folder` holds a finished artefact made from exactly the inputs behind `expected`."""
-    file = folder / FINGERPRINT_FILE
-    return file.is_file() and json.loads(file.read_text())["fingerprint"] == expected
+    try:
+        return json.loads((folder / FINGERPRINT_FILE).read_text())["fingerprint"] == expected
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 @contextlib.contextmanager
-def writing(folder: Path, made_from: str) -> Iterator[Path]:
-    """A folder to write into that takes the place of `folder` once the block ends without an error."""
+def writing(folder: Path, made_from: str | None = None) -> Iterator[Path]:
+    """A new folder to write into, which replaces `folder` once the block ends without an error.
+
+    What was at `folder` is deleted only after the new folder is complete and in place. A process that is killed
+    between the two renames leaves the old folder under another name; the next call puts it back.
+
+    Args:
+        made_from: written into the folder, for `is_finished`; None writes nothing.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f".{folder.name}.unfinished"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    yield temporary
-    (temporary / FINGERPRINT_FILE).write_text(json.dumps({"fingerprint": made_from}) + "\n")
+    unfinished, old = (folder.parent / f".{folder.name}.{state}" for state in ("unfinished", "old"))
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+    for leftover in (unfinished, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        if made_from is not None:
+            (unfinished / FINGERPRINT_FILE).write_text(json.dumps({"fingerprint": made_from}) + "\n")
+        _sync_tree(unfinished)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+        os.rename(folder, old)
+    os.rename(unfinished, folder)
+    _sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(parent, name), "rb") as file:
+                os.fsync(file.fileno())
+        _sync_folder(Path(parent))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable, where the file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -30,8 +30,9 @@ _TOP_P = flags.DEFINE_float("top_p", 1.0, "1 switches it off")
 _NGRAM = flags.DEFINE_integer("no_repeat_ngram", 0, "0 allows repetition")
 _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "The most tokens of an answer")
 _PROMPT = flags.DEFINE_integer(
-    "max_prompt_length", 0, "Longer prompts are truncated; 0: what the model has room for"
+    "max_prompt_length", 0, "Rows with longer prompts are dropped; 0: what the model has room for"
 )
+_TRUNCATE = flags.DEFINE_bool("truncate", False, "Truncate long prompts instead of dropping their rows")
 _BOS = flags.DEFINE_bool("bos", False, "Begin prompts with the token that begins a sequence")
 _JUDGE_MODEL = flags.DEFINE_string("judge_model", None, "The judge of the win rate")
 _JUDGE_URL = flags.DEFINE_string(
@@ -88,7 +89,7 @@ def _evaluate() -> None:
             tokenizer,
             output / "sets",
             max_prompt_length=min(room, _PROMPT.value or room),
-            long_prompt="truncate",
+            long_prompt="truncate" if _TRUNCATE.value else "drop",
             bos=_BOS.value,
             rows=_ROWS.value,
         )

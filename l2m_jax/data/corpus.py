@@ -1,7 +1,7 @@
-"""A data set on disk: the text of its rows in Arrow, their tokens in flat arrays, all of it memory-mapped.
+"""A tokenised data set on disk: the text of its rows in Arrow, their tokens in flat arrays, all memory-mapped.
 
-The tokens are kept beside the Arrow file and not inside it: Arrow breaks long columns into record batches, and
-across these there is no flat view.
+The tokens are not in the Arrow file, because Arrow splits long columns into record batches, which have no common flat
+view.
 """
 
 import hashlib
@@ -29,14 +29,14 @@ _TOKENS, _OFFSETS, _PROMPT_LENGTHS = "tokens.int32", "offsets.int64", "prompt_le
 
 
 class Corpus:
-    """The examples of one split, in the order of their rows. Opening one reads nothing but its few facts.
+    """The examples of one part of the data, in the order of their rows. Opening a corpus reads only its metadata.
 
     Attributes:
-        tokens: int32 [sum of lengths], prompt, response and end of sequence of each example after one another.
-        offsets: int64 [n + 1], example i holds tokens[offsets[i] : offsets[i + 1]].
-        prompt_lengths: int32 [n], how many of these are the prompt's; the rest are targets.
+        tokens: int32 [sum of lengths], the examples one after another: prompt, response and end of sequence.
+        offsets: int64 [n + 1], example i is tokens[offsets[i] : offsets[i + 1]].
+        prompt_lengths: int32 [n], number of prompt tokens of each example; the rest are targets.
         fingerprint: changes with any text or token.
-        counts: what was kept and dropped when it was built.
+        counts: how many rows were kept and dropped when the corpus was built.
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any]):
@@ -49,10 +49,10 @@ class Corpus:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Corpus":
-        """Raises InputError where `folder` holds no finished corpus."""
+        """Opens the corpus in `folder`. Raises InputError if there is no complete one."""
         folder = Path(folder)
         if not (folder / _FACTS).is_file():
-            raise InputError(f"'{folder}' holds no corpus (no {_FACTS} in it): build it first")
+            raise InputError(f"'{folder}' contains no corpus (there is no {_FACTS}); build it first")
         return cls(folder, json.loads((folder / _FACTS).read_text()))
 
     def __len__(self) -> int:
@@ -60,7 +60,7 @@ class Corpus:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int32 [n], tokens of each example."""
+        """int32 [n], number of tokens of each example."""
         return self._lengths
 
     @cached_property
@@ -69,7 +69,7 @@ class Corpus:
 
     @property
     def response_lengths(self) -> np.ndarray:
-        """int32 [n], targets of each example: its response and end of sequence."""
+        """int32 [n], number of targets of each example: its response and end of sequence."""
         return self.lengths - self.prompt_lengths
 
     def example_tokens(self, i: int) -> np.ndarray:
@@ -80,7 +80,7 @@ class Corpus:
 
     @cached_property
     def rows(self) -> "datasets.Dataset":
-        """The texts: id, instruction, input, references (a list of texts), category."""
+        """The texts: id, instruction, input, references (a list of strings), category."""
         import datasets
 
         return datasets.Dataset.from_file(str(self.folder / _ROWS))
@@ -109,39 +109,51 @@ class Built(NamedTuple):
     counts: Counts
 
 
+def write_corpus(
+    folder: Path, rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", limits: TokenLimits
+) -> Counts:
+    """Tokenises `rows` into an existing, empty folder, in chunks; rows without a response or out of `limits` are dropped.
+
+    Raises:
+        InputError: from reading `rows`; or none of them is kept.
+    """
+    counts = Counts()
+    digest = _write(folder, encode_rows(rows, tokenizer, limits, counts))
+    if counts.kept == 0:
+        raise InputError(f"no example is left: {counts}" if counts.dropped else "there are no rows")
+    write_json(folder / _FACTS, {"fingerprint": digest, "counts": asdict(counts), "limits": limits})
+    return counts
+
+
 def build_corpus(
     rows: Iterable[Row],
     tokenizer: "PreTrainedTokenizerBase",
     folder: str | Path,
     limits: TokenLimits,
     *,
-    made_from: str = "",
+    made_from: str | None = None,
 ) -> Built:
-    """Tokenises `rows` into `folder`, a chunk at a time; rows with no response or out of `limits` are dropped.
+    """Writes a corpus that replaces `folder` once it is complete (see `write_corpus`).
 
     Args:
-        made_from: fingerprint of what `rows` come from, for `artefacts.is_finished(folder, made_from)`.
+        made_from: fingerprint of the inputs of `rows`, for `files.is_finished(folder, made_from)`.
 
     Raises:
-        InputError: from reading `rows`; or none of them is kept. What was in `folder` is then still there.
+        InputError: as in `write_corpus`, naming the folder. Its old content is then unchanged.
     """
-    folder, counts = Path(folder), Counts()
-    with writing(folder, made_from) as unfinished:
-        digest = _write(unfinished, encode_rows(rows, tokenizer, limits, counts))
-        if counts.kept == 0:
-            raise InputError(
-                f"no example is left for {folder.name}: {counts}"
-                if counts.dropped
-                else f"{folder.name} has no rows"
-            )
-        write_json(unfinished / _FACTS, {"fingerprint": digest, "counts": asdict(counts), "limits": limits})
+    folder = Path(folder)
+    try:
+        with writing(folder, made_from) as unfinished:
+            counts = write_corpus(unfinished, rows, tokenizer, limits)
+    except InputError as error:
+        raise InputError(f"{folder.name}: {error}") from error
     return Built(Corpus.open(folder), counts)
 
 
 def filter_rows(
     rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", limits: TokenLimits
 ) -> tuple[list[Row], Counts]:
-    """The rows that `build_corpus` would keep, for a split that comes after the filter."""
+    """The rows that `write_corpus` would keep, for a split after the filter."""
     counts = Counts()
     return [encoded.row for encoded in encode_rows(rows, tokenizer, limits, counts)], counts
 

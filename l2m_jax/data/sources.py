@@ -1,25 +1,23 @@
-"""Where rows come from: JSON-lines files, the hub, and the sets that the paper trains and evaluates on."""
+"""Rows of text, read from JSON-lines files and from data sets of the hub."""
 
+import functools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from l2m_jax.data.online import require_hub
 from l2m_jax.errors import InputError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 DOLLY = "databricks/databricks-dolly-15k"
-_FORM = "JSON lines with instruction, input, output"
+ROW_FORM = "JSON lines with instruction, input, output"
 _SPLITS_BY_USE = {"train": ("train",), "evaluation": ("test", "validation", "valid", "dev", "train")}
 
 
 class Row(NamedTuple):
-    """One example as text; `references` are its right answers, the first of which is trained on."""
+    """One example as text. `references` are its correct answers; training uses the first."""
 
     id: str
     instruction: str
@@ -28,59 +26,47 @@ class Row(NamedTuple):
     category: str = ""
 
 
-class EvaluationSet(NamedTuple):
-    """A set of the paper: its name in tables, and where it lies on the hub.
-
-    `shortest_reference` and `most_rows` are the rules by which the paper's subset is taken from the hub's rows.
-    """
-
-    title: str
-    hub_name: str
-    shortest_reference: int = 0
-    most_rows: int | None = None
-
-
-EVALUATION_SETS = {
-    "dolly": EvaluationSet("DollyEval", "MiniLLM/dolly"),
-    "self_inst": EvaluationSet("SelfInst", "MiniLLM/self-inst"),
-    "vicuna": EvaluationSet("VicunaEval", "MiniLLM/Vicuna"),
-    "s_ni": EvaluationSet("S-NI", "MiniLLM/sinst", shortest_reference=11),
-    "un_ni": EvaluationSet("UnNI", "MiniLLM/uinst", shortest_reference=11, most_rows=10_000),
-}
+def is_hub_name(source: str | Path) -> bool:
+    """Whether `source` means a data set of the hub ("owner/name") and not a file."""
+    path, text = Path(source), str(source)
+    looks_like_a_name = text.count("/") == 1 and not path.suffix and not text.startswith((".", "/"))
+    return looks_like_a_name and not path.is_file()
 
 
 def read_rows(source: str | Path, use: str = "train") -> Iterator[Row]:
-    """The rows of a JSON-lines file or of a data set of the hub ("owner/name").
+    """The rows of a JSON-lines file or of a data set of the hub ("owner/name"), read as they are asked for.
 
     Args:
         source: path or name.
-        use: "train" or "evaluation", which split of a data set of the hub is meant.
+        use: "train" or "evaluation", which selects the split of a data set of the hub.
 
     Raises:
         InputError: as in `read_jsonl`; or the hub cannot be reached.
     """
-    path = Path(source)
-    looks_like_a_name = (
-        str(source).count("/") == 1 and not path.suffix and not str(source).startswith((".", "/"))
-    )
-    if path.is_file() or not looks_like_a_name:
-        return read_jsonl(path)
-    return _read_hub(str(source), _SPLITS_BY_USE[use])
+    if is_hub_name(source):
+        return _read_hub(str(source), _SPLITS_BY_USE[use])
+    return read_jsonl(source)
+
+
+def check_rows(source: str | Path) -> None:
+    """Raises InputError if `source` is a file that is missing or whose first row does not parse. Asks no hub."""
+    if not is_hub_name(source):
+        next(read_jsonl(source))
 
 
 def read_jsonl(path: str | Path) -> Iterator[Row]:
     """Rows of a file in either of Dolly's forms, one JSON object a line.
 
     The fields are `instruction`; `input` or `context`, which may be missing or empty; `output` or `response`, a
-    text or a list of equally right texts; and `category` or `topic`, if any. Others are ignored, `prompt` too,
-    since it is made from the first two. An `id` is kept, else a row is called "file/line".
+    string or a list of equally correct strings; and optionally `category` or `topic`. Other fields are ignored,
+    including `prompt`, which is made from the first two. A row without an `id` is called "file/line".
 
     Raises:
-        InputError: no such file, no rows in it, or a line that is not of this form.
+        InputError: the file does not exist, holds no rows, or has a line that is not of this form.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"no such file '{path}' ({_FORM}; or a name on the hub such as {DOLLY})")
+        raise InputError(f"no such file '{path}' ({ROW_FORM}; or a name on the hub such as {DOLLY})")
     return _read_lines(path)
 
 
@@ -94,22 +80,27 @@ def _read_lines(path: Path) -> Iterator[Row]:
             try:
                 value = json.loads(line)
             except ValueError as error:
-                raise InputError(f"{place}: not JSON ({error}); one object a line is expected") from error
+                raise InputError(f"{place}: not JSON ({error}); expected one object per line") from error
             yield _row(value, f"{path.stem}/{number}", place)
             empty = False
     if empty:
-        raise InputError(f"{path} holds no rows ({_FORM})")
+        raise InputError(f"{path} holds no rows ({ROW_FORM})")
 
 
-def _read_hub(name: str, splits: Sequence[str]) -> Iterator[Row]:
-    require_hub(name, f"a file ({_FORM})")
+@functools.lru_cache(maxsize=1)  # a split reads its source several times; the rows themselves stay on disk
+def _load_hub(name: str) -> Any:
+    require_hub(name, f"a file ({ROW_FORM})")
     import datasets
 
     try:
-        parts: Any = datasets.load_dataset(name)
-    except Exception as error:  # the loaders raise whatever their parsers do
+        return datasets.load_dataset(name)
+    except Exception as error:  # loaders raise errors of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"cannot load '{name}' ({reason}): pass a file ({_FORM})") from error
+        raise InputError(f"cannot load '{name}' ({reason}): pass a file ({ROW_FORM})") from error
+
+
+def _read_hub(name: str, splits: Sequence[str]) -> Iterator[Row]:
+    parts = _load_hub(name)
     split = next((split for split in splits if split in parts), None)
     if split is None:
         raise InputError(f"'{name}' has no split {' or '.join(splits)} (it has {', '.join(parts)})")
@@ -119,14 +110,14 @@ def _read_hub(name: str, splits: Sequence[str]) -> Iterator[Row]:
 
 def _row(value: Any, default_id: str, place: str) -> Row:
     if not isinstance(value, dict):
-        raise InputError(f"{place}: a JSON object is expected, not {_shown(value)}")
+        raise InputError(f"{place}: expected a JSON object, not {_shown(value)}")
 
     def text(*names: str, needed: bool = False) -> str:
         found = next((value[name] for name in names if value.get(name) is not None), None)
         if found is None and needed:
             raise InputError(f"{place}: no field '{names[0]}' (fields: {', '.join(value) or 'none'})")
         if found is not None and not isinstance(found, str):
-            raise InputError(f"{place}: '{names[0]}' must be a text, not {_shown(found)}")
+            raise InputError(f"{place}: '{names[0]}' must be a string, not {_shown(found)}")
         return found or ""
 
     answer = next((value[name] for name in ("output", "response") if value.get(name) is not None), None)
@@ -134,7 +125,7 @@ def _row(value: Any, default_id: str, place: str) -> Row:
         raise InputError(f"{place}: no field 'output' (or 'response'; fields: {', '.join(value) or 'none'})")
     references = [answer] if isinstance(answer, str) else answer
     if not isinstance(references, list) or not all(isinstance(reference, str) for reference in references):
-        raise InputError(f"{place}: 'output' must be a text or a list of texts, not {_shown(answer)}")
+        raise InputError(f"{place}: 'output' must be a string or a list of strings, not {_shown(answer)}")
     return Row(
         id=str(value.get("id", default_id)),
         instruction=text("instruction", needed=True),
@@ -164,42 +155,3 @@ def split_rows(
     order = np.random.default_rng(seed).permutation(len(rows))
     ends = np.cumsum(sizes)
     return tuple([rows[i] for i in order[end - size : end]] for size, end in zip(sizes, ends, strict=True))
-
-
-def read_evaluation_set(
-    name: str, path: str | Path | None = None, tokenizer: "PreTrainedTokenizerBase | None" = None
-) -> Iterator[Row]:
-    """One of `EVALUATION_SETS` by name, from the hub or from a file that holds it, or any other set by its path.
-
-    A file is taken as it is; rows of the hub go through the paper's rules, for which `tokenizer` counts.
-
-    Raises:
-        InputError: as in `read_rows`; or `name` is neither a known set nor a file.
-    """
-    if path is not None:
-        return read_rows(path, "evaluation")
-    if name not in EVALUATION_SETS:
-        if not Path(name).is_file():
-            known = ", ".join(EVALUATION_SETS)
-            raise InputError(f"'{name}' is neither an evaluation set ({known}) nor a file ({_FORM})")
-        return read_jsonl(name)
-    rules = EVALUATION_SETS[name]
-    rows = read_rows(rules.hub_name, "evaluation")
-    if rules.shortest_reference:
-        if tokenizer is None:
-            raise ValueError(f"'{name}' needs a tokenizer, to leave out its short references")
-        rows = long_references(rows, tokenizer, rules.shortest_reference, rules.most_rows)
-    return rows
-
-
-def long_references(
-    rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", shortest: int, most_rows: int | None = None
-) -> Iterator[Row]:
-    """The first `most_rows` rows whose first reference has at least `shortest` tokens."""
-    found = 0
-    for row in rows:
-        if found == most_rows:
-            return
-        if row.references and len(tokenizer.encode(row.references[0], add_special_tokens=False)) >= shortest:
-            found += 1
-            yield row

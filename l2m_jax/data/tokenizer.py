@@ -1,4 +1,4 @@
-"""Tokenizers: loaded from a folder or the hub, or trained on the texts at hand."""
+"""Tokenizers: loaded from a folder or the hub, or trained on given texts."""
 
 import json
 import os
@@ -16,17 +16,18 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 _FOLDER = "a folder with tokenizer.json, or with vocab.json and merges.txt"
-_SMALLEST_VOCABULARY = 256 + 1
+# The 256 bytes, the end of sequence, and the phrases of the prompts.
+MIN_VOCAB_SIZE = 256 + 1 + len(TEMPLATE_PHRASES)
 _PROBE = "\n\n### Response:\n It's 1,024 tokens;\tnaïve — 東京  <|endoftext|></s>"
 
 
 def load_tokenizer(folder_or_name: str | Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a Hugging Face folder, of a bare `vocab.json` with `merges.txt`, or of a hub name.
+    """Loads the tokenizer of a Hugging Face folder, of a bare `vocab.json` with `merges.txt`, or of a hub name.
 
     Raises:
-        InputError: nothing there can be loaded as a tokenizer, or it has no end-of-sequence token.
+        InputError: there is no tokenizer, it cannot be loaded, or it has no end-of-sequence token.
     """
-    # Read at import: transformers otherwise prints that PyTorch is missing, which is as it should be.
+    # Set before the import: transformers would print a warning that PyTorch is missing, which is not needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoTokenizer
@@ -37,25 +38,23 @@ def load_tokenizer(folder_or_name: str | Path) -> "PreTrainedTokenizerBase":
         files = {file.name for file in folder.iterdir()}
         if files.isdisjoint({"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}):
             if not files.issuperset({"vocab.json", "merges.txt"}):
-                raise InputError(f"'{folder}' holds no tokenizer: pass {_FOLDER}")
+                raise InputError(f"'{folder}' contains no tokenizer: pass {_FOLDER}")
             return _from_vocabulary(folder)
     elif folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise InputError(f"no such folder '{folder}': pass {_FOLDER}, or a hub name")
     try:
-        # Files that are here already are used without asking the network about newer ones.
+        # Cached files are used without asking the network for newer ones.
         local = local or isinstance(try_to_load_from_cache(name, "tokenizer_config.json"), str)
         if not local:
             require_hub(name, _FOLDER)
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
     except InputError:
         raise
-    except Exception as error:  # the loaders raise whatever their parsers do
+    except Exception as error:  # loaders raise errors of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"cannot load a tokenizer from '{name}' ({reason}): pass {_FOLDER}") from error
     if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"the tokenizer of '{folder_or_name}' names no eos_token in its tokenizer_config.json"
-        )
+        raise InputError(f"the tokenizer of '{folder_or_name}' has no eos_token in its tokenizer_config.json")
     return tokenizer
 
 
@@ -64,7 +63,7 @@ def _from_vocabulary(folder: Path) -> "PreTrainedTokenizerBase":
 
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     files: dict[str, Any] = {"vocab": str(folder / "vocab.json"), "merges": str(folder / "merges.txt")}
-    # OPT's vocabulary begins with <s> <pad> </s> <unk>, and its models were trained with </s> in front.
+    # OPT's vocabulary begins with <s> <pad> </s> <unk>, but its models were trained with </s> as the first token.
     if "</s>" in vocabulary:
         return GPT2Tokenizer(**files, bos_token="</s>", eos_token="</s>", unk_token="</s>", pad_token="<pad>")
     if END_OF_TEXT in vocabulary:
@@ -75,24 +74,24 @@ def _from_vocabulary(folder: Path) -> "PreTrainedTokenizerBase":
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, phrases: Sequence[str] = TEMPLATE_PHRASES
 ) -> "PreTrainedTokenizerFast":
-    """A byte-level BPE with GPT-2's pre-tokenisation, the same for the same texts.
+    """Trains a byte-level BPE tokenizer with GPT-2's pre-tokenisation. Deterministic.
 
     Args:
-        texts: what to learn the merges from.
-        vocab_size: entries in all, `<|endoftext|>` (id 0, end of sequence) and the phrases among them.
-        phrases: texts kept whole as one token each.
+        texts: texts from which the merges are learnt.
+        vocab_size: total number of entries, including `<|endoftext|>` (id 0, end of sequence) and the phrases.
+        phrases: texts that become a single token each.
 
     Raises:
-        InputError: `vocab_size` does not hold the 256 bytes, the end of sequence and the phrases.
+        InputError: `vocab_size` is too small for the 256 bytes, the end of sequence and the phrases.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    smallest = _SMALLEST_VOCABULARY + len(phrases)
+    smallest = MIN_VOCAB_SIZE - len(TEMPLATE_PHRASES) + len(phrases)
     if vocab_size < smallest:
         raise InputError(
-            f"vocab_size = {vocab_size} is too small for a byte-level tokenizer (at least {smallest})"
+            f"vocab_size: {vocab_size} is too small for a byte-level tokenizer; it must be {smallest} or more"
         )
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -106,7 +105,7 @@ def train_tokenizer(
             show_progress=False,
         ),
     )
-    # After training, which numbers its entries from 0 whatever has been added before.
+    # Added after training, which numbers its entries from 0 and overwrites earlier ones.
     bpe.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
@@ -114,9 +113,10 @@ def train_tokenizer(
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Equal for tokenizers that give the same ids: the vocabulary, the special tokens, and a sample of text.
+    """A hash that is equal for tokenizers that produce the same ids.
 
-    Settings that leave the ids alone (padding side, maximal length, chat template) do not count.
+    It covers the vocabulary, the special tokens and the ids of a sample text. Settings that do not affect ids (padding
+    side, maximum length, chat template) do not count.
     """
     return fingerprint(
         sorted(tokenizer.get_vocab().items()),

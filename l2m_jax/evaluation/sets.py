@@ -1,6 +1,7 @@
-"""Evaluation sets: prompts ready to be answered, and the references to compare the answers with."""
+"""Evaluation sets: tokenised prompts, and the references to compare the answers with."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,8 +9,9 @@ import numpy as np
 
 from l2m_jax.data.corpus import Corpus, build_corpus
 from l2m_jax.data.encoding import TokenLimits
-from l2m_jax.data.sources import EVALUATION_SETS, read_evaluation_set
+from l2m_jax.data.sources import check_rows
 from l2m_jax.errors import InputError
+from l2m_jax.evaluation.sources import EVALUATION_SETS, parse_set, read_evaluation_set, require_set
 from l2m_jax.multihost import first
 
 if TYPE_CHECKING:
@@ -18,20 +20,20 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptSet:
-    """Prompts with their references, one entry each in all tuples.
+    """Prompts with their references. All tuples have one entry per prompt.
 
     Attributes:
-        name: in files; the corpus's own splits are called "test" and "validation".
-        title: in tables.
-        indices: where the rows stand in their corpus.
-        ids: of the rows.
+        name: the name used in files; the data's own parts are called "test" and "validation".
+        title: the name used in tables.
+        indices: row numbers in the corpus.
+        ids: row ids.
         prompts: token ids of each prompt.
-        texts: the same prompts as text.
-        references: the right answers to each.
-        categories: "" where the rows have none.
-        left_out: rows whose prompt was too long.
-        unreportable: holds other rows than the paper's set of that name, so its figures must not stand beside
-            the paper's: most references are shorter than that set's shortest.
+        texts: the prompts as text.
+        references: the correct answers to each prompt.
+        categories: the category of each row, or "".
+        left_out: number of rows left out, because the prompt is too long or there is no reference.
+        unreportable: the set is not the paper's set of that name, so its scores cannot be compared with the
+            paper's: most references are shorter than the paper's minimum.
     """
 
     name: str
@@ -56,12 +58,12 @@ def from_corpus(
     rows: int = 0,
     longest_prompt: int | None = None,
 ) -> PromptSet:
-    """The prompts of a corpus, such as the test split.
+    """The prompts of a corpus, such as the test part.
 
     Args:
-        rows: the most rows used, from the front; 0 takes all.
-        longest_prompt: prompts with more tokens are left out and counted. Answers need room in the model, so this is
-            its positions less `max_new_tokens`, or less.
+        rows: use this many rows, from the front, including those that are left out; 0 uses all.
+        longest_prompt: prompts with more tokens are left out and counted. To leave room for answers, this is at
+            most the model's positions minus `max_new_tokens`.
 
     Raises:
         InputError: no prompt is left.
@@ -76,9 +78,10 @@ def from_corpus(
         )
     found = [corpus.row(i) for i in kept]
     rules = EVALUATION_SETS.get(name)
-    shortest = rules.shortest_reference if rules else 0
-    # Counted with whatever tokenizer the model has, hence the majority; the end of sequence is one more.
-    unreportable = bool(np.mean(corpus.response_lengths[kept] > shortest) < 0.5)
+    min_tokens = rules.min_reference_tokens if rules else 0
+    # The model's tokenizer may count differently from GPT-2's, hence the majority. Lengths include the end of
+    # sequence.
+    unreportable = bool(np.mean(corpus.response_lengths[kept] > min_tokens) < 0.5)
     return PromptSet(
         name=name,
         title=rules.title if rules else name,
@@ -93,6 +96,22 @@ def from_corpus(
     )
 
 
+def check_set(source: str) -> None:
+    """Checks a source of `read_set` cheaply: that it is known or exists, and that the first row of a file parses.
+
+    "test" is the test part of the data, which is always there. Asks no hub.
+
+    Raises:
+        InputError: naming the source, with the known set that was probably meant.
+    """
+    if source == "test":
+        return
+    require_set(source)
+    _, path = parse_set(source)
+    if path:
+        check_rows(path)
+
+
 def read_set(
     source: str,
     tokenizer: "PreTrainedTokenizerBase",
@@ -103,27 +122,24 @@ def read_set(
     bos: bool = False,
     rows: int = 0,
 ) -> PromptSet:
-    """An evaluation set by name, or from a file.
+    """Reads an evaluation set by name or from a file.
 
     Args:
         source: a name of `EVALUATION_SETS`, a JSON-lines file, or `name=file` for a file that holds the set `name`.
-        folder: where its tokens are kept, in a folder of its own.
-        max_prompt_length: the most tokens of a prompt.
-        long_prompt: what becomes of longer ones: "drop" or "truncate" (in front of "### Response:").
+        folder: its tokens are stored here, in a subfolder.
+        max_prompt_length: the maximum number of tokens in a prompt.
+        long_prompt: "drop" rows with longer prompts and count them, or "truncate" the prompts, before
+            "### Response:". Scores of the two cannot be compared: they cover different rows.
         bos: begin prompts with the tokenizer's beginning-of-sequence token.
-        rows: the most rows used, from the front; 0 takes all.
+        rows: use this many rows, from the front, including those that are dropped; 0 uses all.
 
     Raises:
-        InputError: neither a known set nor a file, no references in it, or no prompt that fits.
+        InputError: the source is neither a known set nor a file, has no references, or no prompt that fits.
     """
-    name, separator, path = source.partition("=")
-    if not separator and name not in EVALUATION_SETS:
-        name, path = Path(source).stem, source
-        if not Path(path).is_file():
-            list(read_evaluation_set(source))  # says which sets there are
-    # The answer is compared as text, so its length drops no row: it may take as much again as the prompt.
+    name, _ = parse_set(source)
+    # Answers are compared as text, so a long reference must not drop a row. Its tokens are not used.
     limits = TokenLimits(
-        max_length=2 * max_prompt_length,
+        max_length=max(3, 2 * max_prompt_length),
         max_prompt_length=max_prompt_length,
         long_prompt=long_prompt,
         long_response="truncate",
@@ -131,9 +147,8 @@ def read_set(
     )
 
     def build() -> int:
-        found = read_evaluation_set(name, path or None, tokenizer)
-        return build_corpus(found, tokenizer, folder / name, limits).counts.dropped
+        chosen = itertools.islice(read_evaluation_set(source), rows or None)
+        return build_corpus(chosen, tokenizer, folder / name, limits).counts.dropped
 
     dropped = first(build)
-    prompts = from_corpus(name, Corpus.open(folder / name), rows=rows)
-    return dataclasses.replace(prompts, left_out=dropped)
+    return dataclasses.replace(from_corpus(name, Corpus.open(folder / name)), left_out=dropped)

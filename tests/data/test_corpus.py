@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from l2m_jax.data import corpus as corpus_module
-from l2m_jax.data.corpus import Corpus, build_corpus, filter_rows
+from l2m_jax.data.corpus import Corpus, build_corpus, filter_rows, write_corpus
 from l2m_jax.data.encoding import Counts, TokenLimits
 from l2m_jax.data.prompts import format_prompt
 from l2m_jax.data.sources import Row, read_jsonl
@@ -116,6 +116,14 @@ def test_finished_corpus_is_known_by_what_it_was_made_from(tokenizer, tmp_path):
     assert not is_finished(tmp_path / "train", "4567")
 
 
+def test_writing_into_a_folder(corpus, tokenizer, tmp_path):
+    folder = tmp_path / "written"
+    folder.mkdir()
+    assert write_corpus(folder, ROWS, tokenizer, LIMITS) == corpus.counts
+    assert {file.name for file in folder.iterdir()} == {file.name for file in corpus.folder.iterdir()}
+    assert Corpus.open(folder).fingerprint == corpus.fingerprint
+
+
 def test_failing_rows_leave_the_old_corpus(corpus, tokenizer, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"instruction": "Sort.", "output": "a"}\nnot json\n')
@@ -125,20 +133,20 @@ def test_failing_rows_leave_the_old_corpus(corpus, tokenizer, tmp_path):
 
 
 def test_no_rows(tokenizer, tmp_path):
-    with pytest.raises(InputError, match="train has no rows"):
+    with pytest.raises(InputError, match="train: there are no rows"):
         build_corpus([], tokenizer, tmp_path / "train", LIMITS)
 
 
 def test_nothing_left(tokenizer, tmp_path):
     with pytest.raises(
         InputError,
-        match=r"no example is left for train: 0 rows kept, 4 dropped \(1 empty response, 3 too long",
+        match=r"train: no example is left: 0 rows kept, 4 dropped \(1 empty response, 3 too long",
     ):
         build_corpus(ROWS, tokenizer, tmp_path / "train", TokenLimits(3, long_prompt="truncate"))
 
 
 def test_opening_nothing(tmp_path):
-    with pytest.raises(InputError, match="holds no corpus"):
+    with pytest.raises(InputError, match="contains no corpus"):
         Corpus.open(tmp_path)
 
 

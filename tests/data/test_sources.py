@@ -5,15 +5,7 @@ import huggingface_hub.constants
 import pytest
 
 from l2m_jax.data import sources
-from l2m_jax.data.sources import (
-    Row,
-    long_references,
-    read_evaluation_set,
-    read_jsonl,
-    read_rows,
-    split_rows,
-)
-from l2m_jax.data.tokenizer import load_tokenizer
+from l2m_jax.data.sources import Row, check_rows, is_hub_name, read_jsonl, read_rows, split_rows
 from l2m_jax.errors import InputError
 
 ALPACA = {"instruction": "Sort.", "input": "b a", "output": "a b"}
@@ -70,13 +62,13 @@ def test_missing_file_at_once(tmp_path):
     ("line", "message"),
     [
         ("{broken", "not JSON"),
-        ("[1, 2]", r"a JSON object is expected, not \[1, 2\]"),
+        ("[1, 2]", r"expected a JSON object, not \[1, 2\]"),
         ({"input": "b", "output": "a"}, "no field 'instruction' \\(fields: input, output\\)"),
         ({"instruction": "Sort."}, "no field 'output' \\(or 'response'"),
         ({"instruction": "Sort.", "output": None}, "no field 'output'"),
-        ({"instruction": 3, "output": "a"}, "'instruction' must be a text, not 3"),
-        ({"instruction": "Sort.", "output": 3}, "'output' must be a text or a list of texts, not 3"),
-        ({"instruction": "Sort.", "output": ["a", 3]}, "'output' must be a text or a list of texts"),
+        ({"instruction": 3, "output": "a"}, "'instruction' must be a string, not 3"),
+        ({"instruction": "Sort.", "output": 3}, "'output' must be a string or a list of strings, not 3"),
+        ({"instruction": "Sort.", "output": ["a", 3]}, "'output' must be a string or a list of strings"),
     ],
 )
 def test_bad_line_is_named_with_its_file(written, line, message):
@@ -103,6 +95,42 @@ def test_hub_rows_by_split(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name: parts)
     assert [row.id for row in read_rows("somebody/something")] == ["train/1", "train/2"]
     assert [row.id for row in read_rows("somebody/something", "evaluation")] == ["validation/1"]
+
+
+@pytest.mark.parametrize(
+    ("source", "is_name"),
+    [
+        ("owner/name", True),
+        ("rows.jsonl", False),
+        ("./rows", False),
+        ("a/rows.jsonl", False),
+        ("a/b/c", False),
+    ],
+)
+def test_hub_names(source, is_name):
+    assert is_hub_name(source) == is_name
+
+
+def test_a_file_that_looks_like_a_hub_name_is_a_file(written, tmp_path, monkeypatch):
+    (tmp_path / "owner").mkdir()
+    written(ALPACA, name="owner/name")
+    monkeypatch.chdir(tmp_path)
+    assert [row.id for row in read_rows("owner/name")] == ["name/1"]
+
+
+def test_a_check_reads_the_first_row_alone(written):
+    check_rows(written(ALPACA, "not json"))
+    check_rows("owner/name")
+    with pytest.raises(InputError, match=r"line 1: not JSON"):
+        check_rows(written("not json", ALPACA))
+
+
+def test_a_hub_data_set_is_loaded_once(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(sources, "require_hub", lambda *_: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: loaded.append(name) or {"train": [DOLLY]})
+    assert list(read_rows("read/twice")) == list(read_rows("read/twice"))
+    assert loaded == ["read/twice"]
 
 
 def test_hub_offline_says_what_to_pass(monkeypatch):
@@ -139,42 +167,3 @@ def test_split_follows_its_seed():
 def test_split_larger_than_the_rows():
     with pytest.raises(InputError, match=r"11500 \+ 1000 \+ 500 rows needs 13000, but there are 50"):
         split_rows(ROWS)
-
-
-def test_unknown_evaluation_set_lists_the_known():
-    with pytest.raises(
-        InputError, match=r"'dollly' is neither an evaluation set \(dolly, self_inst, vicuna, s_ni"
-    ):
-        read_evaluation_set("dollly")
-
-
-def test_evaluation_file_without_references(written):
-    path = written({"instruction": "Sort.", "input": "b a"})
-    with pytest.raises(InputError, match="line 1: no field 'output'"):
-        list(read_evaluation_set(str(path)))
-
-
-@pytest.mark.parametrize(
-    ("name", "file", "rows"),
-    [
-        ("dolly", "dolly/test", 500),
-        ("self_inst", "self_inst/test", 242),
-        ("vicuna", "vicuna/test", 80),
-        ("s_ni", "s_ni/test", 1694),
-        ("un_ni", "un_ni/short_subset", 1050),
-    ],
-)
-def test_evaluation_sets_from_files(shared, name, file, rows):
-    found = list(read_evaluation_set(name, shared / "data" / f"{file}.jsonl"))
-    assert len(found) == rows
-    assert all(row.references for row in found)
-    assert len({row.id for row in found}) == rows
-
-
-def test_rule_for_short_references(shared):
-    tokenizer = load_tokenizer(shared / "tokenizers" / "gpt2")
-    long = list(read_jsonl(shared / "data" / "s_ni" / "test.jsonl"))
-    # The published subset was taken by this rule, and one token more would leave some of it out.
-    assert list(long_references(long, tokenizer, 11)) == long
-    assert len(list(long_references(long, tokenizer, 12))) < len(long)
-    assert len(list(long_references(long, tokenizer, 11, most_rows=100))) == 100

@@ -55,7 +55,7 @@ def test_saved_and_loaded_again(tmp_path):
 
 
 def test_too_small_a_vocabulary():
-    with pytest.raises(InputError, match="vocab_size = 100 is too small"):
+    with pytest.raises(InputError, match="vocab_size: 100 is too small"):
         train_tokenizer(TEXTS, 100)
 
 
@@ -80,7 +80,7 @@ def test_missing_folder(tmp_path):
 
 
 def test_folder_without_tokenizer(tmp_path):
-    with pytest.raises(InputError, match="holds no tokenizer"):
+    with pytest.raises(InputError, match="contains no tokenizer"):
         load_tokenizer(tmp_path)
 
 

@@ -75,6 +75,19 @@ def test_reading_a_file(tokenizer, tmp_path):
     assert tokenizer.decode(list(short.prompts[1])).endswith("\n\n### Response:\n")
 
 
+def test_a_row_limit_counts_the_rows_that_are_dropped(tokenizer, corpus, tmp_path):
+    """As in the test part of the data, so that the same rows are scored either way."""
+    path = tmp_path / "mine.jsonl"
+    rows = [
+        {"id": r.id, "instruction": r.instruction, "input": r.input, "output": r.references} for r in ROWS
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = read_set(str(path), tokenizer, tmp_path / "sets", max_prompt_length=60, rows=2)
+    of_corpus = from_corpus("test", corpus, longest_prompt=60, rows=2)
+    assert found.ids == of_corpus.ids == ("r1",)
+    assert found.left_out == of_corpus.left_out == 1
+
+
 def test_bad_sources(tokenizer, tmp_path):
     def read(source):
         return read_set(source, tokenizer, tmp_path / "sets", max_prompt_length=50)

@@ -1,0 +1,133 @@
+"""Which rows are for training, validation and test.
+
+Rows that no file is given for are split off the training source. The order in which they are drawn depends on the
+source and `split_seed` alone: the test rows come first, then the validation rows, and the rest is for training. How many
+training rows are used therefore changes none of the others, and never turns a test row into a training row.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from l2m_jax.data.encoding import Counts, TokenLimits, encode_rows
+from l2m_jax.data.settings import Data
+from l2m_jax.data.sources import Row, check_rows, read_rows
+from l2m_jax.data.synthetic import synthetic_rows
+from l2m_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Part = Literal["train", "validation", "test"]
+
+
+def token_limits(data: Data, part: Part) -> TokenLimits:
+    """The limits of a part. They differ in whether rows begin with the beginning-of-sequence token."""
+    use = "training" if part == "train" else "evaluation"  # validation and test rows are only answered
+    return _limits(data, bos=data.bos in (use, "both"))
+
+
+def check_sources(data: Data) -> None:
+    """Checks that every file exists and that its first row parses; asks no hub.
+
+    Raises:
+        InputError: naming the setting, as in "data.train: no such file ...".
+    """
+    if data.source == "synthetic":
+        return
+    for name in ("train", "validation", "test"):
+        if source := getattr(data, name):
+            try:
+                check_rows(source)
+            except InputError as error:
+                raise InputError(f"data.{name}: {error}") from error
+
+
+def part_rows(data: Data, part: Part, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Row]:
+    """The rows of one part, read as they are asked for. The three parts share none.
+
+    Rows that are split off fit into the limits, with a beginning-of-sequence token if any part has one, so that
+    the parts have the sizes asked for whatever their own limits are. Other rows are not filtered: `write_corpus`
+    drops and counts those that are too long.
+
+    Raises:
+        InputError: from reading the source, or it has fewer fitting rows than the parts need.
+    """
+    if data.source == "synthetic":
+        s = data.synthetic
+        yield from getattr(synthetic_rows(s.seed, s.train, s.validation, s.test), part)
+    elif part != "train" and (source := getattr(data, part)):
+        yield from islice(read_rows(source, "evaluation"), getattr(data, f"{part}_rows") or None)
+    elif data.validation and data.test:
+        yield from islice(read_rows(data.train), data.train_rows or None)
+    else:
+        yield from _split_rows(data, part, tokenizer)
+
+
+def _limits(data: Data, bos: bool) -> TokenLimits:
+    long = "truncate" if data.truncate else "drop"
+    return TokenLimits(
+        max_length=data.max_length,
+        max_prompt_length=data.max_prompt_length or None,
+        long_prompt=long,
+        long_response=long,
+        bos=bos,
+    )
+
+
+def _split_rows(data: Data, part: Part, tokenizer: Any) -> Iterator[Row]:
+    """Validation and test rows in the order of the draw; training rows in the order of the source.
+
+    The source is read several times: only the numbers of rows, and the chosen validation or test rows, are held.
+    """
+    size = sum(1 for _ in read_rows(data.train))
+    # Raw random bits: numpy keeps these the same from version to version, unlike its permutations.
+    keys = np.random.PCG64(np.random.SeedSequence(data.split_seed)).random_raw(size)
+    order = np.argsort(keys, kind="stable")
+    num_test = 0 if data.test else data.test_rows
+    num_held_out = num_test + (0 if data.validation else data.validation_rows)
+    if part != "train":
+        start, end = (0, num_test) if part == "test" else (num_test, num_held_out)
+        places = {i: place for place, i in enumerate(_fitting(data, tokenizer, order, end)[start:])}
+        chosen = ((places[i], row) for i, row in enumerate(read_rows(data.train)) if i in places)
+        yield from (row for _, row in sorted(chosen))
+        return
+    fitting = _fitting(data, tokenizer, order, num_held_out + (data.train_rows or 1))
+    wanted = np.full(size, not data.train_rows)
+    wanted[fitting[num_held_out:]] = True
+    wanted[fitting[:num_held_out]] = False
+    rows = (row for row, is_wanted in zip(read_rows(data.train), wanted, strict=True) if is_wanted)
+    limits = _split_limits(data)
+    if data.train_rows or limits == token_limits(data, part):
+        yield from rows
+    else:
+        yield from (encoded.row for encoded in encode_rows(rows, tokenizer, limits, Counts()))
+
+
+def _split_limits(data: Data) -> TokenLimits:
+    return _limits(data, bos=data.bos != "none")
+
+
+def _fitting(data: Data, tokenizer: Any, order: np.ndarray, count: int) -> list[int]:
+    """The first `count` row numbers in `order` whose rows fit into the limits. Tokenises few others."""
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    found: list[int] = []
+    start, step = 0, count + count // 4 + 64  # most rows fit
+    while len(found) < count and start < len(order):
+        drawn = (
+            row._replace(id=str(r))
+            for r, row in zip(rank, read_rows(data.train), strict=True)
+            if start <= r < start + step
+        )
+        encoded = encode_rows(drawn, tokenizer, _split_limits(data), Counts())
+        found += sorted(int(e.row.id) for e in encoded)
+        start += step
+    if len(found) < count:
+        raise InputError(
+            f"data.train: '{data.train}' has {len(found)} rows within the token limits, but the split needs at least "
+            f"{count}; lower data.validation_rows, data.test_rows or data.train_rows, or raise data.max_length"
+        )
+    return order[found[:count]].tolist()

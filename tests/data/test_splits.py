@@ -1,0 +1,220 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from l2m_jax.data import splits
+from l2m_jax.data.corpus import build_corpus
+from l2m_jax.data.prompts import format_prompt
+from l2m_jax.data.settings import Data, SyntheticData
+from l2m_jax.data.splits import check_sources, part_rows, token_limits
+from l2m_jax.data.synthetic import synthetic_rows
+from l2m_jax.data.tokenizer import train_tokenizer
+from l2m_jax.errors import InputError
+
+PARTS = ("train", "validation", "test")
+# Every fourth of 40 rows is too long, whatever comes before it.
+LONG = {f"r{i}" for i in range(0, 40, 4)}
+MAX_LENGTH = 40
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([format_prompt("say", "") + "it"], 300)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Data:
+    """40 rows to be split into 5 for test, 4 for validation and the rest, 10 of which are too long."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    write(path, [f"r{i}" for i in range(40)])
+    return Data(train=str(path), validation_rows=4, test_rows=5, max_length=MAX_LENGTH)
+
+
+def write(path: Path, ids: list[str], long: set[str] = LONG) -> None:
+    rows = [{"id": i, "instruction": "say", "output": "it " * (MAX_LENGTH if i in long else 2)} for i in ids]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def others(tmp_path) -> dict[str, str]:
+    """Separate files of 6 validation and 6 test rows."""
+    for name in ("validation", "test"):
+        write(tmp_path / f"{name}.jsonl", [f"{name[0]}{i}" for i in range(6)])
+    return {name: str(tmp_path / f"{name}.jsonl") for name in ("validation", "test")}
+
+
+def ids(data, part, tokenizer) -> list[str]:
+    return [row.id for row in part_rows(data, part, tokenizer)]
+
+
+def kept(data, part, tokenizer, tmp_path) -> list[str]:
+    rows = part_rows(data, part, tokenizer)
+    return build_corpus(rows, tokenizer, tmp_path / part, token_limits(data, part)).corpus.ids
+
+
+def test_parts_share_no_row_and_leave_none_out(data, tokenizer, tmp_path):
+    found = {part: kept(data, part, tokenizer, tmp_path) for part in PARTS}
+    assert {part: len(rows) for part, rows in found.items()} == {"train": 21, "validation": 4, "test": 5}
+    together = [row for rows in found.values() for row in rows]
+    assert len(set(together)) == 30 and set(together) == {f"r{i}" for i in range(40)} - LONG
+
+
+@pytest.mark.parametrize("train_rows", [1, 7, 21])
+def test_the_split_does_not_depend_on_how_many_rows_are_trained_on(data, tokenizer, tmp_path, train_rows):
+    fewer = dataclasses.replace(data, train_rows=train_rows)
+    for part in ("validation", "test"):
+        assert ids(fewer, part, tokenizer) == ids(data, part, tokenizer)
+    chosen, all_rows = ids(fewer, "train", tokenizer), kept(data, "train", tokenizer, tmp_path)
+    assert len(chosen) == train_rows and set(chosen) <= set(all_rows)
+    more = ids(dataclasses.replace(data, train_rows=min(train_rows + 5, 21)), "train", tokenizer)
+    assert set(chosen) <= set(more)
+
+
+def test_a_part_does_not_depend_on_later_sizes(data, tokenizer):
+    larger = dataclasses.replace(data, validation_rows=8)
+    assert ids(larger, "test", tokenizer) == ids(data, "test", tokenizer)
+    assert ids(larger, "validation", tokenizer)[:4] == ids(data, "validation", tokenizer)
+    assert set(ids(data, "train", tokenizer)) - set(ids(larger, "train", tokenizer)) == set(
+        ids(larger, "validation", tokenizer)[4:]
+    )
+
+
+def test_the_draw_follows_its_seed(data, tokenizer):
+    other = dataclasses.replace(data, split_seed=7)
+    assert ids(data, "test", tokenizer) == ids(data, "test", tokenizer)
+    assert set(ids(other, "test", tokenizer)) != set(ids(data, "test", tokenizer))
+    # The first rows of a part are a random sample too: an evaluation may use only these.
+    assert ids(data, "test", tokenizer) != sorted(ids(data, "test", tokenizer), key=lambda i: int(i[1:]))
+
+
+def test_training_rows_keep_the_order_of_the_source(data, tokenizer):
+    found = ids(dataclasses.replace(data, train_rows=12), "train", tokenizer)
+    assert found == sorted(found, key=lambda i: int(i[1:]))
+
+
+def test_many_rounds_draw_the_same_rows(data, tokenizer, tmp_path):
+    """Rows are tokenised in rounds until enough of them fit."""
+    path = tmp_path / "rows.jsonl"
+    names = [f"r{i}" for i in range(400)]
+    write(path, names, long=LONG | set(names[20:]))
+    scarce = dataclasses.replace(data, train=str(path))
+    found = [set(kept(scarce, part, tokenizer, tmp_path)) for part in PARTS]
+    assert [len(rows) for rows in found] == [6, 4, 5]
+    assert set.union(*found) == set(names[:20]) - LONG
+
+
+@pytest.mark.parametrize("bos", ["none", "training", "evaluation", "both"])
+def test_parts_have_their_sizes_whichever_of_them_gets_a_bos(data, tokenizer, tmp_path, bos):
+    """A row that fits only without the token goes into no part where any part has the token."""
+    path = tmp_path / "rows.jsonl"
+    lines = [{"id": f"r{n}", "instruction": "say", "output": "it " * n} for n in range(1, 21)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    longest = len(tokenizer(format_prompt("say", "") + "it " * 20)["input_ids"]) + 1
+    data = dataclasses.replace(data, train=str(path), max_length=longest, bos=bos)
+    found = {part: kept(data, part, tokenizer, tmp_path) for part in PARTS}
+    num_fitting = 20 if bos == "none" else 19
+    assert [len(found[part]) for part in PARTS] == [num_fitting - 9, 4, 5]
+    assert ("r20" in {row for rows in found.values() for row in rows}) == (bos == "none")
+
+
+@pytest.mark.parametrize(
+    ("bos", "begins"),
+    [
+        ("none", ""),
+        ("training", "train"),
+        ("evaluation", "validation test"),
+        ("both", "train validation test"),
+    ],
+)
+def test_bos_begins_the_rows_of_its_use_alone(data, bos, begins):
+    data = dataclasses.replace(data, bos=bos)
+    assert [part for part in PARTS if token_limits(data, part).bos] == begins.split()
+
+
+def test_limits_of_the_settings(data):
+    limits = token_limits(dataclasses.replace(data, max_prompt_length=20, truncate=True), "train")
+    assert (limits.max_length, limits.max_prompt_length) == (MAX_LENGTH, 20)
+    assert (limits.long_prompt, limits.long_response) == ("truncate", "truncate")
+    assert token_limits(data, "test").max_prompt_length is None
+    assert token_limits(data, "test").long_prompt == "drop"
+
+
+def test_separate_files_and_training_rows_do_not_depend_on_each_other(data, others, tokenizer, tmp_path):
+    separate = dataclasses.replace(data, **others, train_rows=10)
+    assert ids(separate, "train", tokenizer) == [f"r{i}" for i in range(10)]
+    assert ids(separate, "validation", tokenizer) == ["v0", "v1", "v2", "v3"]
+    assert ids(separate, "test", tokenizer) == ["t0", "t1", "t2", "t3", "t4"]
+    gone = {"validation": str(tmp_path / "gone.jsonl"), "test": str(tmp_path / "gone.jsonl")}
+    assert len(ids(dataclasses.replace(separate, **gone), "train", tokenizer)) == 10
+    without = dataclasses.replace(separate, train=str(tmp_path / "gone.jsonl"))
+    assert len(ids(without, "test", tokenizer)) == 5
+
+
+def test_one_separate_file(data, others, tokenizer, tmp_path):
+    """Only the other part is split off: its rows are those that it would have had, and the rest is trained on."""
+    one = dataclasses.replace(data, validation=others["validation"])
+    assert ids(one, "validation", tokenizer) == ["v0", "v1", "v2", "v3"]
+    assert ids(one, "test", tokenizer) == ids(data, "test", tokenizer)
+    assert len(kept(one, "train", tokenizer, tmp_path)) == 25
+
+
+@pytest.mark.parametrize(
+    ("changes", "part", "needed"),
+    [
+        ({"train_rows": 22}, "train", 31),
+        ({"validation_rows": 25}, "train", 31),
+        ({"test_rows": 31}, "test", 31),
+    ],
+)
+def test_too_few_rows(data, tokenizer, changes, part, needed):
+    with pytest.raises(InputError, match=rf"data\.train: .* has 30 rows .* needs at least {needed};"):
+        ids(dataclasses.replace(data, **changes), part, tokenizer)
+
+
+def test_a_bad_row_is_refused_before_any_is_tokenised(data, tokenizer, tmp_path, monkeypatch):
+    def tokenised(*_):
+        raise AssertionError("tokenised")
+
+    monkeypatch.setattr(splits, "encode_rows", tokenised)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"instruction": "a", "output": "b"}\nnot json\n')
+    for part in PARTS:
+        with pytest.raises(InputError, match="line 2: not JSON"):
+            ids(dataclasses.replace(data, train=str(path)), part, tokenizer)
+
+
+def test_few_rows_are_tokenised_for_a_small_part(data, tokenizer, tmp_path, monkeypatch):
+    path, seen, encode = tmp_path / "rows.jsonl", [], splits.encode_rows
+    write(path, [f"s{i}" for i in range(1_000)])
+
+    def counting(rows, *args):
+        return encode((seen.append(row.id) or row for row in rows), *args)
+
+    monkeypatch.setattr(splits, "encode_rows", counting)
+    large = dataclasses.replace(data, train=str(path))
+    assert len(ids(large, "test", tokenizer)) == 5
+    assert len(seen) < 100
+    assert len(ids(large, "train", tokenizer)) == 991
+    assert len(seen) < 200
+
+
+def test_synthetic_parts(tokenizer):
+    data = Data(source="synthetic", synthetic=SyntheticData(train=30, validation=5, test=7, seed=3))
+    expected = synthetic_rows(3, 30, 5, 7)
+    assert tuple(list(part_rows(data, part, tokenizer)) for part in PARTS) == expected
+
+
+def test_sources_are_checked_by_their_first_row(data, others, tmp_path):
+    check_sources(data)
+    check_sources(dataclasses.replace(data, **others))
+    check_sources(Data())  # a name on the hub
+    check_sources(Data(source="synthetic"))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"instruction": "a"}\n')
+    for name in PARTS:
+        with pytest.raises(InputError, match=rf"^data\.{name}: no such file '.*gone\.jsonl'"):
+            check_sources(dataclasses.replace(data, **{name: str(tmp_path / "gone.jsonl")}))
+        with pytest.raises(InputError, match=rf"^data\.{name}: .*bad\.jsonl, line 1: no field 'output'"):
+            check_sources(dataclasses.replace(data, **{name: str(bad)}))
