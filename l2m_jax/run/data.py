@@ -97,16 +97,18 @@ def corpus_inputs(data: Data, part: Part, tokenizer: Tokenizer) -> CorpusInputs:
         )
         kept |= {"synthetic": synthetic, "bos": _bos(data, part)}
         return CorpusInputs(part, Data(**kept), None, False, tokenizer)
-    sizes = {f"{part}_rows"} if separate else {"validation_rows", "test_rows", f"{part}_rows"}
-    if not separate:
-        kept |= {"split_seed": data.split_seed, "bos": data.bos}
-        kept |= {name: "separate" if getattr(data, name) else "" for name in ("validation", "test")}
+    if separate:
+        kept |= {"bos": _bos(data, part), "validation": "given", "test": "given"}
+        rows = [part]
     else:
-        kept |= {"bos": _bos(data, part)}
-        kept |= {"validation": "separate", "test": "separate"}
-    kept |= {name: getattr(data, name) for name in sizes}
+        # Test rows are drawn first, then validation rows; the rest is for training.
+        drawn = [p for p in ("test", "validation") if not getattr(data, p)]
+        rows = [*drawn, part] if part == "train" else drawn[: drawn.index(part) + 1]
+        kept |= {"split_seed": data.split_seed, "bos": data.bos}
+        kept |= {p: "given" for p in ("validation", "test") if getattr(data, p)}
+    kept |= {f"{p}_rows": getattr(data, f"{p}_rows") for p in rows}
     path = getattr(data, part) if separate else data.train
-    return CorpusInputs(part, Data(train="", **kept), given(path), not separate, tokenizer)
+    return CorpusInputs(part, Data(train="given", **kept), given(path), not separate, tokenizer)
 
 
 def _bos(data: Data, part: Part) -> str:
