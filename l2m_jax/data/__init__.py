@@ -1,1 +1,1 @@
-"""Rows of instructions, their tokens on disk, and the packed batches made of them."""
+"""Instruction rows, their tokens on disk, and packed batches."""

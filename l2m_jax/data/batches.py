@@ -1,4 +1,4 @@
-"""From examples to the arrays of a step: the order of an epoch, packed micro-batches, and their prefetching."""
+"""Batches: the order of an epoch, the arrays of packed micro-batches, and prefetching."""
 
 import math
 import queue
@@ -15,24 +15,24 @@ from l2m_jax.types import MicroBatch
 
 T = TypeVar("T")
 
-# Slots for a token where many examples are packed together.
+# Slots per token when many examples are packed together.
 _PACKING_LOSS = 1.02
 
-# Examples packed together in a pass over the whole data set.
+# How many examples are packed together in a pass over the whole data set.
 _POOL = 8192
 
 
 class Examples(Protocol):
-    """Token sequences by number, each a prompt followed by its targets; `Corpus` is one."""
+    """Indexed token sequences, each a prompt followed by its targets, such as a `Corpus`."""
 
     @property
     def prompt_lengths(self) -> np.ndarray:
-        """How many of its tokens are the prompt's, [n]."""
+        """Number of prompt tokens of each example, [n]."""
         ...
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, [n]."""
+        """Number of tokens of each example, [n]."""
         ...
 
     def example_tokens(self, i: int) -> np.ndarray: ...
@@ -59,10 +59,10 @@ class ListedExamples:
 
 @dataclass(frozen=True)
 class AnsweredExamples:
-    """`examples` with other responses to some of the prompts, such as generated ones.
+    """`examples` in which some responses are replaced, for instance by generated ones.
 
     Attributes:
-        answered: the tokens, prompt and response, of an example that is replaced.
+        answered: maps the index of each replaced example to its tokens, prompt and response.
     """
 
     examples: Examples
@@ -89,8 +89,8 @@ class AnsweredExamples:
 
 
 def order_of_examples(seed: int, stage: int, epoch: int, indices: np.ndarray) -> np.ndarray:
-    """`indices` in the order of an epoch: a function of these numbers and the set of indices alone."""
-    # Raw random bits: numpy keeps these the same from version to version, unlike its permutations.
+    """`indices` in the random order of an epoch, which depends only on these numbers and on the set of indices."""
+    # numpy guarantees the same raw random bits in every version, but not the same permutations.
     keys = np.random.PCG64(np.random.SeedSequence([seed, stage, epoch])).random_raw(len(indices))
     return np.sort(indices)[np.argsort(keys, kind="stable")]
 
@@ -105,17 +105,17 @@ def micro_batches(
     filled: Container[int] | None = None,
     equal_examples: bool = False,
 ) -> list[MicroBatch]:
-    """One batch, packed: NumPy arrays with a leading device axis A.
+    """Packs one batch into NumPy arrays with a leading device axis A.
 
     Args:
         indices: the examples of the batch.
         shapes: the shapes that a micro-batch may have (`choose_shapes`).
-        teacher_rows: gives the teacher's final hidden states at the targets of an example, `[r_i, E]`.
-        filled: the devices whose part is needed, as those of this process; the others stay 0. None: all.
-        equal_examples: a target weighs 1/r_i, so that every example weighs 1 however many targets it has.
+        teacher_rows: returns the teacher's final hidden states at the targets of an example, `[r_i, E]`.
+        filled: devices whose arrays are needed, for instance those of this process; the others stay 0. None: all.
+        equal_examples: each target has weight 1/r_i, so that every example has weight 1.
 
     Raises:
-        ValueError: an example is longer than every row, or has no prompt to predict its first target from.
+        ValueError: an example is longer than the longest row, or has no prompt.
     """
     packed = pack(examples.lengths[indices].tolist(), shapes, num_devices)
     return [_arrange(examples, indices, rows, teacher_rows, filled, equal_examples)[0] for rows in packed]
@@ -128,7 +128,7 @@ def padded_batch(
     num_devices: int = 1,
     teacher_rows: Callable[[int], np.ndarray] | None = None,
 ) -> MicroBatch:
-    """The same batch as one micro-batch with one example a row, padded to `length`: what packing is measured by."""
+    """The same batch with one example per row, padded to `length`: the baseline that packing is compared with."""
     rows = -(-len(indices) // num_devices)
     slots = [[i] if i < len(indices) else [] for i in range(rows * num_devices)]
     rows_AxR = [slots[device::num_devices] for device in range(num_devices)]
@@ -136,13 +136,13 @@ def padded_batch(
 
 
 class ForwardBatch(NamedTuple):
-    """A micro-batch of a pass over the data set, and where its targets come from.
+    """A micro-batch of a pass over the data set, and the origin of its targets.
 
     Attributes:
         micro_batch: NumPy arrays with a leading device axis A.
-        example_AxT: the example that each target belongs to; -1 beyond the real ones.
-        target_AxT: which of this example's targets it is, from 0.
-        indices: the examples in it; each lies in one batch only.
+        example_AxT: the example of each target; -1 for padding.
+        target_AxT: the index of the target within its example.
+        indices: the examples in this micro-batch; each example is in exactly one.
     """
 
     micro_batch: MicroBatch
@@ -159,13 +159,13 @@ def forward_batches(
     slots: int = 8192,
     row_length: int = 512,
 ) -> Iterator[ForwardBatch]:
-    """All of `indices`, tightly packed, for passes that take no gradient: teacher store, cross-entropy.
+    """All of `indices`, tightly packed, for passes without gradients: teacher store, cross-entropy.
 
-    Two shapes at most: rows of `row_length` slots, and longer ones for the examples that need them. They depend
-    on `examples` alone, so that one part of them after another needs no new program.
+    There are at most two shapes: rows of `row_length` slots, and longer rows for the examples that need them. They
+    depend on `examples` and not on `indices`, so that passes over different subsets share their compiled programs.
 
     Args:
-        slots: the most that a device gets at a time, or one row.
+        slots: maximum number of slots per device in a micro-batch; a longer row is allowed by itself.
     """
     indices = np.asarray(indices)
     longest = -(-int(examples.lengths.max()) // 64) * 64
@@ -189,10 +189,10 @@ def forward_batches(
 
 
 def _forward_shape(tokens: int, length: int, num_devices: int, slots: int) -> Shape:
-    """Rows of `length` in at most `slots`, so many that the micro-batches of `tokens` are equally full."""
-    most = max(1, slots // length)
+    """Rows of `length` in at most `slots`, such that the micro-batches that hold `tokens` are equally full."""
+    max_rows = max(1, slots // length)
     all_rows = _PACKING_LOSS * tokens / (num_devices * length)
-    rows = all_rows / max(1, math.ceil(all_rows / most))
+    rows = all_rows / max(1, math.ceil(all_rows / max_rows))
     return Shape(max(1, math.ceil(rows)), length)
 
 
@@ -204,11 +204,11 @@ def _arrange(
     filled: Container[int] | None = None,
     equal_examples: bool = False,
 ) -> tuple[MicroBatch, np.ndarray, np.ndarray]:
-    """The arrays of packed rows, with the example and the number of each target."""
+    """The arrays of packed rows, with the example of each target and its index within the example."""
     num_devices, (rows, length) = len(packed.rows_AxR), packed.shape
     tokens, segment_ids, positions = np.zeros((3, num_devices, rows, length), np.int32)
     labels, targets = np.zeros((2, num_devices, rows * length), np.int32)
-    # Beyond the real targets: out of range, and different from each other.
+    # Padding targets have indices that are out of range and distinct (see `MicroBatch`).
     target_index = np.tile(np.arange(rows * length, 2 * rows * length, dtype=np.int32), (num_devices, 1))
     owners = np.full((num_devices, rows * length), -1, np.int64)
     weights = np.zeros((num_devices, rows * length), np.float32)
@@ -247,9 +247,9 @@ def _arrange(
 
 
 def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:
-    """`items`, made ahead of time by a thread, at most `depth` of them; its exceptions are raised here.
+    """Iterates over `items`, which a thread computes ahead of time, at most `depth` of them.
 
-    The thread ends with the iterator: when it is exhausted, closed or dropped.
+    Exceptions of the thread are raised here. The thread ends when the iterator is exhausted, closed or dropped.
     """
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     stopped = threading.Event()

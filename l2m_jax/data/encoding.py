@@ -1,4 +1,4 @@
-"""From rows to tokens: prompt, response and end of sequence, within the limits of a model."""
+"""Encodes rows as tokens: prompt, response and end of sequence, within given limits."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -12,19 +12,19 @@ from l2m_jax.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Rows handed to the tokenizer at a time: it spreads each such call over all cores.
+# Rows passed to the tokenizer in one call, which uses all cores.
 ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
 class TokenLimits:
-    """What becomes of long rows. Lengths are in tokens.
+    """Length limits in tokens, and how longer rows are handled.
 
     Attributes:
-        max_length: the most that prompt, response and end of sequence may have together.
-        max_prompt_length: the most that the prompt alone may have; None leaves it to `max_length`.
-        long_prompt: "drop" such rows, or "truncate" the prompt, in front of its closing "### Response:".
-        long_response: "drop" such rows, or "truncate" the response, which then has no end of sequence.
+        max_length: maximum length of prompt, response and end of sequence together.
+        max_prompt_length: maximum length of the prompt; None sets no separate limit.
+        long_prompt: "drop" rows with longer prompts, or "truncate" the prompt before its closing "### Response:".
+        long_response: "drop" rows that are too long, or "truncate" the response, which then has no end of sequence.
         bos: begin with the tokenizer's beginning-of-sequence token, which counts as part of the prompt.
     """
 
@@ -37,17 +37,17 @@ class TokenLimits:
     def __post_init__(self):
         for name in ("long_prompt", "long_response"):
             if getattr(self, name) not in ("drop", "truncate"):
-                raise InputError(f"{name} = '{getattr(self, name)}' must be 'drop' or 'truncate'")
+                raise InputError(f"{name}: {getattr(self, name)!r} must be 'drop' or 'truncate'")
         if self.max_length < 3 or (self.max_prompt_length is not None and self.max_prompt_length < 1):
             raise InputError(
-                f"max_length = {self.max_length} and max_prompt_length = {self.max_prompt_length} must leave room "
-                "for a prompt, a response and the end of sequence"
+                f"max_length: {self.max_length} with max_prompt_length {self.max_prompt_length} leaves no room for a "
+                "prompt, a response and the end of sequence"
             )
 
 
 @dataclass
 class Counts:
-    """How many rows were kept (of which shortened), and how many dropped for each reason."""
+    """How many rows were kept, how many of these were truncated, and how many were dropped for each reason."""
 
     kept: int = 0
     truncated: int = 0
@@ -66,7 +66,7 @@ class Counts:
 
 
 class Encoded(NamedTuple):
-    """A row with its tokens, of which the first `prompt_length` are the prompt's."""
+    """A row with its tokens. The first `prompt_length` of them are the prompt."""
 
     row: Row
     tokens: list[int]
@@ -76,18 +76,18 @@ class Encoded(NamedTuple):
 def encode_rows(
     rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", limits: TokenLimits, counts: Counts
 ) -> Iterator[Encoded]:
-    """The rows that fit, in order; `counts` is brought up to date along the way.
+    """Encodes the rows that fit, in order, and updates `counts` along the way.
 
     Tokens are encode(prompt + response) without special tokens, then the end of sequence. The prompt's tokens are
-    always those of the prompt alone, which is what generation starts from. Where the tokens of the whole text
-    do not begin with them (a response that starts with a line break can fuse with the prompt's last one), the
-    response is tokenised by itself instead.
+    always those of the prompt alone, since generation starts from these. If the tokens of the whole text do not
+    begin with them, the response is tokenised separately: a line break at its start can merge with the prompt's
+    last one.
 
     Raises:
-        InputError: `limits.bos` with a tokenizer that has no such token.
+        InputError: `limits.bos` is set, but the tokenizer has no beginning-of-sequence token.
     """
     if limits.bos and tokenizer.bos_token_id is None:
-        raise InputError("bos is set, but the tokenizer has no beginning-of-sequence token: leave bos empty")
+        raise InputError("bos: the tokenizer has no beginning-of-sequence token; switch bos off")
     bos: Any = tokenizer.bos_token_id
     eos: Any = tokenizer.eos_token_id
     start = [bos] if limits.bos else []
@@ -114,7 +114,7 @@ def encode_rows(
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
-    # verbose: no remark about texts longer than the tokenizer's model; the limits say what becomes of them.
+    # verbose=False: no warning about texts longer than the tokenizer's model allows; the limits handle them.
     encoded: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return encoded["input_ids"]
 
@@ -122,15 +122,15 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list
 def _fit(
     prompt: list[int], response: list[int], limits: TokenLimits, prompt_end: int, counts: Counts
 ) -> tuple[list[int], int] | None:
-    # A prompt leaves room for at least one target.
-    longest_prompt = min(limits.max_prompt_length or limits.max_length, limits.max_length - 1)
+    # Leave room for at least one target.
+    max_prompt = min(limits.max_prompt_length or limits.max_length, limits.max_length - 1)
     truncated = False
-    if len(prompt) > longest_prompt:
+    if len(prompt) > max_prompt:
         if limits.long_prompt == "drop":
             counts.long_prompt += 1
             return None
-        kept_end = prompt[-prompt_end:] if prompt_end < longest_prompt else []
-        prompt = prompt[: longest_prompt - len(kept_end)] + kept_end
+        kept_end = prompt[-prompt_end:] if prompt_end < max_prompt else []
+        prompt = prompt[: max_prompt - len(kept_end)] + kept_end
         truncated = True
     tokens = prompt + response
     if len(tokens) > limits.max_length:

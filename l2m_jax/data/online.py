@@ -1,4 +1,4 @@
-"""Whether the hub can be reached, asked once and quickly: the clients themselves retry for most of a minute."""
+"""A quick check that the hub can be reached: the clients themselves retry for most of a minute."""
 
 import urllib.error
 import urllib.request
@@ -9,11 +9,11 @@ _SECONDS = 5.0
 
 
 def require_hub(name: str, instead: str) -> None:
-    """Returns if `name` can be asked for.
+    """Checks that the hub can be reached before a download.
 
     Args:
-        name: what is about to be downloaded.
-        instead: what to pass when it cannot be.
+        name: what is about to be downloaded, for the message.
+        instead: what the user can pass instead, for the message.
 
     Raises:
         InputError: there is no network, or HF_HUB_OFFLINE is set.
@@ -28,7 +28,7 @@ def require_hub(name: str, instead: str) -> None:
             )
             return
         except urllib.error.HTTPError:
-            return  # an answer, if not a friendly one
+            return  # an error status is still an answer
         except OSError:
             reason = "the hub cannot be reached"
     raise InputError(f"cannot download '{name}' ({reason}): pass {instead}")

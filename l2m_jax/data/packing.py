@@ -1,7 +1,7 @@
-"""Which example goes into which row: batches without padding, in few shapes.
+"""Packing: assigns examples to rows with little padding, in few shapes.
 
-A batch is cut into micro-batches, each of one `Shape` out of a small set that is chosen once for a data set, so
-that a run compiles few programs. Packing changes where tokens lie, never which batch they belong to.
+A batch is divided into micro-batches. Each has a `Shape` from a small set that is chosen once per data set, so that a
+run compiles few programs. Packing determines where tokens are placed, never which batch they belong to.
 """
 
 import bisect
@@ -12,18 +12,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-_ROUND = 64  # row lengths are multiples of it, which matrix units like
+_ROUND = 64  # row lengths are multiples of this, which suits matrix units
 _ROW_LENGTHS = (64, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 2048, 3072, 4096, 6144, 8192)
-_ROW_COUNTS = 10  # tried for each row length
-_SAMPLED_EXAMPLES = 2048  # in at least 16 batches
-# A slot costs 1 in the layers' matrix products, and in attention as much again at this row length. A launch
-# costs as much as so many slots. Only the comparison of layouts rests on these, and only roughly.
+_ROW_COUNTS = 10  # candidates per row length
+_SAMPLED_EXAMPLES = 2048  # used to compare shapes, in at least 16 batches
+# A rough cost model, used only to compare layouts. A slot costs 1 in the layers' matrix products, and the same again
+# in attention at this row length. A launch costs as much as this many slots.
 _ATTENTION_LENGTH = 4096.0
 _LAUNCH_SLOTS = 64.0
 
 
 class Shape(NamedTuple):
-    """A micro-batch on one device: `rows` rows of `length` slots."""
+    """The shape of a micro-batch on one device: `rows` rows of `length` slots (token positions)."""
 
     rows: int
     length: int
@@ -38,20 +38,20 @@ class Shape(NamedTuple):
 
 
 class PackedRows(NamedTuple):
-    """One micro-batch: `rows_AxR[a][r]` are the examples of a row, by their place in what was packed."""
+    """One micro-batch. `rows_AxR[a][r]` lists the examples of a row, as indices into what was packed."""
 
     shape: Shape
     rows_AxR: list[list[list[int]]]
 
 
 def pack(lengths: Sequence[int], shapes: Sequence[Shape], num_devices: int = 1) -> list[PackedRows]:
-    """Places examples of `lengths` tokens into the cheapest micro-batches of `shapes` that hold them all.
+    """Packs examples of `lengths` tokens into the cheapest micro-batches of `shapes` that hold them all.
 
-    One or two micro-batches where these are enough, else as many of the largest shape as needed besides. Each
-    device gets the same shape, and rows so that devices hold about as many tokens.
+    Uses one or two micro-batches if they suffice, and otherwise as many more of the largest shape as needed. All
+    devices get the same shapes, and about the same number of tokens.
 
     Raises:
-        ValueError: an example is longer than every row.
+        ValueError: an example is longer than the longest row.
     """
     lengths = [int(length) for length in lengths]
     longest = max(shapes, key=lambda shape: (shape.length, shape.slots))
@@ -63,7 +63,7 @@ def pack(lengths: Sequence[int], shapes: Sequence[Shape], num_devices: int = 1) 
     by_cost = sorted(_combinations(shapes), key=lambda used: sum(shape.cost for shape in used))
     while True:
         for extra in by_cost:
-            # Many long examples may need more of the longest rows than of the largest shape.
+            # Many long examples may need the longest rows rather than the largest shape.
             for more in dict.fromkeys((largest, longest)):
                 used = (*extra, *[more] * repeated)
                 if total > num_devices * sum(shape.slots for shape in used):
@@ -83,16 +83,17 @@ def choose_shapes(
     max_shapes: int = 4,
     max_slots: int = 8192,
 ) -> tuple[Shape, ...]:
-    """The shapes in which random batches of these examples cost least; the same for the same arguments.
+    """Chooses the shapes in which random batches of these examples cost least. Deterministic.
 
-    Candidates are compared on sampled batches: a first shape that holds the longest example, then whichever
-    adds most, and exchanges as long as these help.
+    Candidates are compared on sampled batches. The search starts with one shape that holds the longest example, then
+    adds the shape that helps most or exchanges one, as long as this lowers the cost.
 
     Args:
-        lengths: tokens of each example, [n].
+        lengths: number of tokens of each example, [n].
         batch_size: examples in a batch, over all devices.
-        max_length: the longest example that must fit; by default the longest there is.
-        max_slots: the most slots of a micro-batch on a device, for the sake of memory.
+        max_length: length of the longest example that must fit; by default the longest of `lengths`.
+        max_shapes: maximum number of shapes.
+        max_slots: maximum number of slots of a micro-batch on one device, which limits memory.
     """
     lengths = np.asarray(lengths)
     longest = _rounded_up(max_length or int(lengths.max()))
@@ -125,10 +126,10 @@ def choose_shapes(
 def pack_rows(
     lengths: Sequence[int], row_length: int, longest: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Packs many examples tightly into as many rows as they need.
+    """Packs many examples tightly into as many rows as needed.
 
     Returns:
-        Rows of `row_length`, and rows of `longest` for the examples that need these (and some that fit beside).
+        Rows of `row_length`, and rows of `longest` for the examples that need them (and others that fit into these).
     """
     rows: dict[int, list[list[int]]] = {row_length: [], longest: []}
     opened: list[tuple[int, list[int]]] = []
@@ -151,7 +152,7 @@ def _longest_first(lengths: Sequence[int]) -> list[int]:
 
 
 def _best_fit(lengths: Sequence[int], rows: Sequence[int]) -> list[list[int]] | None:
-    """Examples of each row, each where it leaves least room, longest first; None if they do not fit."""
+    """Best fit: the longest example first, each into the row with the least room left. None if they do not fit."""
     placed: list[list[int]] = [[] for _ in rows]
     room = sorted((free, row) for row, free in enumerate(rows))
     for i in _longest_first(lengths):
@@ -165,7 +166,7 @@ def _best_fit(lengths: Sequence[int], rows: Sequence[int]) -> list[list[int]] | 
 
 
 def _worst_fit(lengths: Sequence[int], rows: Sequence[int]) -> list[list[int]] | None:
-    """As `_best_fit`, but each where there is most room: fits less often, and leaves rows equally full."""
+    """Worst fit: as `_best_fit`, but into the row with the most room. Fits less often; rows are equally full."""
     placed: list[list[int]] = [[] for _ in rows]
     free = list(rows)
     for i in _longest_first(lengths):
@@ -180,7 +181,7 @@ def _worst_fit(lengths: Sequence[int], rows: Sequence[int]) -> list[list[int]] |
 def _divide(
     lengths: Sequence[int], shapes: Sequence[Shape], rows: Sequence[int], num_devices: int
 ) -> list[PackedRows]:
-    """Rows to micro-batches and devices: in rounds, the fullest row to the device with the fewest tokens."""
+    """Assigns rows to micro-batches and devices: in rounds, the fullest row to the device with the fewest tokens."""
     placed = _worst_fit(lengths, rows) or _best_fit(lengths, rows)
     assert placed is not None
     packed, start = [], 0
@@ -200,35 +201,37 @@ def _divide(
 
 
 def _combinations(shapes: Iterable[Shape]) -> list[tuple[Shape, ...]]:
-    """One or two micro-batches."""
+    """All combinations of one or two micro-batches."""
     shapes = sorted(shapes)
     return [*((shape,) for shape in shapes), *itertools.combinations_with_replacement(shapes, 2)]
 
 
 def _candidates(mean: float, longest: int, tokens: float, max_slots: int) -> list[Shape]:
-    """Shapes of between a third and twice the slots that a device's `tokens` need."""
+    """Shapes with between a third and twice the slots that a device's `tokens` need."""
     lengths = {length for length in _ROW_LENGTHS if mean < length <= max(longest, 4 * _ROUND)} | {longest}
     shapes = set()
     for length in lengths:
-        most = max(1, min(math.ceil(2 * tokens / length), max_slots // length))
-        least = max(1, min(most, int(tokens / 3 / length)))
-        shapes |= {Shape(int(rows), length) for rows in np.linspace(least, most, _ROW_COUNTS).round()}
+        max_rows = max(1, min(math.ceil(2 * tokens / length), max_slots // length))
+        min_rows = max(1, min(max_rows, int(tokens / 3 / length)))
+        shapes |= {Shape(int(rows), length) for rows in np.linspace(min_rows, max_rows, _ROW_COUNTS).round()}
     return sorted(shapes)
 
 
 def _costs(
     batches: Sequence[Sequence[int]], candidates: Sequence[Shape], num_devices: int
 ) -> dict[tuple[Shape, ...], np.ndarray]:
-    """What each batch costs in each combination of candidates; one that does not fit costs too much."""
-    too_much = 4 * max(shape.cost for shape in candidates)
+    """The cost of each batch in each combination of candidates, prohibitive where it does not fit."""
+    prohibitive = 4 * max(shape.cost for shape in candidates)
     totals, longest = np.sum(batches, axis=1), np.max(batches, axis=1)
     costs = {}
     for used in _combinations(candidates):
         rows = [shape.length for shape in used for _ in range(num_devices * shape.rows)]
-        costs[used] = np.full(len(batches), too_much)
-        # A batch that fills less than half of two micro-batches is better off in others.
-        least = sum(rows) / 2 if len(used) > 1 else 0
-        for j in np.flatnonzero((least <= totals) & (totals <= sum(rows)) & (longest <= max(rows))).tolist():
+        costs[used] = np.full(len(batches), prohibitive)
+        # A batch that fills less than half of two micro-batches has a cheaper combination.
+        min_total = sum(rows) / 2 if len(used) > 1 else 0
+        for j in np.flatnonzero(
+            (min_total <= totals) & (totals <= sum(rows)) & (longest <= max(rows))
+        ).tolist():
             if _best_fit(batches[j], rows) is not None:
                 costs[used][j] = sum(shape.cost for shape in used)
     return costs

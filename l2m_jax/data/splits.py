@@ -83,7 +83,7 @@ def _split_rows(data: Data, part: Part, tokenizer: Any) -> Iterator[Row]:
     The source is read several times: only the numbers of rows, and the chosen validation or test rows, are held.
     """
     size = sum(1 for _ in read_rows(data.train))
-    # Raw random bits: numpy keeps these the same from version to version, unlike its permutations.
+    # numpy guarantees the same raw random bits in every version, but not the same permutations.
     keys = np.random.PCG64(np.random.SeedSequence(data.split_seed)).random_raw(size)
     order = np.argsort(keys, kind="stable")
     num_test = 0 if data.test else data.test_rows

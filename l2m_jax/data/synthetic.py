@@ -1,6 +1,6 @@
-"""Graded instruction tasks from a seed: from copying a word to sorting many, for runs that download nothing."""
+"""Instruction tasks of graded difficulty, generated from a seed, for runs without downloads."""
 
-# Words read better as a text than as a list.
+# Words are easier to read in a string than in a list.
 # ruff: noqa: SIM905
 
 import itertools
@@ -11,7 +11,7 @@ import numpy as np
 
 from l2m_jax.data.sources import Row
 
-# Each word once, and no colour among the things: the tasks tell them apart.
+# Each word occurs once, and none is a colour: the tasks depend on that.
 _WORDS = (
     "apple bird boat book bread cake car cat chair city cloud coat corn cow cup dog door duck farm fish flag "
     "frog game gate gift goat hand hat hill horse house ice ink jar key king kite lake lamp leaf "
@@ -26,7 +26,7 @@ _NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty"
 ).split()
-_DRAWS = 50  # rows tried before a kind that has few of them gives way to the next
+_DRAWS = 50  # attempts at a new row of one kind before the next kind is tried
 
 
 class SyntheticRows(NamedTuple):
@@ -99,7 +99,7 @@ def _colours(words: list[str], rng: np.random.Generator) -> tuple[str, str, str]
     return "Name the things without their colours.", given, " ".join(words)
 
 
-# Kind of task, and how many words it is given, at least and at most: the more, the harder.
+# Each kind of task with its minimum and maximum number of words: more words are harder.
 _TASKS: tuple[tuple[Callable[[list[str], np.random.Generator], tuple[str, str, str]], int, int], ...] = (
     (_copy, 3, 8),
     (_first, 3, 8),
@@ -118,12 +118,12 @@ _TASKS: tuple[tuple[Callable[[list[str], np.random.Generator], tuple[str, str, s
 
 
 def synthetic_rows(seed: int, train: int, validation: int, test: int) -> SyntheticRows:
-    """Rows of thirteen kinds in turn, which `category` names; no two rows are equal, within or across the splits.
+    """Rows of thirteen kinds in turn, named by `category`. No two rows are equal, within or across the parts.
 
-    The first rows of a split are the same however many there are of it.
+    The first rows of a part do not depend on its size.
     """
     seen: set[tuple[str, str]] = set()
-    # The small splits first: asking for more training rows does not change what they are tested on.
+    # The small parts come first, so that the number of training rows does not change the test rows.
     parts = [
         _rows(np.random.default_rng([seed, n]), size, seen)
         for n, size in enumerate((test, validation, train))
@@ -137,15 +137,17 @@ def synthetic_rows(seed: int, train: int, validation: int, test: int) -> Synthet
 
 def _rows(rng: np.random.Generator, count: int, seen: set[tuple[str, str]]) -> list[Row]:
     rows: list[Row] = []
-    for task, fewest, most in itertools.cycle(_TASKS):
+    for task, min_words, max_words in itertools.cycle(_TASKS):
         if len(rows) == count:
             return rows
         for _ in range(_DRAWS):
-            words = [_WORDS[i] for i in rng.permutation(len(_WORDS))[: rng.integers(fewest, most + 1)]]
+            words = [
+                _WORDS[i] for i in rng.permutation(len(_WORDS))[: rng.integers(min_words, max_words + 1)]
+            ]
             instruction, given, answer = task(words, rng)
             if (instruction, given) not in seen:
                 seen.add((instruction, given))
                 kind = task.__name__.strip("_").replace("_", " ")
                 rows.append(Row("", instruction, given, (answer,), kind))
                 break
-    raise AssertionError("there is always a next kind")
+    raise AssertionError("unreachable: the kinds repeat for ever")

@@ -117,7 +117,7 @@ def test_bos_belongs_to_the_prompt(tokenizer):
 def test_bos_without_such_a_token():
     tokenizer = train_tokenizer(TEXTS, 300)
     tokenizer.bos_token = None
-    with pytest.raises(InputError, match="bos is set, but"):
+    with pytest.raises(InputError, match="bos: the tokenizer has no"):
         encode(tokenizer, row(), bos=True)
 
 
