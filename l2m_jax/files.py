@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-FINGERPRINT_FILE = "fingerprint.json"
 _DIGITS = 16
 
 
@@ -107,23 +106,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n")
 
 
-def is_finished(folder: Path, expected: str) -> bool:
-    """Whether `folder` holds a finished artefact made from exactly the inputs behind `expected`."""
-    try:
-        return json.loads((folder / FINGERPRINT_FILE).read_text())["fingerprint"] == expected
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 @contextlib.contextmanager
-def writing(folder: Path, made_from: str | None = None) -> Iterator[Path]:
+def writing(folder: Path) -> Iterator[Path]:
     """A new folder to write into, which replaces `folder` once the block ends without an error.
 
     What was at `folder` is deleted only after the new folder is complete and in place. A process that is killed
     between the two renames leaves the old folder under another name; the next call puts it back.
-
-    Args:
-        made_from: written into the folder, for `is_finished`; None writes nothing.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished, old = (folder.parent / f".{folder.name}.{state}" for state in ("unfinished", "old"))
@@ -134,8 +122,6 @@ def writing(folder: Path, made_from: str | None = None) -> Iterator[Path]:
     unfinished.mkdir()
     try:
         yield unfinished
-        if made_from is not None:
-            (unfinished / FINGERPRINT_FILE).write_text(json.dumps({"fingerprint": made_from}) + "\n")
         _sync_tree(unfinished)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -22,7 +22,6 @@ p is the teacher, q the student.
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np

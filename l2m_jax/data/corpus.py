@@ -130,32 +130,19 @@ def build_corpus(
     tokenizer: "PreTrainedTokenizerBase",
     folder: str | Path,
     limits: TokenLimits,
-    *,
-    made_from: str | None = None,
 ) -> Built:
     """Writes a corpus that replaces `folder` once it is complete (see `write_corpus`).
-
-    Args:
-        made_from: fingerprint of the inputs of `rows`, for `files.is_finished(folder, made_from)`.
 
     Raises:
         InputError: as in `write_corpus`, naming the folder. Its old content is then unchanged.
     """
     folder = Path(folder)
     try:
-        with writing(folder, made_from) as unfinished:
+        with writing(folder) as unfinished:
             counts = write_corpus(unfinished, rows, tokenizer, limits)
     except InputError as error:
         raise InputError(f"{folder.name}: {error}") from error
     return Built(Corpus.open(folder), counts)
-
-
-def filter_rows(
-    rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", limits: TokenLimits
-) -> tuple[list[Row], Counts]:
-    """The rows that `write_corpus` would keep, for a split after the filter."""
-    counts = Counts()
-    return [encoded.row for encoded in encode_rows(rows, tokenizer, limits, counts)], counts
 
 
 def _mapped(path: Path, dtype: type[np.generic]) -> np.ndarray:

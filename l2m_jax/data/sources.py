@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from l2m_jax.data.online import require_hub
 from l2m_jax.errors import InputError
 
@@ -138,20 +136,3 @@ def _row(value: Any, default_id: str, place: str) -> Row:
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-def split_rows(
-    rows: Sequence[Row], sizes: Sequence[int] = (11_500, 1_000, 500), seed: int = 42
-) -> tuple[list[Row], ...]:
-    """Disjoint parts of `sizes`, drawn at random; the paper's training, validation and test rows by default.
-
-    Raises:
-        InputError: there are fewer rows than the parts need.
-    """
-    if sum(sizes) > len(rows):
-        raise InputError(
-            f"a split into {' + '.join(map(str, sizes))} rows needs {sum(sizes)}, but there are {len(rows)}"
-        )
-    order = np.random.default_rng(seed).permutation(len(rows))
-    ends = np.cumsum(sizes)
-    return tuple([rows[i] for i in order[end - size : end]] for size, end in zip(sizes, ends, strict=True))

@@ -8,6 +8,7 @@ from pathlib import Path
 from l2m_jax import files
 from l2m_jax.evaluation.protocol import RESPONSES, RESULTS, Results, evaluate
 from l2m_jax.evaluation.sets import PromptSet, from_corpus, read_set
+from l2m_jax.evaluation.sources import parse_set
 from l2m_jax.generation import Generator, SamplingRules
 from l2m_jax.models import DecoderConfig
 from l2m_jax.models.settings import Compute
@@ -79,10 +80,10 @@ def _sets(inputs: EvaluationInputs, config: DecoderConfig, folder: Path) -> list
             corpus = data.open_corpus(chosen.rows)
             found.append(from_corpus(chosen.name, corpus, rows=inputs.rows, longest_prompt=room))
             continue
-        known = chosen.rows.path == chosen.name
+        is_file = chosen.rows.path != chosen.name
         found.append(
             read_set(
-                chosen.name if known else f"{chosen.name}={chosen.rows.path}",
+                f"{chosen.name}={chosen.rows.path}" if is_file else chosen.name,
                 data.load(inputs.tokenizer),
                 folder,
                 max_prompt_length=room,
@@ -98,10 +99,8 @@ def set_inputs(source: str, test: Artefact) -> SetInputs:
     """A set as `config.evaluation.sets` names it: "test", a known name, a file, or name=file."""
     if source == "test":
         return SetInputs(source, test)
-    name, separator, path = source.partition("=")
-    if separator:
-        return SetInputs(name, data.given(path))
-    return SetInputs(Path(source).stem if Path(source).is_file() else source, data.given(source))
+    name, path = parse_set(source)
+    return SetInputs(name, data.given(path or name))
 
 
 def write_summary(workdir: Path, results: Mapping[str, Results], folders: Mapping[str, Path]) -> None:
