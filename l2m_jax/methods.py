@@ -139,11 +139,14 @@ METHODS: dict[str, Method] = {
 }
 
 
+_NO_OVERRIDES, _ROLLOUTS, _CURRICULUM = Overrides(), Rollouts(), Curriculum()
+
+
 def get(
     name: str,
-    overrides: Overrides = Overrides(),
-    rollouts: Rollouts = Rollouts(),
-    curriculum: Curriculum = Curriculum(),
+    overrides: Overrides = _NO_OVERRIDES,
+    rollouts: Rollouts = _ROLLOUTS,
+    curriculum: Curriculum = _CURRICULUM,
 ) -> Method:
     """The method of that name with its overrides.
 

@@ -22,7 +22,7 @@ from l2m_jax.multihost import first
 _RECORD = "inputs.json"
 _SHOWN = 3
 
-I = TypeVar("I")
+Inputs = TypeVar("Inputs")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Artefact(Generic[I]):
+class Artefact(Generic[Inputs]):
     """A folder or file that a phase makes.
 
     Attributes:
@@ -49,7 +49,7 @@ class Artefact(Generic[I]):
         settings: the config's names of fields of `inputs`, for messages.
     """
 
-    inputs: I
+    inputs: Inputs
     path: Path = field(compare=False)
     progress: Path | None = field(default=None, compare=False)
     settings: Mapping[str, str] = field(default_factory=dict, compare=False)

@@ -152,9 +152,12 @@ def make_corpus(artefact: Artefact[CorpusInputs]) -> Corpus:
         if inputs.source is not None:
             field = "train" if inputs.split else inputs.part
             data = dataclasses.replace(data, **{field: inputs.source.path})
-        with artefact.writing() as folder:
-            rows = part_rows(data, inputs.part, tokenizer)
-            write_corpus(folder, rows, tokenizer, token_limits(data, inputs.part))
+        rows, limits = part_rows(data, inputs.part, tokenizer), token_limits(data, inputs.part)
+        try:
+            with artefact.writing() as folder:
+                write_corpus(folder, rows, tokenizer, limits)
+        except InputError as error:
+            raise InputError(f"config.data, {inputs.part} rows: {error}") from error
 
     if not artefact.is_finished:
         first(make)

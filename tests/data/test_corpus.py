@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from l2m_jax.data import corpus as corpus_module
-from l2m_jax.data.corpus import Corpus, build_corpus, filter_rows, write_corpus
+from l2m_jax.data.corpus import Corpus, build_corpus, write_corpus
 from l2m_jax.data.encoding import Counts, TokenLimits
 from l2m_jax.data.prompts import format_prompt
 from l2m_jax.data.sources import Row, read_jsonl
 from l2m_jax.data.tokenizer import train_tokenizer
 from l2m_jax.errors import InputError
-from l2m_jax.files import is_finished
 
 ROWS = [
     Row("a", "Name a colour.", "", ("red", "blue"), "naming"),
@@ -110,12 +109,6 @@ def test_fingerprint_follows_the_tokens(corpus, tokenizer, tmp_path):
     assert with_bos.fingerprint != corpus.fingerprint
 
 
-def test_finished_corpus_is_known_by_what_it_was_made_from(tokenizer, tmp_path):
-    build_corpus(ROWS, tokenizer, tmp_path / "train", LIMITS, made_from="0123")
-    assert is_finished(tmp_path / "train", "0123")
-    assert not is_finished(tmp_path / "train", "4567")
-
-
 def test_writing_into_a_folder(corpus, tokenizer, tmp_path):
     folder = tmp_path / "written"
     folder.mkdir()
@@ -148,9 +141,3 @@ def test_nothing_left(tokenizer, tmp_path):
 def test_opening_nothing(tmp_path):
     with pytest.raises(InputError, match="contains no corpus"):
         Corpus.open(tmp_path)
-
-
-def test_filter_keeps_what_a_corpus_would(corpus, tokenizer):
-    kept, counts = filter_rows(ROWS, tokenizer, LIMITS)
-    assert kept == [corpus.row(i) for i in range(len(corpus))]
-    assert counts == corpus.counts

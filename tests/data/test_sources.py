@@ -5,7 +5,7 @@ import huggingface_hub.constants
 import pytest
 
 from l2m_jax.data import sources
-from l2m_jax.data.sources import Row, check_rows, is_hub_name, read_jsonl, read_rows, split_rows
+from l2m_jax.data.sources import Row, check_rows, is_hub_name, read_jsonl, read_rows
 from l2m_jax.errors import InputError
 
 ALPACA = {"instruction": "Sort.", "input": "b a", "output": "a b"}
@@ -147,23 +147,3 @@ def test_hub_errors_in_one_sentence(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(InputError, match=r"^cannot load 'a/b' \(first line\): pass a file \(.*\)$"):
         list(read_rows("a/b"))
-
-
-ROWS = [Row(str(i), "Say.", str(i), ("x",)) for i in range(50)]
-
-
-def test_split_shares_no_row():
-    parts = split_rows(ROWS, (30, 10, 5), seed=42)
-    assert [len(part) for part in parts] == [30, 10, 5]
-    chosen = [row.id for part in parts for row in part]
-    assert len(set(chosen)) == 45
-
-
-def test_split_follows_its_seed():
-    assert split_rows(ROWS, (30, 10, 5), seed=42) == split_rows(ROWS, (30, 10, 5), seed=42)
-    assert split_rows(ROWS, (30, 10, 5), seed=42) != split_rows(ROWS, (30, 10, 5), seed=43)
-
-
-def test_split_larger_than_the_rows():
-    with pytest.raises(InputError, match=r"11500 \+ 1000 \+ 500 rows needs 13000, but there are 50"):
-        split_rows(ROWS)

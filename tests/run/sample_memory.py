@@ -6,6 +6,7 @@ are activations: micro-batches, KV caches, logits.
 """
 
 import collections
+import contextlib
 import json
 import os
 import signal
@@ -82,10 +83,9 @@ class Sampler:
 
     def _watch(self) -> None:
         while not self._stop:
-            try:
+            # An array may be deleted while it is looked at.
+            with contextlib.suppress(RuntimeError, ValueError):
                 self._sample()
-            except (RuntimeError, ValueError):
-                pass  # an array was deleted under the sampler's eyes
             time.sleep(0.001)
 
     def _sample(self) -> None:
