@@ -94,6 +94,18 @@ class Config:
         return self.seed if self.student.seed < 0 else self.student.seed
 
 
+# What changes cost or rounding alone: it is in no artefact's key (docs/settings.md lists what is in which).
+COST_ONLY = (
+    "devices",
+    "teacher.compute",
+    "student.compute",
+    "max_shapes",
+    "chunk_size",
+    "checkpoint_minutes",
+    "tensorboard",
+)
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper's protocol: drop examples over 1,024 tokens, top-k 50, at most 512 new tokens.
     "paper": {},
@@ -138,6 +150,15 @@ def change(config: Config, changes: Mapping[str, Any]) -> Config:
     changed = ConfigDict(to_dict(config))
     changed.update_from_flattened_dict(changes)
     return parse(changed)
+
+
+def without_cost(config: Config) -> Config:
+    """`config` with the settings that change cost or rounding alone at their defaults."""
+    defaults = Config()
+    changes = {name: getattr(defaults, name) for name in COST_ONLY if "." not in name}
+    for name in ("teacher", "student"):
+        changes[name] = dataclasses.replace(getattr(config, name), compute=Compute())
+    return dataclasses.replace(config, **changes)
 
 
 def _build(kind: type, values: Any, place: str) -> Any:

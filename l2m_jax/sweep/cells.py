@@ -10,7 +10,7 @@ from typing import NamedTuple
 from filelock import FileLock
 
 from l2m_jax import files, methods
-from l2m_jax.config import Config, change
+from l2m_jax.config import Config, change, without_cost
 from l2m_jax.errors import InputError
 from l2m_jax.evaluation.protocol import Results
 from l2m_jax.progress import console
@@ -42,7 +42,7 @@ def grid(config: Config, rows: Mapping[str, Row], seeds: Sequence[int]) -> list[
     if wrong := [seed for seed in seeds if seed < 0]:
         raise InputError(f"training seed {wrong[0]}: must be 0 or more")
     for row in rows.values():
-        methods.get(row.method, config)
+        methods.get(row.method)
     return [
         Cell(
             label,
@@ -60,9 +60,13 @@ def finished(cell: Cell, workdir: Path) -> dict[str, Results] | None:
     if not file.is_file():
         return None
     found = json.loads(file.read_text(encoding="utf-8"))
-    if found["made_from"] != files.fingerprint(cell.config):
+    if found["made_from"] != _key(cell):
         return None
     return {name: Results.from_json(value) for name, value in found["results"].items()}
+
+
+def _key(cell: Cell) -> str:
+    return files.fingerprint(without_cost(cell.config))
 
 
 def prepare(cells: Sequence[Cell], workdir: Path) -> None:
@@ -81,12 +85,11 @@ def prepare(cells: Sequence[Cell], workdir: Path) -> None:
 
 def _run_cell(cell: Cell, workdir: Path) -> None:
     folder = workdir / cell.name
-    (folder / _RESULT).unlink(missing_ok=True)
     start = time.monotonic()
     results = pipeline.run(cell.config, folder, workdir / _SHARED)
     seconds = time.monotonic() - start
     console.print(f"{cell.name}: {seconds:,.0f} s")
-    result = {"made_from": files.fingerprint(cell.config), "seconds": seconds, "results": results}
+    result = {"made_from": _key(cell), "seconds": seconds, "results": results}
     files.write_json(folder / _RESULT, result)
 
 
