@@ -154,13 +154,16 @@ class Placement:
     ) -> jax.Array:
         """One leaf of the weights, placed; `read` gives a piece of it on the host.
 
-        Under "fsdp" only the pieces of this process's devices are read. What is placed has buffers of its own.
+        Under "fsdp" only the pieces of this process's devices are read. What is placed has buffers of its own: views
+        of other arrays are copied; an array that owns its memory is taken over.
         """
+
+        def read_own(index: Any) -> np.ndarray:
+            return np.require(read(index), requirements=["OWNDATA"])
+
         if self.mapping == "fsdp":
-            return jax.make_array_from_callback(
-                shape, self.sharding(shape, stacked=stacked), lambda index: np.array(read(index))
-            )
-        host = np.array(read(tuple(slice(None) for _ in shape)))[None]
+            return jax.make_array_from_callback(shape, self.sharding(shape, stacked=stacked), read_own)
+        host = read_own(tuple(slice(None) for _ in shape))[None]
         shards = [jax.device_put(host, self.devices[i], may_alias=False) for i in self.local]
         return jax.make_array_from_single_device_arrays((len(shards), *shape), self._by_device, shards)
 

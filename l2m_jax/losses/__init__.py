@@ -1,11 +1,11 @@
-"""Distillation objectives that need nothing but jax.
+"""Distillation losses. They depend only on jax.
 
 >>> from l2m_jax import losses
 >>> losses.Objective("skew_kl", alpha=0.1, beta=0.7).needs_labels
 True
 
-Of logits: the divergences, `cross_entropy`, `token_loss` and `distillation_loss`. Of hidden states and output
-heads, without ever holding the logits of a batch: `fused_distillation_sums`, `fused_distillation_loss` and
+From logits: the divergences, `cross_entropy`, `token_loss` and `distillation_loss`. From hidden states and output
+heads, without materialising the logits of a whole batch: `fused_distillation_sums`, `fused_distillation_loss` and
 `fused_token_losses`.
 """
 

@@ -1,4 +1,4 @@
-"""The chunks of tokens of the fused loss: how they are gone over, and one's logits, losses and gradient."""
+"""Chunks of tokens for the fused loss: the loop over them, and the logits, losses and gradient of one chunk."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,21 +9,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from l2m_jax.losses import divergences
 from l2m_jax.losses.distillation import Objective, combine, scaled_divergence
-from l2m_jax.losses.divergences import cross_entropy
 
 Carry = TypeVar("Carry")
 
-# Softmax, divergence and their gradient hold about ten arrays of a block's logits. On a CPU they pass over them
-# twice as fast where these fit into the cache; elsewhere a block is large enough to fill the device.
+# Softmax, divergence and their gradient need about ten arrays of the size of a block's logits. On a CPU they run
+# twice as fast if these arrays fit into the cache. On other devices a block must be large enough to fill the device.
 _BLOCK_SIZE_CPU = 16
 _BLOCK_SIZE = 256
 
-# What a whole chunk is too much for is done in parts of it, where a chunk has so many logits that this pays for
-# compiling the loop twice.
+# A partly filled last chunk runs in quarters, if a chunk has enough logits to justify compiling the loop body twice.
 PARTS = 4
-_DIVIDED_FROM = 1 << 22
-# A part's size is a multiple of it, which matrix units like.
+_MIN_LOGITS_TO_DIVIDE = 1 << 22
+# The size of a part is a multiple of this, for the matrix units.
 _ALIGNMENT = 8
 
 
@@ -43,9 +42,9 @@ class Inputs(NamedTuple):
     weights: jax.Array  # [..., T]
 
 
-def choose_chunk_size(tokens: int, most: int) -> int:
-    """Chunks of about equal size, so that the last one is not mostly padding."""
-    chunks = max(1, _divide_up(tokens, most))
+def choose_chunk_size(tokens: int, max_size: int) -> int:
+    """A size that makes all chunks about equally full, so that the last one is not mostly padding."""
+    chunks = max(1, _divide_up(tokens, max_size))
     return max(1, _divide_up(tokens, chunks * PARTS * _ALIGNMENT)) * PARTS * _ALIGNMENT
 
 
@@ -54,7 +53,7 @@ def _divide_up(a: int, b: int) -> int:
 
 
 def parts_of_chunk(chunk_size: int, vocab_size: int) -> int:
-    return PARTS if chunk_size * vocab_size >= _DIVIDED_FROM else 1
+    return PARTS if chunk_size * vocab_size >= _MIN_LOGITS_TO_DIVIDE else 1
 
 
 def over_chunks(
@@ -63,15 +62,15 @@ def over_chunks(
     body: Callable[[jax.Array, int, Carry], Carry],
     initial: Carry,
 ) -> Carry:
-    """`body(start, size, carry)` for chunk after chunk, up to the last token with weight.
+    """Runs `body(start, size, carry)` for each chunk, up to the last token with nonzero weight.
 
-    Whole chunks keep matrix units busy, and parts of one waste little where the tokens end within it.
+    Whole chunks keep matrix units busy. The last one runs in parts, so that little work is done past the last token.
     """
     position = lax.broadcasted_iota(jnp.int32, weights.shape, weights.ndim - 1)
     end = jnp.max(jnp.where(weights != 0, position + 1, 0), initial=0)
     whole, parts = static.chunk_size, parts_of_chunk(static.chunk_size, static.vocab_size)
     part = whole // parts
-    # One that is full but for less than a part is a whole one.
+    # If less than one part of a chunk is empty, it runs as a whole chunk.
     count = (end + part - 1) // whole
     done = lax.fori_loop(0, count, lambda i, carry: body(i * whole, whole, carry), initial)
     if parts == 1:
@@ -89,7 +88,7 @@ def put_tokens(x: jax.Array, part: jax.Array, start: jax.Array, axis: int) -> ja
 
 
 def take_chunk(inputs: Inputs, start: jax.Array, size: int) -> Inputs:
-    """The chunk's tokens; hidden states without weight become 0, for 0 times NaN is NaN."""
+    """The chunk's tokens. Hidden states of tokens with weight 0 are set to 0, because 0 times NaN is NaN."""
     axis = inputs.labels.ndim - 1
 
     def take(x: jax.Array) -> jax.Array:
@@ -113,8 +112,8 @@ def _logits(hidden: jax.Array, head_VxE: jax.Array) -> jax.Array:
 
 
 class ChunkResult(NamedTuple):
-    student_logits: jax.Array  # [..., C, V]; where the gradient is asked for, weight times d loss / d logits
-    entropy: jax.Array  # [..., C]
+    student_logits: jax.Array  # [..., C, V]; with `gradient`, replaced by weight · d loss / d logits
+    cross_entropy: jax.Array  # [..., C]
     divergence: jax.Array  # [..., C]
 
 
@@ -147,7 +146,7 @@ def _run_blocks(
     labels: jax.Array,
     weights: jax.Array,
 ) -> ChunkResult:
-    """Losses of a chunk, block by block; each block's gradient takes the place of its logits."""
+    """Losses of a chunk, block by block. The gradient of each block overwrites its logits."""
     axis = labels.ndim - 1
 
     def body(i: jax.Array, done: ChunkResult) -> ChunkResult:
@@ -159,7 +158,7 @@ def _run_blocks(
         student_block = slice_tokens(done.student_logits, start, block_size, axis)
         all_logits = done.student_logits
         if gradient:
-            _, pullback, (entropy, divergence) = jax.vjp(
+            _, pullback, (cross_entropy, divergence) = jax.vjp(
                 lambda logits: _terms(static, logits, teacher_block, labels_block),
                 student_block,
                 has_aux=True,
@@ -167,10 +166,10 @@ def _run_blocks(
             (block_gradient,) = pullback(slice_tokens(weights, start, block_size, axis))
             all_logits = put_tokens(all_logits, block_gradient, start, axis)
         else:
-            _, (entropy, divergence) = _terms(static, student_block, teacher_block, labels_block)
+            _, (cross_entropy, divergence) = _terms(static, student_block, teacher_block, labels_block)
         return ChunkResult(
             all_logits,
-            put_tokens(done.entropy, entropy, start, axis),
+            put_tokens(done.cross_entropy, cross_entropy, start, axis),
             put_tokens(done.divergence, divergence, start, axis),
         )
 
@@ -181,13 +180,13 @@ def _run_blocks(
 def _terms(
     static: Static, student_logits: jax.Array, teacher_logits: jax.Array | None, labels: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """loss, and (cross-entropy, divergence). Entries beyond the vocabulary are cut off, as if they were −∞."""
+    """(loss, (cross-entropy, divergence)). Entries beyond the vocabulary are cut off, as if they were −∞."""
     student_logits = student_logits[..., : static.vocab_size]
-    entropy = cross_entropy(student_logits, labels)
+    cross_entropy = divergences.cross_entropy(student_logits, labels)
     if teacher_logits is None:
-        divergence = jnp.zeros_like(entropy)
+        divergence = jnp.zeros_like(cross_entropy)
     else:
         divergence = scaled_divergence(
             student_logits, teacher_logits[..., : static.vocab_size], static.objective
         )
-    return combine(entropy, divergence, static.objective), (entropy, divergence)
+    return combine(cross_entropy, divergence, static.objective), (cross_entropy, divergence)

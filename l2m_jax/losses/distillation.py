@@ -8,8 +8,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from l2m_jax.losses import divergences
 from l2m_jax.losses.divergences import (
-    cross_entropy,
     forward_kl,
     jsd,
     reverse_kl,
@@ -33,21 +33,21 @@ DIVERGENCE_NAMES = tuple(_DIVERGENCES)
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised, as a static (hashable) argument of a compiled function.
+    """The loss to minimise, as a static (hashable) argument of a compiled function.
 
     loss = scale·((1 - beta)·CE + beta·T²·D(p_T ‖ q_T))
 
-    The subscript T is the temperature: both sides' logits are divided by it inside the divergence, and the divergence
-    is multiplied by T², which keeps its gradient at the same scale (Hinton et al., 2015). Cross-entropy is always at
-    temperature 1.
+    The subscript T is the temperature: inside the divergence, the logits of teacher and student are divided by it. The
+    divergence is multiplied by T², which keeps its gradient at the same scale (Hinton et al., 2015). Cross-entropy is
+    always computed at temperature 1.
 
     Attributes:
         divergence: one of `DIVERGENCE_NAMES`.
         alpha: α_i of Eq. 6, the share of the mixture in skew_kl and skew_reverse_kl; the teacher's weight in jsd;
             unused by the others. With skew_kl, 0 is exactly forward_kl.
-        beta: β_i of Eq. 7, the weight of the divergence. 0 is plain cross-entropy, where no teacher is needed.
+        beta: β_i of Eq. 7, the weight of the divergence. 0 is plain cross-entropy, which needs no teacher.
         temperature: T above.
-        scale: of a loss that is one of several terms of a sum.
+        scale: weight of this loss if it is one of several terms of a sum.
 
     Raises:
         ValueError: an unknown divergence, alpha or beta outside [0, 1], a temperature or scale that is not positive.
@@ -61,13 +61,13 @@ class Objective:
 
     def __post_init__(self):
         if self.divergence not in _DIVERGENCES:
-            raise ValueError(f"divergence {self.divergence!r} is none of {', '.join(DIVERGENCE_NAMES)}")
+            raise ValueError(f"divergence {self.divergence!r} is not one of {', '.join(DIVERGENCE_NAMES)}")
         for name in ("alpha", "beta"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} lies between 0 and 1, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
         for name in ("temperature", "scale"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is a positive number, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
 
     @property
     def needs_teacher(self) -> bool:
@@ -81,7 +81,7 @@ class Objective:
 def scaled_divergence(
     student_logits: jax.Array, teacher_logits: jax.Array, objective: Objective
 ) -> jax.Array:
-    """The divergence as it enters the loss, T²·D(p_T ‖ q_T), `[..., V] -> [...]`."""
+    """T²·D(p_T ‖ q_T), the divergence term of the loss, `[..., V] -> [...]`."""
     function, takes_alpha = _DIVERGENCES[objective.divergence]
     temperature = objective.temperature
     if temperature != 1:
@@ -93,7 +93,7 @@ def scaled_divergence(
 
 
 def combine(cross_entropy: jax.Array | None, divergence: jax.Array | None, objective: Objective) -> jax.Array:
-    """(1 - β)·CE + β·D, scaled. What β rules out does not appear in the compiled program, and may be None."""
+    """scale·((1 - β)·CE + β·D). A term that β excludes may be None, and is not in the compiled program."""
     if not objective.needs_teacher:
         assert cross_entropy is not None
         loss = cross_entropy
@@ -116,15 +116,15 @@ def token_loss(
 
     Args:
         student_logits: `[..., V]`, any floating dtype.
-        teacher_logits: `[..., V]`; None where `objective.needs_teacher` is False.
-        labels: integer `[...]`, the reference tokens; None where `objective.needs_labels` is False.
+        teacher_logits: `[..., V]`; None if `objective.needs_teacher` is False.
+        labels: integer `[...]`, the reference tokens; None if `objective.needs_labels` is False.
         objective: static under `jax.jit`.
 
     Returns:
         float32 `[...]`.
 
     Raises:
-        ValueError: logits over vocabularies of different sizes, or an input missing that the objective needs.
+        ValueError: logits over vocabularies of different sizes, or an input that the objective needs is missing.
 
     >>> import jax.numpy as jnp
     >>> teacher, student = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
@@ -132,13 +132,13 @@ def token_loss(
     >>> print(f"{token_loss(student, teacher, jnp.array(0), objective):.4f}")
     0.4385
     """
-    # Here and not only in each part: the parts' gradients then add up in float32 and are rounded once.
+    # Cast here, not only inside each term: the gradients of the terms then add up in float32 and are rounded once.
     student_logits = student_logits.astype(jnp.float32)
-    entropy = divergence = None
+    cross_entropy = divergence = None
     if objective.needs_labels:
         if labels is None:
             raise ValueError(f"labels are needed with beta = {objective.beta}")
-        entropy = cross_entropy(student_logits, labels)
+        cross_entropy = divergences.cross_entropy(student_logits, labels)
     if objective.needs_teacher:
         if teacher_logits is None:
             raise ValueError(f"teacher_logits are needed with beta = {objective.beta}")
@@ -148,7 +148,7 @@ def token_loss(
                 "pad the smaller vocabulary with -inf"
             )
         divergence = scaled_divergence(student_logits, teacher_logits, objective)
-    return combine(entropy, divergence, objective)
+    return combine(cross_entropy, divergence, objective)
 
 
 def distillation_loss(
@@ -160,18 +160,19 @@ def distillation_loss(
 ) -> jax.Array:
     """The weighted mean of `token_loss` over all tokens: Σ weight·loss / Σ weight.
 
-    Over several devices or micro-batches add up Σ weight·loss and Σ weight and divide once; a mean of such means is
-    another loss as soon as the weights' sums differ. `fused_distillation_sums` returns the sums.
+    Over several devices or micro-batches, add up Σ weight·loss and Σ weight and divide once: a mean of means is a
+    different loss if the sums of weights differ. `fused_distillation_sums` returns the sums.
 
     Args:
-        student_logits: `[..., V]`, any floating dtype. Logits[..., t, :] predict labels[..., t]: nothing is shifted here.
-        teacher_logits: `[..., V]`; None where `objective.needs_teacher` is False.
-        labels: integer `[...]`; None where `objective.needs_labels` is False.
-        weights: `[...]`, 0 for tokens without loss (prompt, padding). Such tokens may hold anything, NaN included.
+        student_logits: `[..., V]`, any floating dtype. student_logits[..., t, :] predict labels[..., t]: nothing is
+            shifted here.
+        teacher_logits: `[..., V]`; None if `objective.needs_teacher` is False.
+        labels: integer `[...]`; None if `objective.needs_labels` is False.
+        weights: `[...]`, 0 for tokens without loss (prompt, padding). Logits of such tokens may be anything, even NaN.
         objective: static under `jax.jit`.
 
     Returns:
-        A float32 scalar; 0 where all weights are 0.
+        A float32 scalar; 0 if all weights are 0.
 
     Raises:
         ValueError: as `token_loss`.
@@ -192,5 +193,5 @@ def distillation_loss(
 
 
 def mean(total: jax.Array, weight: jax.Array) -> jax.Array:
-    """total / weight, and 0 with a gradient of 0 where there is no weight."""
+    """total / weight; 0 with a gradient of 0 if the weight is 0."""
     return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)

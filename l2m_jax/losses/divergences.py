@@ -1,15 +1,15 @@
-"""Divergences between a teacher's and a student's next-token distributions, one number a token.
+"""Divergences between the next-token distributions of teacher and student, one number per token.
 
-Every function takes two arrays of logits over the same vocabulary, `[..., V]`, and reduces the last axis alone:
-no mean over tokens, no mask. p is the teacher, q the student, as in the paper. The work is done in float32
-whatever the dtype of the logits.
+Every function takes two arrays of logits over the same vocabulary, `[..., V]`, and reduces only the last axis:
+no mean over tokens, no mask. p is the teacher, q the student, as in the paper. All computation is in float32,
+regardless of the dtype of the logits.
 
-A logit of −∞ (a padded vocabulary entry, a token that was ruled out) gives neither NaN nor ∞, in values or in
-gradients. Where both sides are −∞ the entry counts nothing, as if it were cut off. Where only one side is, its
-log-probability enters as log(1.2e-38) ≈ −87.3, the logarithm of float32's smallest normal number, so that a
-divergence which is infinite on paper stays a large finite number that can still be optimised.
+A logit of −∞ (padding of the vocabulary, or a masked token) gives neither NaN nor ∞, in values or in gradients. If it
+is −∞ for both models, the entry contributes nothing, as if it were cut off. If it is −∞ for only one of them, its
+log-probability is taken as log(1.2e-38) ≈ −87.3, the logarithm of the smallest normal float32. A divergence that is
+mathematically infinite is then a large finite number that can still be optimised.
 
-Mixing weights are Python numbers, not traced arrays: 0 and 1 compile to the plain divergence and to nothing.
+Mixing weights are Python numbers, not traced arrays: 0 and 1 compile to the plain divergence and to 0.
 """
 
 import jax
@@ -31,7 +31,7 @@ def _kl(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
 def _log_mixture(log_a: jax.Array, log_b: jax.Array, weight: float) -> jax.Array:
     """log(weight·a + (1 - weight)·b)."""
     if not 0 <= weight <= 1:
-        raise ValueError(f"a mixing weight lies between 0 and 1, not {weight}")
+        raise ValueError(f"a mixing weight must be between 0 and 1, not {weight}")
     if weight == 0:
         return log_b
     if weight == 1:
@@ -210,7 +210,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Args:
         logits: `[..., V]`, any floating dtype.
-        labels: integer `[...]`. A label outside [0, V) costs nothing and has no gradient; give it weight 0.
+        labels: integer `[...]`. A label outside [0, V) gives loss 0 and no gradient; give it weight 0.
 
     Returns:
         float32 `[...]`, in nats.
@@ -220,6 +220,6 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     1.3863
     """
     log_q = _log_probabilities(logits)
-    # A comparison fuses with the softmax, forwards and backwards; a gather would turn into a scatter of [..., V].
+    # A comparison fuses with the softmax, forward and backward; the gradient of a gather is a scatter into [..., V].
     is_label = jax.lax.broadcasted_iota(labels.dtype, log_q.shape, log_q.ndim - 1) == labels[..., None]
     return -jnp.sum(jnp.where(is_label, log_q, 0.0), axis=-1)

@@ -1,12 +1,12 @@
 """The distillation loss from hidden states and output heads, a chunk of tokens at a time.
 
-Logits over a vocabulary of 50,000 are the largest arrays of a training step by far, so they are never held for
-more than a chunk: the loop over chunks multiplies with both heads, takes the loss and its gradient with respect to
-the student's logits, and multiplies that gradient on to the student's hidden states and head at once. The backward
+Logits over a vocabulary of 50,000 are by far the largest arrays of a training step, so only those of one chunk exist
+at a time. The loop over chunks multiplies with both heads, computes the loss and its gradient with respect to the
+student's logits, and multiplies that gradient into gradients of the student's hidden states and head. The backward
 pass only scales what the forward pass has stored. Each logit is computed once.
 
-The gradient of a chunk is `jax.vjp` of the same `cross_entropy` and `scaled_divergence` that the plain path
-uses, so the two cannot come to optimise different losses.
+The gradient of a chunk is `jax.vjp` of the same `cross_entropy` and `scaled_divergence` that `distillation_loss`
+uses, so both always optimise the same loss.
 """
 
 from functools import partial
@@ -33,9 +33,9 @@ class LossSums(NamedTuple):
     """Sums over tokens of weight·value, float32 scalars; add them over devices and micro-batches, then divide.
 
     Attributes:
-        loss: Σ weight·loss, the only one that carries gradient.
-        cross_entropy: Σ weight·CE, also where it is no part of the loss.
-        divergence: Σ weight·T²·D; 0 where the objective needs no teacher.
+        loss: Σ weight·loss, the only one with a gradient.
+        cross_entropy: Σ weight·CE, even if it is not part of the loss.
+        divergence: Σ weight·T²·D; 0 if the objective needs no teacher.
         weight: Σ weight.
     """
 
@@ -57,32 +57,32 @@ def fused_distillation_sums(
     valid_vocab_size: int | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
 ) -> LossSums:
-    """`distillation_loss` without its division, in memory for `chunk_size` tokens' logits.
+    """`distillation_loss` before its division, holding the logits of only `chunk_size` tokens.
 
-    The chunks run along the token axis T alone, so leading axes (devices, say) stay as they are sharded. What lies
-    behind the last token with weight is not run, to a quarter of a chunk: with the real targets first, the time
-    goes with their number and not with T. The gradient reaches `student_hidden` and `student_head_VxE`, and nothing else: the teacher is
-    fixed, and so are the weights.
+    Chunks divide only the token axis T, so leading axes (such as devices) keep their sharding. Tokens past the last
+    one with nonzero weight are skipped, up to a quarter of a chunk. If the real targets come first, the time depends
+    on their number, not on T. Gradients flow to `student_hidden` and `student_head_VxE` only: the teacher and the
+    weights are constants.
 
     Args:
-        student_hidden: `[..., T, E]`, what the student's head multiplies, in the compute dtype: the matrix products
-            run in it and accumulate in float32.
+        student_hidden: `[..., T, E]`, the student's final hidden states, in the compute dtype: matrix products run in it
+            and accumulate in float32.
         student_head_VxE: the student's output head.
-        teacher_hidden: `[..., T, F]`, in any floating dtype; None where `objective.needs_teacher` is False.
-        teacher_head_UxF: the teacher's output head, whose dtype is the one its logits are computed in.
+        teacher_hidden: `[..., T, F]`, in any floating dtype; None if `objective.needs_teacher` is False.
+        teacher_head_UxF: the teacher's output head; its dtype is the one in which the teacher's logits are computed.
         labels: integer `[..., T]`.
-        weights: `[..., T]`, 0 for tokens without loss. Their hidden states may hold anything, NaN included.
+        weights: `[..., T]`, 0 for tokens without loss. Their hidden states may be anything, even NaN.
         objective: static under `jax.jit`.
-        valid_vocab_size: entries of either vocabulary from here on are padding: they have logits of −∞. It must be
-            given where V and U differ.
-        chunk_size: tokens a chunk, for each entry of the leading axes; rounded up to a multiple of 32. Two float32
-            arrays `[..., chunk_size, V]` are held at a time, so axes that are not sharded are better flattened.
+        valid_vocab_size: entries of both vocabularies from this index on are padding, with logits of −∞. Required if
+            V and U differ.
+        chunk_size: the most tokens per chunk, for each entry of the leading axes; rounded up to a multiple of 32. Two
+            float32 arrays `[..., chunk_size, V]` exist at a time, so flatten leading axes that are not sharded.
 
     Returns:
         LossSums of float32 scalars.
 
     Raises:
-        ValueError: shapes that do not fit together, or a teacher missing that the objective needs.
+        ValueError: shapes do not match, or the objective needs a teacher and none is given.
     """
     static, inputs = _prepare(
         student_hidden,
@@ -99,9 +99,9 @@ def fused_distillation_sums(
 
 
 def fused_distillation_loss(*args, **kwargs) -> jax.Array:
-    """The weighted mean over all tokens: `loss / weight` of `fused_distillation_sums`, whose arguments it takes.
+    """The weighted mean over all tokens: `loss / weight` of `fused_distillation_sums`, with the same arguments.
 
-    Equal to `distillation_loss` of the logits; 0 where all weights are 0.
+    Equal to `distillation_loss` of the logits; 0 if all weights are 0.
     """
     sums = fused_distillation_sums(*args, **kwargs)
     return mean(sums.loss, sums.weight)
@@ -119,14 +119,14 @@ def fused_token_losses(
     valid_vocab_size: int | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy and divergence (T²·D) of each token, for evaluation and ranking; it has no gradient.
+    """Cross-entropy and divergence (T²·D) of each token, for evaluation and ranking. Has no gradient.
 
     Args:
-        As `fused_distillation_sums`. Weights only say which tokens matter: they do not multiply the result.
+        As `fused_distillation_sums`. Weights only say which tokens to compute; the result is not multiplied by them.
 
     Returns:
-        Two float32 arrays `[..., T]`; the second is 0 where the objective needs no teacher. Tokens without weight
-        hold numbers without meaning.
+        Two float32 arrays `[..., T]`; the second is 0 if the objective needs no teacher. Values of tokens with weight 0
+        are meaningless.
 
     Raises:
         ValueError: as `fused_distillation_sums`.
@@ -142,9 +142,9 @@ def fused_token_losses(
         valid_vocab_size,
         chunk_size,
     )
-    entropy, divergence = _token_terms(static, inputs)
+    cross_entropy, divergence = _token_terms(static, inputs)
     tokens = labels.shape[-1]
-    return entropy[..., :tokens], divergence[..., :tokens]
+    return cross_entropy[..., :tokens], divergence[..., :tokens]
 
 
 def _prepare(
@@ -159,7 +159,7 @@ def _prepare(
     chunk_size: int,
 ) -> tuple[Static, Inputs]:
     if chunk_size < 1:
-        raise ValueError(f"chunk_size is at least 1, not {chunk_size}")
+        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
     if student_hidden.shape[:-1] != labels.shape or weights.shape != labels.shape:
         raise ValueError(
             f"student_hidden {student_hidden.shape} without its last axis, labels {labels.shape} and "
@@ -178,7 +178,9 @@ def _prepare(
         vocab_sizes.add(teacher_head_UxF.shape[0])
         teacher_hidden = teacher_hidden.astype(teacher_head_UxF.dtype)
     if valid_vocab_size is None and len(vocab_sizes) > 1:
-        raise ValueError(f"valid_vocab_size must be given, for the heads have {sorted(vocab_sizes)} entries")
+        raise ValueError(
+            f"valid_vocab_size must be given, because the heads have {sorted(vocab_sizes)} entries"
+        )
     vocab_size = min(vocab_sizes) if valid_vocab_size is None else valid_vocab_size
     if not 0 < vocab_size <= min(vocab_sizes):
         raise ValueError(f"valid_vocab_size {vocab_size} does not fit heads of {sorted(vocab_sizes)} entries")
@@ -210,7 +212,7 @@ def _token_terms(static: Static, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
 
     def body(start: jax.Array, size: int, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         result = chunk_result(static, take_chunk(inputs, start, size), head_VxE, gradient=False)
-        return put_tokens(done[0], result.entropy, start, axis), put_tokens(
+        return put_tokens(done[0], result.cross_entropy, start, axis), put_tokens(
             done[1], result.divergence, start, axis
         )
 
@@ -218,13 +220,15 @@ def _token_terms(static: Static, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     return over_chunks(static, inputs.weights, body, (zeros, zeros))
 
 
-def _sum_terms(static: Static, weights: jax.Array, entropy: jax.Array, divergence: jax.Array) -> LossSums:
+def _sum_terms(
+    static: Static, weights: jax.Array, cross_entropy: jax.Array, divergence: jax.Array
+) -> LossSums:
     def total(x: jax.Array) -> jax.Array:
         return jnp.sum(weights * x)
 
     return LossSums(
-        total(combine(entropy, divergence, static.objective)),
-        total(entropy),
+        total(combine(cross_entropy, divergence, static.objective)),
+        total(cross_entropy),
         total(divergence),
         jnp.sum(weights),
     )
@@ -232,7 +236,7 @@ def _sum_terms(static: Static, weights: jax.Array, entropy: jax.Array, divergenc
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss_sums(static: Static, inputs: Inputs) -> LossSums:
-    """Without a gradient asked for, only the sums are computed."""
+    """The forward pass when no gradient is needed: computes only the sums."""
     return _sum_terms(static, inputs.weights, *_token_terms(static, inputs))
 
 
@@ -243,7 +247,7 @@ def _loss_sums_forward(static: Static, inputs: Inputs):
     head_VxE = inputs.student_head_VxE.astype(dtype)
 
     def body(start: jax.Array, size: int, done):
-        entropy, divergence, hidden_gradient, head_gradient_VxE = done
+        cross_entropy, divergence, hidden_gradient, head_gradient_VxE = done
         chunk = take_chunk(inputs, start, size)
         result = chunk_result(static, chunk, head_VxE, gradient=True)
         logits_gradient = result.student_logits.astype(dtype)
@@ -257,14 +261,14 @@ def _loss_sums_forward(static: Static, inputs: Inputs):
             preferred_element_type=jnp.float32,
         )
         return (
-            put_tokens(entropy, result.entropy, start, axis),
+            put_tokens(cross_entropy, result.cross_entropy, start, axis),
             put_tokens(divergence, result.divergence, start, axis),
             put_tokens(hidden_gradient, chunk_gradient.astype(dtype), start, axis),
             head_gradient_VxE + chunk_head_gradient_VxE,
         )
 
     zeros = jnp.zeros_like(inputs.weights)
-    entropy, divergence, hidden_gradient, head_gradient_VxE = over_chunks(
+    cross_entropy, divergence, hidden_gradient, head_gradient_VxE = over_chunks(
         static,
         inputs.weights,
         body,
@@ -275,10 +279,10 @@ def _loss_sums_forward(static: Static, inputs: Inputs):
             jnp.zeros_like(inputs.student_head_VxE, jnp.float32),
         ),
     )
-    # The empty array carries the head's dtype to the backward pass, where only arrays can go.
+    # An empty array carries the head's dtype: residuals can only be arrays.
     head_dtype = jnp.zeros((0,), inputs.student_head_VxE.dtype)
     residuals = (hidden_gradient, head_gradient_VxE, head_dtype)
-    return _sum_terms(static, inputs.weights, entropy, divergence), residuals
+    return _sum_terms(static, inputs.weights, cross_entropy, divergence), residuals
 
 
 def _loss_sums_backward(static: Static, residuals, cotangents: LossSums) -> tuple[Inputs]:

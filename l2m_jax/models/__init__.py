@@ -1,4 +1,4 @@
-"""GPT-2, OPT and Llama as one decoder, from and to Hugging Face folders."""
+"""GPT-2, OPT and Llama as one decoder, loaded from and saved to Hugging Face folders."""
 
 from l2m_jax.models.architecture import DecoderConfig, Rope
 from l2m_jax.models.decoder import (
@@ -8,31 +8,44 @@ from l2m_jax.models.decoder import (
     empty_cache,
     head,
     hidden_states,
+    inference_dtype,
     init,
     logits,
     prefill,
     unstack_layers,
 )
-from l2m_jax.models.hf.folder import load, read_config, save
-from l2m_jax.models.student import student_from_teacher
-from l2m_jax.reporting.card import ModelCard
+from l2m_jax.models.hf.folder import load, load_head, read_config, save
+from l2m_jax.models.settings import (
+    Architecture,
+    Compute,
+    Model,
+    random_config,
+    with_compute,
+    with_dropout,
+)
 
 __all__ = [
+    "Architecture",
     "Cache",
+    "Compute",
     "DecoderConfig",
-    "ModelCard",
+    "Model",
     "Rope",
     "apply_head",
     "decode_step",
     "empty_cache",
     "head",
     "hidden_states",
+    "inference_dtype",
     "init",
     "load",
+    "load_head",
     "logits",
     "prefill",
+    "random_config",
     "read_config",
     "save",
-    "student_from_teacher",
     "unstack_layers",
+    "with_compute",
+    "with_dropout",
 ]

@@ -1,12 +1,12 @@
-"""What distinguishes one decoder from another: sizes, norms, positions, and how it is to be computed."""
+"""The configuration of a decoder: sizes, norms, positions, and how it is computed."""
 
 import dataclasses
 from typing import Literal
 
 import jax.numpy as jnp
 
-from l2m_jax.errors import InputError
-from l2m_jax.models.layers import ACTIVATIONS
+from l2m_jax.errors import InputError, require_choice, require_fraction, require_positive
+from l2m_jax.models.activations import ACTIVATIONS
 
 _CHOICES = {
     "norm": ("layer", "rms"),
@@ -14,17 +14,18 @@ _CHOICES = {
     "attention": ("auto", "xla", "cudnn"),
     "dtype": ("float32", "bfloat16", "float16"),
     "param_dtype": ("float32", "bfloat16", "float16"),
+    "activation": tuple(ACTIVATIONS),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary position embeddings (Su et al., 2021), and how their frequencies are stretched beyond the trained length.
+    """Rotary position embeddings (Su et al., 2021), and how their frequencies are scaled for longer sequences.
 
     Attributes:
         theta: base of the geometric series of wavelengths.
-        scaling: "default" leaves them alone, "linear" divides every frequency by `factor`, "llama3" only the low
-            ones (wavelengths over `original_max_positions / low_freq_factor`), with a smooth passage.
+        scaling: "default" changes nothing; "linear" divides every frequency by `factor`; "llama3" divides only the
+            low ones (wavelengths over `original_max_positions / low_freq_factor`), with a smooth transition.
         factor, low_freq_factor, high_freq_factor, original_max_positions: see `scaling`.
     """
 
@@ -38,37 +39,37 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """One decoder-only transformer. Hashable, so that it can be a static argument of `jax.jit`.
+    """A decoder-only transformer. Hashable, so that it can be a static argument of `jax.jit`.
 
     Attributes:
-        family: "gpt2", "opt" or "llama": which table converts it from and to Hugging Face.
+        family: a key of `hf.families.FAMILIES`, which converts it from and to Hugging Face.
         vocab_size: rows of the token embedding.
-        valid_vocab_size: how many of them are real tokens; logits of the rest are -inf.
-        hidden_size: width E between the blocks.
-        embed_size: width of the token embedding and of the head; below `hidden_size` in OPT-350M alone.
+        valid_vocab_size: how many of them are real tokens; logits of the others are -inf.
+        hidden_size: width E of the residual stream.
+        embed_size: width of the token embedding and of the head; smaller than `hidden_size` only in OPT-350M.
         num_layers, num_heads, num_kv_heads, head_dim, intermediate_size: the blocks.
-        max_positions: longest sequence. A learned table has `max_positions + position_offset` rows.
+        max_positions: the longest sequence. A learned table has `max_positions + position_offset` rows.
         position_offset: row of the table that position 0 reads (2 in OPT).
-        rope: rotary positions in place of a learned table.
+        rope: rotary positions instead of a learned table.
         norm, norm_eps, norm_affine: "layer" or "rms"; whether norms have parameters.
-        pre_norm: norms before attention and MLP; after each residual sum otherwise (OPT-350M).
+        pre_norm: norms before attention and MLP; otherwise after each residual sum (OPT-350M).
         final_norm: a norm after the last block.
-        activation: a key of `layers.ACTIVATIONS`, by its Hugging Face name.
-        gated_mlp: down(act(gate(x)) * up(x)) in place of down(act(up(x))).
+        activation: a key of `activations.ACTIVATIONS`.
+        gated_mlp: down(act(gate(x)) * up(x)) instead of down(act(up(x))).
         attention_bias, mlp_bias: whether those projections have biases.
         scale_attention: divide attention scores by sqrt(head_dim).
         tie_embeddings: the head is the token embedding.
         embedding_dropout, attention_dropout, residual_dropout: rates, applied where Hugging Face applies them.
-        init_std: standard deviation of fresh weights; `scaled_residual_init` divides it by sqrt(2 num_layers)
-            in the projections that write to the residual stream (GPT-2).
-        bos_token_id, eos_token_id, pad_token_id: as in the Hugging Face config; nothing here computes with them.
-        dtype: of matrix products and of the residual stream. Norms, softmax and logits stay in float32.
+        init_std: standard deviation of random weights; `scaled_residual_init` divides it by sqrt(2 num_layers)
+            in projections that write to the residual stream (GPT-2).
+        bos_token_id, eos_token_id, pad_token_id: as in the Hugging Face config; the model does not use them.
+        dtype: of matrix products and the residual stream. Norms, softmax and logits are always float32.
         param_dtype: of the parameters.
-        remat: what the backward pass computes again: nothing, the whole block ("block"), or everything in a block
-            but its matrix products with parameters ("dots").
-        scan_layers: one traced block for all layers (compile time independent of depth), or all of them unrolled
-            (faster by what slicing stacked parameters costs). None: unrolled where there are at most 4.
-        attention: "cudnn" (NVIDIA's fused kernel), "xla", or "auto": cuDNN where device, dtype and shapes allow.
+        remat: what the backward pass recomputes: "none", the whole block ("block"), or everything in a block except
+            matrix products with parameters ("dots").
+        scan_layers: trace one block for all layers (compile time independent of depth), or unroll them (faster, as
+            stacked parameters need no slicing). None: unroll up to 4 layers.
+        attention: "cudnn" (NVIDIA's fused kernel), "xla", or "auto": cuDNN if it supports device, dtype and shapes.
     """
 
     family: str
@@ -110,23 +111,30 @@ class DecoderConfig:
     attention: str = "auto"
 
     def __post_init__(self):
-        # Accepts jnp.bfloat16 and the like, and keeps the name: it is what JSON and command lines can hold.
+        # Accepts jnp.bfloat16 and the like, but stores the name, which JSON and command lines can hold.
         for field in ("dtype", "param_dtype"):
             object.__setattr__(self, field, jnp.dtype(getattr(self, field)).name)
-        for field, choices in (*_CHOICES.items(), ("activation", tuple(ACTIVATIONS))):
-            if getattr(self, field) not in choices:
-                raise InputError(
-                    f"{field} is {getattr(self, field)!r}; it must be one of {', '.join(choices)}"
-                )
+        for field, choices in _CHOICES.items():
+            require_choice(self, field, choices)
+        require_positive(self, "vocab_size", "hidden_size", "embed_size", "num_layers", "num_heads")
+        require_positive(self, "num_kv_heads", "head_dim", "intermediate_size", "max_positions")
+        require_fraction(self, "embedding_dropout", "attention_dropout", "residual_dropout", below_one=True)
         if self.num_heads % self.num_kv_heads:
             raise InputError(
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}, "
-                "so the query heads cannot share the key/value heads evenly"
+                f"num_kv_heads: {self.num_kv_heads} must divide num_heads {self.num_heads}, so that the query heads "
+                "share the key/value heads evenly"
             )
         if self.rope is not None and self.head_dim % 2:
-            raise InputError(f"head_dim {self.head_dim} is odd, but rotary positions turn pairs of numbers")
+            raise InputError(f"head_dim: {self.head_dim} must be even, as rotary positions rotate pairs")
         if not 0 < self.valid_vocab_size <= self.vocab_size:
             raise InputError(
-                f"valid_vocab_size {self.valid_vocab_size} must lie between 1 and vocab_size {self.vocab_size}; "
+                f"valid_vocab_size: {self.valid_vocab_size} must be between 1 and vocab_size {self.vocab_size}; "
                 "a tokenizer with more tokens than the embedding has rows belongs to another model"
             )
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All tokens that end a sequence; empty if the config names none."""
+        if self.eos_token_id is None:
+            return ()
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)

@@ -1,49 +1,46 @@
 """Attention over packed rows and over a KV cache, and rotary positions."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend import backend
 
+from l2m_jax.models.architecture import DecoderConfig, Rope
 from l2m_jax.parallel import split_rows
 
-if TYPE_CHECKING:
-    from l2m_jax.models.architecture import DecoderConfig, Rope
-
-
-# Queries of a block: few enough that much of what lies above the diagonal is spared, in so few blocks that they do
-# not take long to compile.
+# Queries per block: small enough to skip most of the scores above the diagonal, with a limit on the number of blocks
+# that keeps compile time short.
 _QUERY_BLOCK = 256
-_MOST_BLOCKS = 8
+_MAX_BLOCKS = 8
 
-# Added to a score that may not count. Half of the lowest number, so that the sum is finite.
-_FORBIDDEN = float(jnp.finfo(jnp.float32).min / 2)
+# Added to masked scores. Half of the lowest float32, so that the sum stays finite.
+_MASKED = float(jnp.finfo(jnp.float32).min / 2)
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer. Heads come before slots, so that a step reads each head's slots in one run."""
+    """Keys and values of one layer. Heads come before slots, so that a step reads contiguous memory for each head."""
 
     key_BxKxSxD: jax.Array
     value_BxKxSxD: jax.Array
 
 
 class RopeAngles(NamedTuple):
-    """cos and sin of the angle by which each position turns each pair of numbers, float32."""
+    """cos and sin of the angle by which each position rotates each pair of features, float32."""
 
     cos_BxLx1xD: jax.Array
     sin_BxLx1xD: jax.Array
 
 
-def rope_angles(rope: "Rope", head_dim: int, positions_BxL: jax.Array) -> RopeAngles:
+def rope_angles(rope: Rope, head_dim: int, positions_BxL: jax.Array) -> RopeAngles:
     """Angles for `rotate`; the frequencies of the first half of D are repeated in the second, as in Hugging Face."""
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     frequencies = 1.0 / rope.theta**exponents
     if rope.scaling == "linear":
         frequencies = frequencies / rope.factor
     elif rope.scaling == "llama3":
-        # Llama 3.1: 1 (unchanged) for short wavelengths, 0 (stretched) for long ones, linear between the two.
+        # Llama 3.1: 1 (unchanged) for short wavelengths, 0 (scaled) for long ones, linear in between.
         turns = rope.original_max_positions * frequencies / (2 * jnp.pi)
         unchanged = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         unchanged = jnp.clip(unchanged, 0.0, 1.0)
@@ -54,14 +51,14 @@ def rope_angles(rope: "Rope", head_dim: int, positions_BxL: jax.Array) -> RopeAn
 
 
 def rotate(x_BxLxHxD: jax.Array, angles: RopeAngles) -> jax.Array:
-    """Turns the pairs (d, d + D/2) of queries or keys, in float32."""
+    """Rotates the pairs (d, d + D/2) of queries or keys, in float32."""
     x = x_BxLxHxD.astype(jnp.float32)
     first, second = jnp.split(x, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return (x * angles.cos_BxLx1xD + turned * angles.sin_BxLx1xD).astype(x_BxLxHxD.dtype)
+    rotated = jnp.concatenate([-second, first], axis=-1)
+    return (x * angles.cos_BxLx1xD + rotated * angles.sin_BxLx1xD).astype(x_BxLxHxD.dtype)
 
 
-def _implementation(config: "DecoderConfig", query: jax.Array) -> str:
+def _implementation(config: DecoderConfig, query: jax.Array) -> str:
     if config.attention != "auto":
         return config.attention
     client = backend.get_backend()
@@ -73,23 +70,23 @@ def _implementation(config: "DecoderConfig", query: jax.Array) -> str:
 
 
 def why_not_cudnn(dtype: jax.typing.DTypeLike, length: int, head_dim: int) -> str | None:
-    """What jax's cuDNN call does not accept of these, on any card since Ampere; None where it takes them."""
+    """Why JAX's cuDNN attention does not support these, on GPUs since Ampere; None if it does."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 or float16, not in {jnp.dtype(dtype)}"
     if head_dim % 8 or head_dim > 128:
-        return f"heads of {head_dim} are no multiple of 8 up to 128"
-    # Odd lengths fail in the backward pass with a mask.
-    return f"rows of {length} are odd" if length % 2 else None
+        return f"head_dim {head_dim} is not a multiple of 8 up to 128"
+    # With a mask, odd lengths fail in the backward pass.
+    return f"row length {length} is odd" if length % 2 else None
 
 
-def _scale(config: "DecoderConfig") -> float:
+def _scale(config: DecoderConfig) -> float:
     return config.head_dim**-0.5 if config.scale_attention else 1.0
 
 
-def causal(config: "DecoderConfig", segment_ids_BxL: jax.Array | None, keep_kv: bool = False) -> Callable:
+def causal(config: DecoderConfig, segment_ids_BxL: jax.Array | None, keep_kv: bool = False) -> Callable:
     """Each token attends to itself and to earlier tokens of its own segment. The cache is (key, value), or None.
 
-    Empty slots (segment 0) attend to one another, so that no softmax is over nothing.
+    Empty slots (segment 0) attend to each other, so that every softmax has something to sum over.
     """
     mask = None
     if segment_ids_BxL is not None:
@@ -97,7 +94,7 @@ def causal(config: "DecoderConfig", segment_ids_BxL: jax.Array | None, keep_kv: 
 
     def attend(query, key, value, dropout):
         query, key, value = split_rows(query), split_rows(key), split_rows(value)
-        # jax's call of cuDNN has no dropout: an `attention_dropout` of 0 is what it takes to train with it.
+        # JAX's cuDNN attention has no dropout: training can use it only with an `attention_dropout` of 0.
         if dropout is None and _implementation(config, query) == "cudnn":
             attended = jax.nn.dot_product_attention(
                 query, key, value, mask=mask, scale=_scale(config), is_causal=True, implementation="cudnn"
@@ -110,23 +107,23 @@ def causal(config: "DecoderConfig", segment_ids_BxL: jax.Array | None, keep_kv: 
 
 
 def _in_blocks(
-    config: "DecoderConfig",
+    config: DecoderConfig,
     query_BxLxHxD: jax.Array,
     key_BxLxKxD: jax.Array,
     value_BxLxKxD: jax.Array,
     mask_Bx1xLxL: jax.Array | None,
     dropout: Callable[[jax.Array], jax.Array] | None,
 ) -> jax.Array:
-    """Attention of one block of queries after another, each over the keys up to its end.
+    """Attention in blocks of queries, each over the keys up to the end of the block.
 
-    So up to half of the [L, L] scores are never computed, and they are divided by their sum after the product with
-    the values, where there are fewer numbers. Dropout falls on the probabilities, as in the reference models.
+    This skips up to half of the [L, L] scores. The softmax is normalised after the product with the values, where
+    there are fewer numbers to divide. Dropout applies to the probabilities, as in the reference models.
     """
     B, L, H, D = query_BxLxHxD.shape
     K = key_BxLxKxD.shape[2]
     query = query_BxLxHxD.reshape(B, L, K, H // K, D).transpose(0, 2, 3, 1, 4)
     key, value = key_BxLxKxD.swapaxes(1, 2), value_BxLxKxD.swapaxes(1, 2)
-    size = -(-L // (_MOST_BLOCKS * _QUERY_BLOCK)) * _QUERY_BLOCK
+    size = -(-L // (_MAX_BLOCKS * _QUERY_BLOCK)) * _QUERY_BLOCK
 
     def block(start: int, end: int) -> jax.Array:
         allowed = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None]
@@ -136,25 +133,25 @@ def _in_blocks(
         scores = jnp.einsum(
             "BKGQD,BKSD->BKGQS", query[..., start:end, :], key[:, :, :end], preferred_element_type=jnp.float32
         )
-        scores = _scale(config) * scores + jnp.where(allowed, 0.0, _FORBIDDEN)
-        odds = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True)))
-        total = jnp.sum(odds, -1, keepdims=True)
+        scores = _scale(config) * scores + jnp.where(allowed, 0.0, _MASKED)
+        exp_scores = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True)))
+        normalizer = jnp.sum(exp_scores, -1, keepdims=True)
         if dropout is not None:
-            odds = dropout(odds)
+            exp_scores = dropout(exp_scores)
         attended = jnp.einsum(
             "BKGQS,BKSD->BKGQD",
-            odds.astype(value.dtype),
+            exp_scores.astype(value.dtype),
             value[:, :, :end],
             preferred_element_type=jnp.float32,
         )
-        return (attended / total).astype(value.dtype)
+        return (attended / normalizer).astype(value.dtype)
 
-    done = [block(start, min(start + size, L)) for start in range(0, L, size)]
-    return jnp.concatenate(done, -2).transpose(0, 3, 1, 2, 4).reshape(B, L, H, D)
+    blocks = [block(start, min(start + size, L)) for start in range(0, L, size)]
+    return jnp.concatenate(blocks, -2).transpose(0, 3, 1, 2, 4).reshape(B, L, H, D)
 
 
-def cached(config: "DecoderConfig", cache: LayerCache, positions_B: jax.Array) -> Callable:
-    """One new token a row: its key and value go to slot `positions_B`, its query sees the slots up to there."""
+def cached(config: DecoderConfig, cache: LayerCache, positions_B: jax.Array) -> Callable:
+    """One new token per row: writes its key and value to slot `positions_B`; its query sees the slots up to there."""
 
     def attend(query_Bx1xHxD, key_Bx1xKxD, value_Bx1xKxD, dropout):
         B, _, H, D = query_Bx1xHxD.shape

@@ -1,7 +1,7 @@
-"""The one transformer: GPT-2, OPT and Llama are settings of it.
+"""The transformer. GPT-2, OPT and Llama are configurations of it.
 
 Pure functions of (config, params, ...), to be traced under the caller's `jax.jit` with `config` static. Parameters
-are nested dicts of arrays; those under "blocks" carry a leading layer axis N.
+are nested dicts of arrays; those under "blocks" have a leading layer axis N.
 """
 
 import functools
@@ -19,16 +19,16 @@ from l2m_jax.models.attention import LayerCache, cached, causal, rope_angles
 from l2m_jax.models.layers import Block, Embeddings, Output
 from l2m_jax.types import Params
 
-# Up to so many layers are unrolled: their program is still small, and spares the slices of stacked parameters.
-_FEW_LAYERS = 4
+# Up to this many layers are unrolled: the program is still small, and stacked parameters need no slicing.
+_MAX_UNROLLED = 4
 
 Cache = tuple[LayerCache, ...]
-"""One pair of arrays a layer, each with the batch axis first: rows of it can be gathered, scattered and sharded."""
+"""One pair of arrays per layer, each with the batch axis first, so that rows can be gathered, scattered and sharded."""
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init(config: DecoderConfig, key: jax.Array) -> Params:
-    """Fresh parameters in `config.param_dtype`: normal weights with `init_std`, zero biases, norms of one."""
+    """Random parameters in `config.param_dtype`: normal weights with `init_std`, biases of 0, norm scales of 1."""
     embeddings_key, blocks_key, output_key, head_key = jax.random.split(key, 4)
     tokens = jnp.zeros((1, 1), jnp.int32)
     x = jnp.zeros((1, 1, config.hidden_size), config.dtype)
@@ -55,6 +55,18 @@ def head(config: DecoderConfig, params: Params) -> jax.Array:
     )
 
 
+def inference_dtype(config: DecoderConfig, path: str) -> str:
+    """The dtype of a parameter of a model that is not trained: the compute dtype, but float32 for norms.
+
+    Norms compute in float32. Every other parameter is cast to the compute dtype before use, so that casting it
+    once beforehand changes no result.
+
+    Args:
+        path: of the parameter, such as "blocks/mlp_norm/scale", or `jax.tree_util.keystr` of its key path.
+    """
+    return "float32" if "norm" in path else config.dtype
+
+
 def hidden_states(
     config: DecoderConfig,
     params: Params,
@@ -64,14 +76,14 @@ def hidden_states(
     positions_BxL: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """hidden_BxLxE after the final norm and projection, in `config.dtype`: what the head multiplies.
+    """hidden_BxLxE after the final norm and projection, in `config.dtype`: the input of the head.
 
     Args:
         tokens_BxL: int32.
         segment_ids_BxL: 1, 2, ... for the sequences packed into a row, 0 for empty slots; a token sees only its
-            own segment. None: every row is one sequence.
-        positions_BxL: default: counted from 0 in each segment.
-        dropout_key: None means no dropout.
+            own segment. None: each row is one sequence.
+        positions_BxL: None: counted from 0 in each segment.
+        dropout_key: None: no dropout.
 
     Raises:
         InputError: an unpacked row is longer than the table of learned positions.
@@ -91,7 +103,7 @@ def logits(
     positions_BxL: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """logits_BxLxV in float32, -inf for entries that are no token. Arguments as in `hidden_states`."""
+    """logits_BxLxV in float32, -inf for padding of the vocabulary. Arguments as in `hidden_states`."""
     hidden = hidden_states(
         config,
         params,
@@ -104,7 +116,7 @@ def logits(
 
 
 def apply_head(config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
-    """[..., E] -> logits [..., V] in float32, -inf for entries that are no token."""
+    """[..., E] -> logits [..., V] in float32, -inf for padding of the vocabulary."""
     head_VxE = head(config, params).astype(config.dtype)
     result = jnp.einsum("...E,VE->...V", hidden, head_VxE, preferred_element_type=jnp.float32)
     if config.valid_vocab_size == config.vocab_size:
@@ -127,12 +139,16 @@ def empty_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
 def prefill(
     config: DecoderConfig, params: Params, tokens_BxL: jax.Array, lengths_B: jax.Array, cache_length: int
 ) -> tuple[jax.Array, Cache]:
-    """Runs right-padded prompts and keeps their keys and values.
+    """Runs right-padded prompts and stores their keys and values.
 
-    Slots past a prompt's length hold what padding left there; `decode_step` overwrites each before it sees it.
+    Slots past the end of a prompt hold keys and values of padding; `decode_step` overwrites each slot before it
+    reads it.
 
     Returns:
         (hidden_BxE of each prompt's last token, cache with `cache_length` slots).
+
+    Raises:
+        InputError: the prompts are longer than the cache, or than the table of learned positions.
     """
     L = tokens_BxL.shape[1]
     if cache_length < L:
@@ -154,10 +170,10 @@ def prefill(
 
 
 def unstack_layers(params: Params) -> Params:
-    """Parameters for a loop around `decode_step`: "blocks" becomes a tuple with one entry a layer.
+    """Parameters for a loop around `decode_step`: "blocks" becomes a tuple with one entry per layer.
 
-    `decode_step` slices stacked parameters on every call. Taking them apart once, before the loop and under
-    the same jit, spares a copy of the model at each token.
+    `decode_step` slices stacked parameters on every call. Unstacking them once before the loop, under the same jit,
+    avoids a copy of the model for each token.
     """
     N = jax.tree.leaves(params["blocks"])[0].shape[0]
     layers = (jax.tree.map(operator.itemgetter(n), params["blocks"]) for n in range(N))
@@ -167,10 +183,10 @@ def unstack_layers(params: Params) -> Params:
 def decode_step(
     config: DecoderConfig, params: Params, tokens_B: jax.Array, positions_B: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """One token further in every row.
+    """Reads one more token in every row.
 
-    The new key and value of row b go to slot `positions_B[b]`, and its query sees the slots up to there. As the
-    carry of a loop the cache is updated in place.
+    The new key and value of row b are written to slot `positions_B[b]`, and its query sees the slots up to there. As
+    the carry of a loop, the cache is updated in place.
 
     Args:
         params: stacked, or from `unstack_layers`.
@@ -218,13 +234,13 @@ def _apply(module: nn.Module, params: Params, *inputs, dropout_key=None) -> Any:
 
 
 def _forward(config, params, tokens_BxL, positions_BxL, attend: Callable, dropout_key):
-    """(hidden_BxLxE, what `attend` kept of each layer, stacked)."""
+    """(hidden_BxLxE, the caches that `attend` returned, stacked over layers)."""
     embeddings_key, layer_keys = None, None
     if dropout_key is not None:
         embeddings_key, blocks_key = jax.random.split(dropout_key)
         layer_keys = jax.random.split(blocks_key, config.num_layers)
     deterministic = dropout_key is None
-    scan_layers = config.num_layers > _FEW_LAYERS if config.scan_layers is None else config.scan_layers
+    scan_layers = config.num_layers > _MAX_UNROLLED if config.scan_layers is None else config.scan_layers
     rope = _rope(config, positions_BxL)
 
     def block(x, layer_and_key):
@@ -232,12 +248,12 @@ def _forward(config, params, tokens_BxL, positions_BxL, attend: Callable, dropou
         return _apply(Block(config), layer, x, rope, attend, deterministic, dropout_key=key)
 
     if config.remat != "none":
-        # Inside a scan nothing can be merged across the loop's border, so the guard against it is only a cost.
+        # A scan already prevents common subexpression elimination between forward and backward pass.
         keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
         block = jax.checkpoint(block, prevent_cse=not scan_layers, policy=keep)
 
     inputs = (tokens_BxL, positions_BxL, deterministic)
     x = _apply(Embeddings(config), params["embeddings"], *inputs, dropout_key=embeddings_key)
     unroll = 1 if scan_layers else config.num_layers
-    x, kept = jax.lax.scan(block, x, (params["blocks"], layer_keys), unroll=unroll)
-    return _apply(Output(config), params["output"], x), kept
+    x, caches = jax.lax.scan(block, x, (params["blocks"], layer_keys), unroll=unroll)
+    return _apply(Output(config), params["output"], x), caches

@@ -1,41 +1,19 @@
-"""The parts of a block, as Linen modules. Parameters in `param_dtype`, products in `dtype`, norms in float32."""
-
-import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+"""The Linen modules of a decoder. Parameters are in `param_dtype`, products in `dtype`, norms in float32."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from l2m_jax.models.activations import ACTIVATIONS
+from l2m_jax.models.architecture import DecoderConfig
 from l2m_jax.models.attention import rotate
 from l2m_jax.parallel import split_rows
 
-if TYPE_CHECKING:
-    from l2m_jax.models.architecture import DecoderConfig
-
-# By the names that Hugging Face configs use.
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_fast": nn.gelu,
-    "gelu_new": nn.gelu,
-    "gelu_pytorch_tanh": nn.gelu,
-    "mish": jax.nn.mish,
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-    "relu": nn.relu,
-    "relu2": lambda x: jnp.square(nn.relu(x)),
-    "relu6": nn.relu6,
-    "sigmoid": nn.sigmoid,
-    "silu": nn.silu,
-    "swish": nn.silu,
-    "tanh": jnp.tanh,
-}
-
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last axis, in float32 whatever comes in."""
+    """LayerNorm or RMSNorm over the last axis, computed in float32."""
 
-    config: "DecoderConfig"
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x):
@@ -54,7 +32,7 @@ class Norm(nn.Module):
         return x.astype(c.dtype)
 
 
-def _dense(config: "DecoderConfig", features: int, use_bias: bool, name: str, writes_residual: bool = False):
+def _dense(config: DecoderConfig, features: int, use_bias: bool, name: str, writes_residual: bool = False):
     scaled = writes_residual and config.scaled_residual_init
     std = config.init_std / (2 * config.num_layers) ** 0.5 if scaled else config.init_std
     return nn.Dense(
@@ -68,13 +46,13 @@ def _dense(config: "DecoderConfig", features: int, use_bias: bool, name: str, wr
 
 
 class Attention(nn.Module):
-    """Projections to and from the heads; `attend` does what lies between.
+    """Projections to and from the heads, around `attend`.
 
-    `attend(query_BxLxHxD, key_BxLxKxD, value_BxLxKxD, dropout) -> (attended_BxLxHxD, cache)` so that training,
-    prefill and decoding share the parameters and differ in that one function alone.
+    `attend(query_BxLxHxD, key_BxLxKxD, value_BxLxKxD, dropout) -> (attended_BxLxHxD, cache)` is what differs between
+    training, prefill and decoding.
     """
 
-    config: "DecoderConfig"
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x_BxLxE, rope, attend, deterministic=True):
@@ -99,9 +77,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrix products around an activation, or three when gated."""
+    """Two matrix products around an activation; three if gated."""
 
-    config: "DecoderConfig"
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x_BxLxE):
@@ -118,7 +96,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each added to the residual stream, with norms before them or after the sums."""
 
-    config: "DecoderConfig"
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x_BxLxE, rope, attend, deterministic=True):
@@ -141,9 +119,9 @@ class Block(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Token embedding, projected to the hidden width where it is narrower, plus learned positions if there are any."""
+    """Token embeddings, projected to the hidden width if they are narrower, plus learned positions unless rotary."""
 
-    config: "DecoderConfig"
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, tokens_BxL, positions_BxL, deterministic=True):
@@ -169,9 +147,9 @@ class Embeddings(nn.Module):
 
 
 class Output(nn.Module):
-    """What stands between the last block and the head."""
+    """The final norm and projection, between the last block and the head."""
 
-    config: "DecoderConfig"
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x_BxLxE):

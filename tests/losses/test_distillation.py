@@ -155,13 +155,13 @@ def test_valid_under_jit_vmap_and_grad():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"divergence": "kl"}, "'kl' is none of forward_kl"),
-        ({"alpha": -0.1}, "alpha lies between 0 and 1"),
-        ({"alpha": float("nan")}, "alpha lies between 0 and 1"),
-        ({"beta": 1.5}, "beta lies between 0 and 1"),
-        ({"temperature": 0.0}, "temperature is a positive number"),
-        ({"temperature": float("inf")}, "temperature is a positive number"),
-        ({"scale": 0.0}, "scale is a positive number"),
+        ({"divergence": "kl"}, "'kl' is not one of forward_kl"),
+        ({"alpha": -0.1}, "alpha must be between 0 and 1"),
+        ({"alpha": float("nan")}, "alpha must be between 0 and 1"),
+        ({"beta": 1.5}, "beta must be between 0 and 1"),
+        ({"temperature": 0.0}, "temperature must be a positive number"),
+        ({"temperature": float("inf")}, "temperature must be a positive number"),
+        ({"scale": 0.0}, "scale must be a positive number"),
     ],
 )
 def test_bad_objectives(options, message):

@@ -29,7 +29,7 @@ OBJECTIVE = Objective("skew_kl", 0.1, 0.7)
 def _chunks_in_parts():
     """As with a large vocabulary."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks, "_DIVIDED_FROM", 0)
+        patch.setattr(chunks, "_MIN_LOGITS_TO_DIVIDE", 0)
         yield
 
 
@@ -394,7 +394,7 @@ def test_mapped_over_devices():
         ({"teacher_hidden": None}, {}, "teacher_hidden and teacher_head_UxF are needed"),
         ({"teacher_head_UxF": jnp.zeros((30, 9))}, {}, "valid_vocab_size must be given"),
         ({}, {"valid_vocab_size": 30}, "valid_vocab_size 30 does not fit"),
-        ({}, {"chunk_size": 0}, "chunk_size is at least 1"),
+        ({}, {"chunk_size": 0}, "chunk_size must be at least 1"),
     ],
 )
 @pytest.mark.parametrize("function", [fused_distillation_sums, fused_token_losses])

@@ -30,15 +30,23 @@ def test_configs_are_values():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"remat": "full"}, "remat is 'full'; it must be one of none, block, dots"),
-        ({"activation": "geglu"}, "activation is 'geglu'"),
-        ({"attention": "flash"}, "attention is 'flash'"),
-        ({"dtype": "int8"}, "dtype is 'int8'"),
-        ({"num_kv_heads": 3}, "num_heads 2 is not a multiple of num_kv_heads 3"),
-        ({"rope": Rope(), "head_dim": 5}, "head_dim 5 is odd"),
-        ({"valid_vocab_size": 10}, "valid_vocab_size 10 must lie between 1 and vocab_size 9"),
+        ({"remat": "full"}, "remat: 'full' is not one of none, block, dots"),
+        ({"activation": "geglu"}, "activation: 'geglu' is not one of"),
+        ({"attention": "flash"}, "attention: 'flash' is not one of"),
+        ({"dtype": "int8"}, "dtype: 'int8' is not one of"),
+        ({"num_kv_heads": 3}, "num_kv_heads: 3 must divide num_heads 2"),
+        ({"rope": Rope(), "head_dim": 5}, "head_dim: 5 must be even"),
+        ({"num_kv_heads": 0}, "num_kv_heads: 0 must be greater than 0"),
+        ({"residual_dropout": 1.0}, "residual_dropout: 1.0 must be at least 0 and below 1"),
+        ({"attention_dropout": float("nan")}, "attention_dropout: nan must be at least 0 and below 1"),
+        ({"valid_vocab_size": 10}, "valid_vocab_size: 10 must be between 1 and vocab_size 9"),
     ],
 )
 def test_impossible_settings_are_refused(change, message):
     with pytest.raises(InputError, match=message):
         dataclasses.replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize(("given", "all_ids"), [(None, ()), (0, (0,)), ((2, 7), (2, 7))])
+def test_end_of_sequence_tokens(given, all_ids):
+    assert dataclasses.replace(CONFIG, eos_token_id=given).eos_token_ids == all_ids

@@ -46,8 +46,8 @@ def test_causal_attention_within_segments(qkv, packed, scaled):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("block", "most"), [(64, 8), (64, 2), (256, 8)])
-def test_blocks_of_queries_are_one_attention(monkeypatch, dtype, block, most):
+@pytest.mark.parametrize(("block", "max_blocks"), [(64, 8), (64, 2), (256, 8)])
+def test_blocks_of_queries_are_one_attention(monkeypatch, dtype, block, max_blocks):
     """Value and gradients, for row lengths that are no multiple of a block."""
     length = 150
     keys = jax.random.split(jax.random.key(1), 4)
@@ -55,7 +55,7 @@ def test_blocks_of_queries_are_one_attention(monkeypatch, dtype, block, most):
     towards = jax.random.normal(keys[3], (B, length, H, D))
     segment_ids = jnp.asarray(np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], [30, 61, 50, 9], axis=1))
     monkeypatch.setattr(module, "_QUERY_BLOCK", block)
-    monkeypatch.setattr(module, "_MOST_BLOCKS", most)
+    monkeypatch.setattr(module, "_MAX_BLOCKS", max_blocks)
 
     def total(attention):
         return lambda qkv: jnp.sum(towards * attention(qkv).astype(jnp.float32))
@@ -73,8 +73,8 @@ def test_dropout_falls_on_the_probabilities(qkv):
     query, key, value = qkv
     kept = np.random.default_rng(0).random((B, K, H // K, L, L)) < 0.7
     scores = np.einsum("BLKGD,BSKD->BKGLS", np.reshape(query, (B, L, K, H // K, D)), key) * D**-0.5
-    odds = np.exp(scores) * np.tri(L)
-    probabilities = odds / odds.sum(-1, keepdims=True)
+    exp_scores = np.exp(scores) * np.tri(L)
+    probabilities = exp_scores / exp_scores.sum(-1, keepdims=True)
     expected = np.einsum("BKGLS,BSKD->BLKGD", kept * probabilities, value).reshape(B, L, H, D)
     attended, _ = module.causal(CONFIG, None)(*qkv, lambda x: x * kept)
     np.testing.assert_allclose(attended, expected, atol=1e-5)

@@ -138,6 +138,17 @@ def test_quantised_weights_are_dequantised_to_the_dtype_asked_for(tmp_path, para
     jax.tree.map(close, loaded, params)
 
 
+def test_one_layer_and_the_head(file, params):
+    config, student = models.load(file, layers=(1,))
+    assert config.num_layers == 1
+    jax.tree.map(
+        lambda ours, whole: np.testing.assert_array_equal(ours[0], whole[1]),
+        student["blocks"],
+        params["blocks"],
+    )
+    np.testing.assert_array_equal(models.load_head(file, dtype="float32"), models.head(CONFIG, params))
+
+
 def test_tokenizer(file):
     tokenizer = GgufFile(file).tokenizer()
     tokens = _tokens()
@@ -155,17 +166,17 @@ def test_what_is_not_supported(tmp_path, params, file):
     with pytest.raises(InputError, match=r"qwen\.gguf holds a 'qwen2' model; only llama"):
         models.load(tmp_path / "qwen.gguf")
     write_gguf(tmp_path / "yarn.gguf", params, llama__rope__scaling__type="yarn")
-    with pytest.raises(InputError, match=r"yarn\.gguf stretches its rotary positions"):
+    with pytest.raises(InputError, match=r"yarn\.gguf scales its rotary positions"):
         models.load(tmp_path / "yarn.gguf")
     write_gguf(tmp_path / "tekken.gguf", params, pre="tekken")
     with pytest.raises(InputError, match="'gpt2' tokenizer with 'tekken' splitting"):
         GgufFile(tmp_path / "tekken.gguf").tokenizer()
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(file.read_bytes()[:2000])
-    with pytest.raises(InputError, match=r"cut\.gguf is cut off or no GGUF file"):
+    with pytest.raises(InputError, match=r"cut\.gguf is cut off or not a GGUF file"):
         models.load(cut)
     cut.write_bytes(file.read_bytes()[:-2000])
-    with pytest.raises(InputError, match=r"cut\.gguf is cut off or no GGUF file"):
+    with pytest.raises(InputError, match=r"cut\.gguf is cut off or not a GGUF file"):
         models.load(cut)
 
 

@@ -42,7 +42,7 @@ def test_folders_without_a_model(tmp_path):
 def test_a_hub_name_without_a_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        InputError, match=r"'nobody/no-such-model' is no folder here.*pass the path of a folder"
+        InputError, match=r"'nobody/no-such-model' is not a local folder.*pass the path of a folder"
     ) as raised:
         models.load("nobody/no-such-model")
     assert "\n" not in str(raised.value)
@@ -83,7 +83,7 @@ def test_a_tokenizer_of_another_model_is_refused(write_model, tmp_path):
     write_model(tmp_path)
     (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b": 50256}))
     with pytest.raises(
-        InputError, match=r"valid_vocab_size 50257 .* vocab_size 40; a tokenizer with more tokens"
+        InputError, match=r"valid_vocab_size: 50257 .* vocab_size 40; a tokenizer with more tokens"
     ):
         models.load(tmp_path)
 
@@ -110,11 +110,10 @@ class _Tokenizer:
         (Path(folder) / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": self.size - 1}}}))
 
 
-def test_tokenizer_card_and_generation_config_are_saved(write_model, tmp_path):
+def test_tokenizer_readme_and_generation_config_are_saved(write_model, tmp_path):
     write_model(tmp_path / "given")
     config, params = models.load(tmp_path / "given")
-    card = models.ModelCard(name="tiny", student="gpt2", teacher="openai-community/gpt2-xl", method="l2m")
-    models.save(tmp_path / "saved", config, params, tokenizer=_Tokenizer(39), card=card)
+    models.save(tmp_path / "saved", config, params, tokenizer=_Tokenizer(39), readme="# tiny\n")
     files = {file.name for file in (tmp_path / "saved").iterdir()}
     assert files == {
         "config.json",
@@ -129,16 +128,17 @@ def test_tokenizer_card_and_generation_config_are_saved(write_model, tmp_path):
     }
     again, _ = models.load(tmp_path / "saved")
     assert again == dataclasses.replace(config, valid_vocab_size=39, bos_token_id=7, eos_token_id=8)
-    assert (tmp_path / "saved" / "README.md").read_text() == card.render()
+    assert (tmp_path / "saved" / "README.md").read_text() == "# tiny\n"
 
 
 def test_saving_what_does_not_belong_together_is_refused(write_model, tmp_path):
     write_model(tmp_path / "given")
     config, params = models.load(tmp_path / "given")
-    with pytest.raises(InputError, match="tokenizer has 41 tokens but the model only 40 rows"):
+    with pytest.raises(InputError, match="tokenizer has 41 tokens, but the model's embedding only 40 rows"):
         models.save(tmp_path / "saved", config, params, tokenizer=_Tokenizer(41))
     with pytest.raises(
-        InputError, match=r"parameter blocks/attention/key/bias: the config makes its shape \(3, 12\)"
+        InputError,
+        match=r"parameter blocks/attention/key/bias: its shape is \(2, 12\), but the config requires \(3, 12\)",
     ):
         models.save(tmp_path / "saved", dataclasses.replace(config, num_layers=3), params)
     assert not list((tmp_path / "saved").iterdir())

@@ -17,9 +17,10 @@ from safetensors.numpy import load_file
 
 from l2m_jax import models
 from l2m_jax.models import layers
+from l2m_jax.models.activations import ACTIVATIONS
 from l2m_jax.models.attention import causal, rope_angles
-from l2m_jax.models.hf import folder, weights
-from l2m_jax.models.layers import ACTIVATIONS
+from l2m_jax.models.hf import weights
+from l2m_jax.models.hf.families import FAMILIES
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
@@ -34,9 +35,7 @@ class Case(NamedTuple):
         """Golden tensors "kind/<Hugging Face name>" as a parameter tree."""
         prefix = f"{kind}/"
         named = {k.removeprefix(prefix): v for k, v in self.golden.items() if k.startswith(prefix)}
-        return weights.fill(
-            self.config, folder._FAMILIES[self.config.family].weights(self.config), _Tensors(named)
-        )
+        return weights.fill(self.config, FAMILIES[self.config.family].weights(self.config), _Tensors(named))
 
 
 class _Tensors:

@@ -66,7 +66,7 @@ def test_a_file_that_is_cut_off(write_model, tmp_path):
     write_model(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"model\.safetensors is cut off or no safetensors file"):
+    with pytest.raises(InputError, match=r"model\.safetensors is cut off or not a safetensors file"):
         models.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"')
     with pytest.raises(InputError, match=r"config\.json is not JSON"):

@@ -1,6 +1,6 @@
 import yaml
 
-from l2m_jax.models import ModelCard
+from l2m_jax.reporting.card import ModelCard
 
 CARD = ModelCard(
     name="gpt2-small-l2m",

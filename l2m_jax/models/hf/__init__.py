@@ -1,1 +1,1 @@
-"""Hugging Face folders, safetensors and GGUF files: one table of names a family."""
+"""Hugging Face folders, safetensors and GGUF files: one table of names per family."""

@@ -10,7 +10,7 @@ Json = dict[str, Any]
 
 
 class Key(NamedTuple):
-    """One key of config.json: the field of `DecoderConfig` it sets, and its value where the file leaves it out."""
+    """One key of config.json: the field of `DecoderConfig` it sets, and its value if the file omits it."""
 
     field: str
     default: Any
@@ -24,7 +24,7 @@ def read(hf: Json, table: Mapping[str, Key], required: Mapping[str, Any]) -> dic
 
     Args:
         table: key -> field and default.
-        required: key -> the only value that this decoder computes.
+        required: key -> the only supported value.
 
     Raises:
         InputError: a key of `required` has another value.

@@ -4,23 +4,31 @@ import dataclasses
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
 
 from l2m_jax import files
 from l2m_jax.errors import InputError
 from l2m_jax.models.architecture import DecoderConfig
-from l2m_jax.models.hf import config_json, gpt2, llama, opt, safetensors_folder, weights
+from l2m_jax.models.hf import config_json, llama, safetensors_folder, weights
+from l2m_jax.models.hf.families import FAMILIES
 from l2m_jax.models.hf.gguf import GgufFile
 from l2m_jax.models.hf.safetensors_folder import SafetensorsFolder
-from l2m_jax.models.hf.weights import ShardingOf
-from l2m_jax.reporting.card import ModelCard
+from l2m_jax.models.hf.weights import Put, Source, Weight
 from l2m_jax.types import Params
 
-_FAMILIES = {"gpt2": gpt2, "opt": opt, "llama": llama}
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
-# As transformers does: no reader has to hold more than this at once.
+# As in transformers: no reader has to hold more than this at once.
 _SHARD_BYTES = 5_000_000_000
+
+
+class _Stored(NamedTuple):
+    config: DecoderConfig
+    table: list[Weight]
+    source: Source
 
 
 def load(
@@ -28,47 +36,78 @@ def load(
     *,
     dtype: str = "float32",
     param_dtype: str = "float32",
-    sharding: ShardingOf | None = None,
+    put: Put | None = None,
+    layers: Sequence[int] = (),
+    frozen: bool = False,
 ) -> tuple[DecoderConfig, Params]:
     """A model from a folder (config.json and safetensors), a hub name, or a GGUF file of a Llama-family model.
 
-    Host memory stays near the size of the parameters in `param_dtype`: tensors are read one at a time, and with
-    `sharding` only the pieces that this process's devices hold.
+    Parameters are read and placed one at a time, so host memory stays near their size, or near the size of the pieces
+    that `put` reads. No device holds anything but its placed parameters.
 
     Args:
         folder_or_name: such as "gpt2-xl", "facebook/opt-2.7b", a local folder, or a .gguf file.
         dtype: of the computation.
         param_dtype: of the parameters.
-        sharding: (path such as "blocks/mlp/up/kernel", shape) -> where that parameter goes. Default: the first
-            device.
+        put: places a parameter, as `Placement.put` does; under "pmap" parameters then have a leading device axis.
+            None: on the first local device.
+        layers: keeps only these layers, in this order, and reads no others: a shallower student made of its teacher's
+            layers, as in DistilBERT (Sanh et al., 2019). Empty: all layers.
+        frozen: for a model that is not trained: parameters in `dtype`, norms in float32. `param_dtype` is ignored.
 
     Returns:
-        (config, params). Entries of the vocabulary past the folder's tokenizer count as no token.
+        (config, params). Entries of the vocabulary beyond the folder's tokenizer do not count as tokens.
 
     Raises:
-        InputError: no such model, an unsupported architecture or option, weights that are missing, cut off, left
-            over or of another shape, or a tokenizer with more tokens than the embedding has rows.
+        InputError: no such model; an unsupported architecture or option; weights that are missing, cut off, left over
+            or of another shape; a tokenizer with more tokens than the embedding has rows; a layer that the model
+            does not have.
     """
-    path = Path(folder_or_name)
-    if path.suffix == ".gguf" and path.is_file():
-        file = GgufFile(path)
-        config = dataclasses.replace(file.config(), dtype=dtype, param_dtype=param_dtype)
-        return config, weights.fill(config, llama.weights(config), file, sharding=sharding)
-    folder = _folder(folder_or_name, [*_SMALL_FILES, "*.safetensors"])
-    config = dataclasses.replace(_read_config(folder), dtype=dtype, param_dtype=param_dtype)
-    family = _FAMILIES[config.family]
-    source = SafetensorsFolder(folder, family.PREFIX, family.IGNORED)
-    if config.tie_embeddings:
-        source.drop("lm_head.weight")  # some files hold the tied embedding twice
-    return config, weights.fill(config, family.weights(config), source, sharding=sharding)
+    config, table, source = _open(folder_or_name)
+    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype if frozen else param_dtype)
+    if absent := [layer for layer in layers if not 0 <= layer < config.num_layers]:
+        raise InputError(
+            f"layers: {absent[0]} must be between 0 and {config.num_layers - 1}, the layers of '{folder_or_name}'"
+        )
+    params = weights.fill(config, table, source, put=put, layers=layers, frozen=frozen)
+    return dataclasses.replace(config, num_layers=len(layers) or config.num_layers), params
+
+
+def load_head(folder_or_name: str | os.PathLike, *, dtype: str, put: Put | None = None) -> jax.Array:
+    """head_VxE of a model in `dtype`, without reading its other weights. Arguments and errors as in `load`."""
+    config, table, source = _open(folder_or_name)
+    path = "embeddings/tokens/embedding" if config.tie_embeddings else "head/embedding"
+    (weight,) = (weight for weight in table if weight.path == path)
+    shapes = weights.parameter_shapes(config)
+    weights.check(table, shapes, source)
+    return weights.load_parameter(weight, shapes[path], source, dtype, put=put)
 
 
 def read_config(folder_or_name: str | os.PathLike) -> DecoderConfig:
-    """The architecture alone, without reading weights. Errors as in `load`."""
+    """Only the architecture, without reading weights. Errors as in `load`."""
     path = Path(folder_or_name)
-    if path.suffix == ".gguf" and path.is_file():
+    if _is_gguf(path):
         return GgufFile(path).config()
     return _read_config(_folder(folder_or_name, _SMALL_FILES))
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf" and path.is_file()
+
+
+def _open(folder_or_name: str | os.PathLike) -> _Stored:
+    path = Path(folder_or_name)
+    if _is_gguf(path):
+        file = GgufFile(path)
+        config = file.config()
+        return _Stored(config, llama.weights(config), file)
+    folder = _folder(folder_or_name, [*_SMALL_FILES, "*.safetensors"])
+    config = _read_config(folder)
+    family = FAMILIES[config.family]
+    source = SafetensorsFolder(folder, family.PREFIX, family.IGNORED)
+    if config.tie_embeddings:
+        source.drop("lm_head.weight")  # some files store the tied embedding twice
+    return _Stored(config, family.weights(config), source)
 
 
 def save(
@@ -77,28 +116,30 @@ def save(
     params: Params,
     *,
     tokenizer: Any = None,
-    card: ModelCard | None = None,
+    readme: str | None = None,
     dtype: str = "float32",
     shard_bytes: int = _SHARD_BYTES,
 ) -> None:
-    """Writes a folder that `transformers`, and what serves its models, loads.
+    """Writes a folder that `transformers`, and servers that read its format, can load.
 
-    config.json, model.safetensors (shards with an index above `shard_bytes`), generation_config.json, the
-    tokenizer's files and README.md. Every file is written under another name first, config.json last.
+    It contains config.json, model.safetensors (shards with an index above `shard_bytes`), generation_config.json,
+    the tokenizer's files and README.md. Each file is written under a temporary name first, config.json last.
 
     Args:
-        tokenizer: of `transformers`; its special tokens take the place of the config's.
-        card: becomes README.md.
+        params: host or device arrays. Fetched from devices one tensor at a time, at most `shard_bytes` in total.
+        tokenizer: of `transformers`; its special tokens replace those of the config.
+        readme: the text of README.md.
         dtype: of the stored weights.
+        shard_bytes: the most bytes per file.
 
     Raises:
-        InputError: `params` do not belong to `config`, or the tokenizer has more tokens than the vocabulary.
+        InputError: `params` do not match `config`, or the tokenizer has more tokens than the vocabulary.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         config = _with_special_tokens(config, tokenizer)
-    family = _FAMILIES[config.family]
+    family = FAMILIES[config.family]
     stored = weights.tensors(config, family.weights(config), params)
     safetensors_folder.write(folder, stored, dtype, shard_bytes)
     if tokenizer is not None:
@@ -107,8 +148,8 @@ def save(
         key: getattr(config, key) for key in config_json.SPECIAL_TOKENS if getattr(config, key) is not None
     }
     files.write_json(folder / "generation_config.json", special)
-    if card is not None:
-        files.write_text(folder / "README.md", card.render())
+    if readme is not None:
+        files.write_text(folder / "README.md", readme)
     described = {"architectures": [family.ARCHITECTURE], "model_type": config.family, "dtype": dtype}
     files.write_json(folder / "config.json", described | family.write_config(config))
 
@@ -116,7 +157,7 @@ def save(
 def _with_special_tokens(config: DecoderConfig, tokenizer: Any) -> DecoderConfig:
     if len(tokenizer) > config.vocab_size:
         raise InputError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model only {config.vocab_size} rows of embedding; "
+            f"the tokenizer has {len(tokenizer)} tokens, but the model's embedding only {config.vocab_size} rows; "
             "save the model with the tokenizer it was trained with"
         )
     ids = {key: getattr(tokenizer, key) for key in config_json.SPECIAL_TOKENS}
@@ -141,11 +182,11 @@ def _folder(folder_or_name: str | os.PathLike, patterns: list[str]) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the hub's client raises errors of several libraries
+    except Exception as error:  # the hub client raises errors of several libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{name!r} is no folder here and could not be fetched from the hub ({reason}); pass the path of a folder "
-            "with config.json and model.safetensors, or fetch it first where there is a network"
+            f"{name!r} is not a local folder and could not be downloaded from the hub ({reason}); pass the path of a "
+            "folder with config.json and model.safetensors, or download it first on a machine with a network"
         ) from error
 
 
@@ -159,16 +200,16 @@ def _read_json(file: Path) -> Any:
 def _read_config(folder: Path) -> DecoderConfig:
     file = folder / "config.json"
     if not file.is_file():
-        raise InputError(f"{folder} has no config.json; pass a folder in Hugging Face's form")
+        raise InputError(f"{folder} has no config.json; pass a folder in Hugging Face's format")
     hf = _read_json(file)
-    family = _FAMILIES.get(hf.get("model_type"))
+    family = FAMILIES.get(hf.get("model_type"))
     if family is None:
         raise InputError(
-            f"{file}: model_type {hf.get('model_type')!r} is not supported; choose one of {', '.join(_FAMILIES)}"
+            f"{file}: model_type {hf.get('model_type')!r} is not supported; choose one of {', '.join(FAMILIES)}"
         )
     if hf.get("quantization_config"):
         raise InputError(
-            f"{file}: quantised weights are not supported; choose the checkpoint in full precision"
+            f"{file}: quantised weights are not supported; choose a checkpoint in full precision"
         )
     try:
         config = family.read_config(hf)
@@ -179,7 +220,7 @@ def _read_config(folder: Path) -> DecoderConfig:
 
 
 def _count_tokens(folder: Path) -> int | None:
-    """One more than the largest token id of the folder's tokenizer; None where there is none that can be counted."""
+    """One more than the largest token id of the folder's tokenizer; None if it has no tokenizer that can be counted."""
     ids: list[int] = []
     if (file := folder / "tokenizer.json").is_file():
         tokenizer = _read_json(file)

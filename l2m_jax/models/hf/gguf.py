@@ -1,4 +1,4 @@
-"""Llama-family models in llama.cpp's GGUF format, through the `gguf` package (the extra of that name)."""
+"""Llama-family models in llama.cpp's GGUF format, read with the `gguf` package (extra "gguf")."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from l2m_jax.errors import InputError
 from l2m_jax.models.architecture import DecoderConfig
 from l2m_jax.models.hf import llama
 
-# llama.cpp's names, in Hugging Face's.
+# llama.cpp's names -> Hugging Face's.
 _TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
 _HEAD = "output.weight"
 _BLOCK = {
@@ -27,10 +27,10 @@ _BYTE_LEVEL = ("gpt-2", "default", "smollm")
 
 
 class GgufFile:
-    """One GGUF file: its tensors by Hugging Face name, dequantised as they are read.
+    """The tensors of a GGUF file by their Hugging Face names, dequantised when read.
 
     Raises:
-        InputError: the `gguf` package is missing, or the file is cut off, or of another architecture.
+        InputError: the `gguf` package is missing, the file is cut off, or its architecture is not Llama.
     """
 
     def __init__(self, file: Path):
@@ -42,7 +42,7 @@ class GgufFile:
         try:
             reader = gguf.GGUFReader(file)
         except (ValueError, OSError, IndexError) as error:
-            raise InputError(f"{file} is cut off or no GGUF file ({error}); fetch it again") from error
+            raise InputError(f"{file} is cut off or not a GGUF file ({error}); fetch it again") from error
         self._dequantize = gguf.quants.dequantize
         self._metadata = reader.fields
         if (architecture := self._get("general.architecture")) != "llama":
@@ -66,7 +66,7 @@ class GgufFile:
         return stored
 
     def config(self) -> DecoderConfig:
-        """The architecture that the file's metadata describes."""
+        """The architecture in the file's metadata."""
 
         def need(key: str) -> Any:
             value = self._get(f"llama.{key}")
@@ -76,7 +76,7 @@ class GgufFile:
 
         if self._get("llama.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in self.shapes:
             raise InputError(
-                f"{self.file} stretches its rotary positions; load the safetensors folder instead"
+                f"{self.file} scales its rotary positions, which is not supported in GGUF files; load the safetensors folder instead"
             )
         if "model.embed_tokens.weight" not in self.shapes:
             raise InputError(f"{self.file} lacks token_embd.weight; convert the model again")
@@ -118,10 +118,10 @@ class GgufFile:
         return str(self.file)
 
     def tokenizer(self) -> Any:
-        """The tokenizer in the file's metadata, as a `transformers` tokenizer with its chat template.
+        """The tokenizer in the file's metadata, as a `transformers` tokenizer with chat template.
 
         Raises:
-            InputError: it is not a byte-level BPE that can be built from that metadata alone.
+            InputError: it is not a byte-level BPE that the metadata describes completely.
         """
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
@@ -136,7 +136,7 @@ class GgufFile:
         merges = [tuple(merge.split(" ")) for merge in self._get("tokenizer.ggml.merges")]
         bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        # SmolLM's merges were learned with every digit on its own.
+        # SmolLM splits numbers into single digits before merging.
         digits = [pre_tokenizers.Digits(individual_digits=True)] if splitting == "smollm" else []
         bpe.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])  # type: ignore[assignment]
         bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
@@ -158,5 +158,5 @@ class GgufFile:
 
 
 def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Where the rows of q and k lie in llama.cpp's order, which turns neighbours (2d, 2d+1), not (d, d + D/2)."""
+    """Where the rows of q and k are in llama.cpp's order, which rotates pairs (2d, 2d+1) instead of (d, d + D/2)."""
     return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)

@@ -7,8 +7,11 @@ from l2m_jax.models.hf.weights import Weight, norm
 
 ARCHITECTURE = "GPT2LMHeadModel"
 PREFIX = "transformer."
-# Buffers that old files carry: the causal mask and the value it masks with.
+# Buffers in old files: the causal mask and the value of masked scores.
 IGNORED = r"h\.\d+\.attn\.(bias|masked_bias)"
+
+DROPOUT = ("embedding_dropout", "attention_dropout", "residual_dropout")
+RANDOM = {"activation": "gelu_new", "scaled_residual_init": True, **dict.fromkeys(DROPOUT, 0.1)}
 
 _KEYS = {
     "vocab_size": Key("vocab_size", 50257),
@@ -53,7 +56,7 @@ def write_config(config: DecoderConfig) -> Json:
 
 def weights(config: DecoderConfig) -> list[Weight]:
     def conv1d(name: str, path: str, part: int = 0, parts: int = 1) -> list[Weight]:
-        # GPT-2 holds [in, out] already.
+        # GPT-2 stores [in, out], as Linen does.
         return [
             Weight(f"{name}.weight", f"{path}/kernel", part=part, parts=parts),
             Weight(f"{name}.bias", f"{path}/bias", part=part, parts=parts),

@@ -8,8 +8,19 @@ from l2m_jax.models.hf.weights import Weight, dense, norm
 
 ARCHITECTURE = "LlamaForCausalLM"
 PREFIX = "model."
-# A buffer that old files carry: it follows from the config.
+# A buffer in old files, which follows from the config.
 IGNORED = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+
+# Llama has no dropout in Hugging Face. A `dropout` setting applies to the residual stream, as in the other families.
+DROPOUT = ("residual_dropout",)
+RANDOM = {
+    "activation": "silu",
+    "gated_mlp": True,
+    "norm": "rms",
+    "rope": Rope(),
+    "attention_bias": False,
+    "mlp_bias": False,
+}
 
 _KEYS = {
     "vocab_size": Key("vocab_size", 32000),
@@ -72,12 +83,12 @@ def _read_rope(hf: Json) -> Rope:
 
 def write_config(config: DecoderConfig) -> Json:
     rope = config.rope
-    assert rope is not None, "Llama models have rotary positions"
+    assert rope is not None
     scaling: Json | None = None
     if rope.scaling != "default":
         used = _ROPE_KEYS if rope.scaling == "llama3" else {"factor": "factor"}
         scaling = {"rope_type": rope.scaling} | {key: getattr(rope, field) for key, field in used.items()}
-    # The older form: every version of transformers, and what serves its models, reads it.
+    # The older form, which every version of transformers and every inference server reads.
     return config_json.write(config, _KEYS) | {"rope_theta": rope.theta, "rope_scaling": scaling}
 
 

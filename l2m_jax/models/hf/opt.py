@@ -1,4 +1,4 @@
-"""OPT in Hugging Face's names. OPT-350M alone has norms after the sums, no final norm, and projected embeddings."""
+"""OPT in Hugging Face's names. Only OPT-350M has norms after the sums, no final norm, and projected embeddings."""
 
 from l2m_jax.models.architecture import DecoderConfig
 from l2m_jax.models.hf import config_json
@@ -8,6 +8,9 @@ from l2m_jax.models.hf.weights import Weight, dense, norm
 ARCHITECTURE = "OPTForCausalLM"
 PREFIX = "model."
 IGNORED = None
+
+DROPOUT = ("residual_dropout",)
+RANDOM = {"activation": "relu", "position_offset": 2, "residual_dropout": 0.1}
 
 _KEYS = {
     "vocab_size": Key("vocab_size", 50272),
@@ -29,7 +32,7 @@ _KEYS = {
     "eos_token_id": Key("eos_token_id", 2),
     "pad_token_id": Key("pad_token_id", 1),
 }
-# Skipping whole layers in training is not what these models were trained with, though the config allows it.
+# The config allows skipping whole layers in training; none of the published models was trained that way.
 _REQUIRED = {"layerdrop": 0.0}
 
 

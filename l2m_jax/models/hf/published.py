@@ -1,7 +1,7 @@
-"""Architectures of the paper's models, as published, for planning without their files.
+"""Published architectures of the paper's models, for planning without their files.
 
-Each is written as its config.json on the hub differs from the family's defaults, and read by the same table that
-reads the file itself.
+Each is given as the differences of its config.json on the hub from the family's defaults, and read by the same table
+as the file itself.
 """
 
 from typing import Any

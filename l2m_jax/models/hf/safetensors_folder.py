@@ -1,4 +1,4 @@
-"""model.safetensors, or its shards with their index, read piece by piece and written without holding it twice."""
+"""Reads model.safetensors, or its shards with an index, piece by piece, and writes them shard by shard."""
 
 import json
 import os
@@ -19,15 +19,15 @@ INDEX = "model.safetensors.index.json"
 
 
 class SafetensorsFolder:
-    """The tensors of a folder by Hugging Face name.
+    """The tensors of a folder by their Hugging Face names.
 
     Args:
         folder: holds model.safetensors, or model.safetensors.index.json and the shards that it names.
-        prefix: put before names that lack it: some checkpoints hold the bare transformer.
-        ignored: names (less the prefix) that match are no parameters.
+        prefix: added to names that lack it, as some checkpoints contain only the bare transformer.
+        ignored: a pattern of names (without the prefix) that are not parameters.
 
     Raises:
-        InputError: nothing to read there, a shard missing, or a file that is cut off.
+        InputError: no weights, a missing shard, or a file that is cut off.
     """
 
     def __init__(self, folder: Path, prefix: str, ignored: str | None):
@@ -36,7 +36,7 @@ class SafetensorsFolder:
         self._stored: dict[str, tuple[Path, str]] = {}
         for file in _files(folder):
             with _opened(file) as opened:
-                for stored in opened.keys():  # noqa: SIM118  (no iterator of its own)
+                for stored in opened.keys():  # noqa: SIM118  (not iterable)
                     bare = stored.removeprefix(prefix)
                     if ignored and re.fullmatch(ignored, bare):
                         continue
@@ -46,16 +46,16 @@ class SafetensorsFolder:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         file, stored = self._stored[name]
-        # Opened anew for each piece: the pages of an open file count as this process's memory.
+        # Reopened for each piece, because the pages of an open file count as this process's memory.
         with _opened(file) as opened:
             return opened.get_slice(stored)[index]
 
     def place(self, name: str) -> str:
-        """The file with tensor `name`; the folder where no file has it."""
+        """The file that contains tensor `name`; the folder if no file does."""
         return str(self._stored[name][0] if name in self._stored else self._folder)
 
     def drop(self, name: str) -> None:
-        """Takes a tensor out of what there is to place."""
+        """Excludes a tensor from `shapes`."""
         self.shapes.pop(name, None)
 
 
@@ -77,24 +77,24 @@ def _files(folder: Path) -> list[Path]:
     torch_files = sorted(folder.glob("*.bin"))
     if torch_files:
         raise InputError(
-            f"{folder} has only PyTorch weights ({torch_files[0].name}); where PyTorch is installed, convert them with: "
+            f"{folder} has only PyTorch weights ({torch_files[0].name}); with PyTorch installed, convert them with: "
             f"python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}')"
             ".save_pretrained('CONVERTED')\""
         )
-    raise InputError(f"{folder} has no {SINGLE} (nor {INDEX}); pass a folder that holds the weights")
+    raise InputError(f"{folder} has no {SINGLE} (nor {INDEX}); pass a folder that contains the weights")
 
 
 def _opened(file: Path):
     try:
         return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is cut off or no safetensors file ({error}); fetch it again") from error
+        raise InputError(f"{file} is cut off or not a safetensors file ({error}); fetch it again") from error
 
 
 def write(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], dtype: str, shard_bytes: int) -> None:
     """Writes the tensors as one file, or as shards of at most `shard_bytes` with their index.
 
-    Each file takes its name once it is complete; files of an earlier model in `folder` go last.
+    Each file is renamed to its final name once it is complete. Files of an earlier model in `folder` are removed last.
     """
     unnamed: list[Path] = []
     weight_map: list[list[str]] = []
@@ -104,7 +104,7 @@ def write(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], dtype: str, s
     def finish_shard():
         file = folder / f".shard-{len(unnamed)}.unfinished"
         save_file(shard, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # as any other file, not the library's owner-only
+        file.chmod(0o644)  # the library makes it readable for its owner only
         unnamed.append(file)
         weight_map.append(list(shard))
         shard.clear()

@@ -1,8 +1,8 @@
-"""Tables of names: which tensor of a Hugging Face file is which parameter, applied in both directions."""
+"""Tables that map the tensors of Hugging Face files to parameters, applied in both directions."""
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -11,23 +11,30 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from l2m_jax.errors import InputError
 from l2m_jax.models.architecture import DecoderConfig
-from l2m_jax.models.decoder import init
+from l2m_jax.models.decoder import inference_dtype, init
 from l2m_jax.types import Params
 
-ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
-_SHOWN = 8
+_MAX_NAMES_LISTED = 8
 _CHUNK_NUMBERS = 1 << 22
+
+
+class Put(Protocol):
+    """Places one parameter: `Placement.put`. `read(index)` returns a piece of it as a host array."""
+
+    def __call__(
+        self, shape: tuple[int, ...], read: Callable[[tuple[slice, ...]], np.ndarray], *, stacked: bool
+    ) -> jax.Array: ...
 
 
 class Weight(NamedTuple):
     """A row of a family's table.
 
     Attributes:
-        name: of the tensor in Hugging Face files, "{}" standing for the layer.
-        path: of the parameter, "blocks/attention/query/kernel".
-        transpose: PyTorch's Linear holds [out, in], a Linen kernel [in, out].
-        part, parts: the parameter is this one of `parts` equal pieces of the tensor's last axis (GPT-2 holds
-            query, key and value in one).
+        name: of the tensor in Hugging Face files, with "{}" for the layer.
+        path: of the parameter, such as "blocks/attention/query/kernel".
+        transpose: a PyTorch Linear stores [out, in], a Linen kernel [in, out].
+        part, parts: the parameter is piece number `part` of `parts` equal pieces of the tensor's last axis (GPT-2
+            stores query, key and value in one tensor).
     """
 
     name: str
@@ -38,14 +45,14 @@ class Weight(NamedTuple):
 
 
 class Source(Protocol):
-    """Tensors by their Hugging Face names, read piece by piece."""
+    """Tensors by their Hugging Face names, read in pieces."""
 
     shapes: dict[str, tuple[int, ...]]
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray: ...
 
     def place(self, name: str) -> str:
-        """The file that holds a tensor, for messages."""
+        """The file that contains a tensor, for error messages."""
         ...
 
 
@@ -83,7 +90,7 @@ def _layers(weight: Weight, shape: tuple[int, ...]) -> range:
 
 
 def tensor_shape(weight: Weight, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of the Hugging Face tensor, given the parameter's shape."""
+    """The shape of the Hugging Face tensor, given that of the parameter."""
     one_layer = shape[1:] if _is_stacked(weight.path) else shape
     tensor = one_layer[::-1] if weight.transpose else one_layer
     return (*tensor[:-1], tensor[-1] * weight.parts)
@@ -94,45 +101,79 @@ def fill(
     table: list[Weight],
     source: Source,
     *,
-    sharding: ShardingOf | None = None,
+    put: Put | None = None,
+    layers: Sequence[int] = (),
+    frozen: bool = False,
 ) -> Params:
-    """Parameters of `config` from `source`, in `config.param_dtype`, one parameter at a time.
+    """The parameters of `config` from `source`, placed one at a time.
 
-    Only the piece that a device needs is read. The largest parameters come first: while they are being placed,
-    host and device copy exist side by side, and early on there is little else in memory.
+    The largest parameters come first: while one is being placed, its host and device copies both exist, and early on
+    little else is in memory.
+
+    Args:
+        config: of the whole model in `source`.
+        put: places a parameter, reading only the pieces that it needs. None: on the first local device.
+        layers: those to keep, in this order; the others are not read. Empty: all.
+        frozen: parameters in `inference_dtype` instead of `config.param_dtype`.
 
     Raises:
-        InputError: tensors missing, left over, or of another shape.
+        InputError: tensors are missing, left over, or of another shape.
     """
     shapes = parameter_shapes(config)
-    _check(table, shapes, source)
+    check(table, shapes, source)
     by_path = {weight.path: weight for weight in table}
-    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     leaves = {}
-    for path in sorted(shapes, key=lambda path: -np.prod(shapes[path])):
-        weight, shape = by_path[path], shapes[path]
-        placement = sharding(path, shape) if sharding else default
-        read = _reader(weight, shape, source, np.dtype(config.param_dtype))
-        leaves[path] = jax.block_until_ready(jax.make_array_from_callback(shape, placement, read))
-    # A model without final norm and projection has an "output" group all the same, an empty one.
+    for path in sorted(shapes, key=lambda path: -math.prod(shapes[path])):
+        dtype = inference_dtype(config, path) if frozen else config.param_dtype
+        leaves[path] = load_parameter(by_path[path], shapes[path], source, dtype, put=put, layers=layers)
+    # A model without final norm and projection still has an "output" group, which is empty.
     return {"output": {}} | unflatten_dict(leaves, sep="/")
 
 
-def _reader(weight: Weight, shape: tuple[int, ...], source: Source, dtype: np.dtype) -> Callable:
+def load_parameter(
+    weight: Weight,
+    shape: tuple[int, ...],
+    source: Source,
+    dtype: str,
+    *,
+    put: Put | None = None,
+    layers: Sequence[int] = (),
+) -> jax.Array:
+    """One parameter, read from `source` and placed. `shape` is that in the whole model; arguments as in `fill`."""
+    stacked = _is_stacked(weight.path)
+    if stacked:
+        layers = layers or range(shape[0])
+        shape = (len(layers), *shape[1:])
+    read = _reader(weight, shape, source, np.dtype(dtype), layers)
+    return jax.block_until_ready((put or _put_on_first_device)(shape, read, stacked=stacked))
+
+
+def _put_on_first_device(shape: tuple[int, ...], read: Callable, *, stacked: bool) -> jax.Array:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.make_array_from_callback(shape, device, read)
+
+
+def _reader(
+    weight: Weight, shape: tuple[int, ...], source: Source, dtype: np.dtype, layers: Sequence[int]
+) -> Callable:
+    stacked = _is_stacked(weight.path)
+
     def read(index: tuple[slice, ...]) -> np.ndarray:
         ranges = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
-        layers, piece = (ranges[0], ranges[1:]) if _is_stacked(weight.path) else (range(1), ranges)
-        host = np.empty((len(layers), *map(len, piece)), dtype)
+        rows, piece = (ranges[0], ranges[1:]) if stacked else (range(1), ranges)
+        host = np.empty((*([len(rows)] if stacked else []), *map(len, piece)), dtype)
         slices = [slice(r.start, r.stop) for r in (piece[::-1] if weight.transpose else piece)]
         if weight.parts > 1:
             offset = weight.part * shape[-1]
             slices[-1] = slice(slices[-1].start + offset, slices[-1].stop + offset)
-        for row, layer in enumerate(layers):
-            target = host[row].T if weight.transpose else host[row]
+        for i, row in enumerate(rows):
+            one_layer = host[i] if stacked else host
+            target = one_layer.T if weight.transpose else one_layer
+            name = weight.name.format(layers[row]) if stacked else weight.name
             for chunk in _row_chunks(slices):
                 start = chunk[0].start - slices[0].start
-                target[start : start + _length(chunk[0])] = source.read(weight.name.format(layer), chunk)
-        return host if _is_stacked(weight.path) else host[0]
+                target[start : start + _length(chunk[0])] = source.read(name, chunk)
+        return host
 
     return read
 
@@ -142,14 +183,15 @@ def _length(s: slice) -> int:
 
 
 def _row_chunks(slices: list[slice]) -> Iterator[tuple[slice, ...]]:
-    """The same piece a few rows at a time: an embedding in the file's dtype would be much beside the rest."""
+    """The same piece, a few rows at a time, as a whole embedding in the file's dtype would need much memory."""
     first, *others = slices
     rows = max(1, _CHUNK_NUMBERS // max(1, math.prod(map(_length, others))))
     for start in range(first.start, first.stop, rows):
         yield (slice(start, min(start + rows, first.stop)), *others)
 
 
-def _check(table: list[Weight], shapes: Mapping[str, tuple[int, ...]], source: Source) -> None:
+def check(table: list[Weight], shapes: Mapping[str, tuple[int, ...]], source: Source) -> None:
+    """Raises InputError unless `source` has exactly the tensors of `table`, in the right shapes."""
     expected = {
         weight.name.format(layer): tensor_shape(weight, shapes[weight.path])
         for weight in table
@@ -158,41 +200,46 @@ def _check(table: list[Weight], shapes: Mapping[str, tuple[int, ...]], source: S
     missing = sorted(expected.keys() - source.shapes.keys())
     if missing:
         raise InputError(
-            f"{source.place(missing[0])} lacks {_listed(missing)}, which its config asks for; "
+            f"{source.place(missing[0])} lacks {_listed(missing)}, which its config requires; "
             "the file is incomplete or belongs to another model"
         )
     left_over = sorted(source.shapes.keys() - expected.keys())
     if left_over:
         raise InputError(
-            f"{source.place(left_over[0])} holds {_listed(left_over)}, for which its config has no place; "
+            f"{source.place(left_over[0])} has {_listed(left_over)} that its config does not describe; "
             "the file and config.json belong to different models"
         )
     for name, shape in expected.items():
         if source.shapes[name] != shape:
             raise InputError(
                 f"{source.place(name)}: tensor {name} has shape {list(source.shapes[name])}, but its config "
-                f"makes it {list(shape)}; the file and config.json belong to different models"
+                f"requires {list(shape)}; the file and config.json belong to different models"
             )
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({', '.join(names[:_SHOWN])}{more})"
+    more = f" and {len(names) - _MAX_NAMES_LISTED} more" if len(names) > _MAX_NAMES_LISTED else ""
+    return (
+        f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({', '.join(names[:_MAX_NAMES_LISTED])}{more})"
+    )
 
 
 def tensors(config: DecoderConfig, table: list[Weight], params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """The Hugging Face tensors of `params` one after another: what `fill` reads.
+    """The Hugging Face tensors of `params` one by one, as host arrays; the inverse of `fill`.
+
+    Args:
+        params: host or device arrays.
 
     Raises:
-        InputError: `params` do not belong to `config`.
+        InputError: `params` do not match `config`.
     """
     leaves = _flat(params)
     shapes, found = parameter_shapes(config), {path: np.shape(leaf) for path, leaf in leaves.items()}
     for path in sorted(shapes.keys() | found.keys()):
         if shapes.get(path) != found.get(path):
             raise InputError(
-                f"parameter {path}: the config makes its shape {shapes.get(path)}, not {found.get(path)}; "
-                "save parameters with the config they were made for"
+                f"parameter {path}: its shape is {found.get(path)}, but the config requires {shapes.get(path)}; "
+                "save parameters with their own config"
             )
     names: dict[str, list[Weight]] = {}
     for weight in table:
