@@ -1,7 +1,6 @@
 """The curriculum of L2M-KD: ranking, partition, Baby-Step stages and schedules.
 
-What is exported here is pure and needs neither JAX nor a model; `l2m_jax.curriculum.scoring` runs the student to
-get the scores that `rank` takes.
+Pure functions of scores and numbers, which need neither JAX nor a model.
 """
 
 from l2m_jax.curriculum.difficulty import Difficulty, rank
