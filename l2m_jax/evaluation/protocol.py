@@ -1,6 +1,6 @@
-"""The protocol: answers of each set with each seed, scored by Rouge-L and exact match.
+"""The evaluation protocol: answers to each set with each seed, scored by Rouge-L and exact match.
 
-Validation during training, the evaluation phase and `eval.py` all come here, so they sample by the same rules.
+Validation during training, the evaluation phase and `eval.py` all use it, so they sample by the same rules.
 """
 
 import collections
@@ -11,27 +11,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from l2m_jax import files
 from l2m_jax.errors import InputError
 from l2m_jax.evaluation.rouge import exact_match, rouge_l_many
 from l2m_jax.evaluation.sets import PromptSet
-from l2m_jax.generation import Answer, SamplingRules, generate
-from l2m_jax.models import DecoderConfig
+from l2m_jax.generation import Answer, Generator, ResponseFile, SamplingRules, generate
 from l2m_jax.multihost import first, is_first
-from l2m_jax.reporting.tables import Table
-from l2m_jax.types import Params
 
-SEEDS = (10, 20, 30, 40, 50)
 RESULTS, RESPONSES = "results.json", "responses.jsonl"
+_ANSWERS = ".answers"  # in the folder until it is finished
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A measure × 100: its mean over the seeds, their sample standard deviation (0 for one seed), each seed's."""
+    """A measure × 100: the mean over seeds, their sample standard deviation (0 for one seed), and one value a seed."""
 
     mean: float
     std: float
@@ -45,7 +40,7 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The scores of some rows."""
+    """The scores of a group of rows."""
 
     rows: int
     rouge_l: Score
@@ -59,7 +54,7 @@ class SetResult:
     Attributes:
         rows: answered prompts.
         response_tokens: mean length of the answers, without the end of sequence.
-        categories: scores of each category, where the rows have one.
+        categories: scores of each category, if the rows have categories.
     """
 
     name: str
@@ -75,7 +70,7 @@ class SetResult:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What `evaluate` found, and what `results.json` holds.
+    """The scores of a model on all sets; `results.json` holds them.
 
     Attributes:
         made_from: fingerprint of the model, the rules, the seeds and the sets.
@@ -88,13 +83,13 @@ class Results:
 
     @property
     def rouge_l(self) -> float:
-        """The mean over the sets that may be reported, × 100; over all where there is none."""
+        """The mean over the sets that may be reported, × 100, or over all sets if none may."""
         sets = [found for found in self.sets if not found.unreportable] or self.sets
         return float(np.mean([found.rouge_l.mean for found in sets]))
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Results":
-        """The inverse of `dataclasses.asdict`, lists in place of tuples allowed."""
+        """The inverse of `dataclasses.asdict`. Lists may stand for tuples."""
 
         def read_score(value: Mapping[str, Any]) -> Score:
             return Score(value["mean"], value["std"], tuple(value["per_seed"]))
@@ -116,78 +111,69 @@ class Results:
 
 
 def evaluate(
-    config: DecoderConfig,
-    params: Params,
-    tokenizer: Any,
+    generator: Generator,
     sets: Sequence[PromptSet],
     rules: SamplingRules,
-    seeds: Sequence[int] = SEEDS,
+    seeds: Sequence[int],
     *,
     folder: Path | None = None,
-    made_from: str | None = None,
+    key: str | None = None,
     title: str = "evaluation",
-    slots: int | None = None,
-    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
-    mesh: Mesh | None = None,
 ) -> Results:
     """Answers every prompt of every set once with each seed, and scores the answers.
 
     Args:
-        params: one copy, or global arrays sharded over `mesh` (see `generate`, also for `slots` and `devices`).
-        folder: takes `results.json` and `responses.jsonl` (one object an answer: set, id, category, seed,
-            prompt, response, references, rouge_l). Answers are kept there as they come: an interrupted evaluation
-            continues, and a finished one of the same model, sets, rules and seeds is only read.
-        made_from: fingerprint of parameters and tokenizer; needed with `folder`.
-        title: of the progress bars, which add the set's title.
+        generator: the model, with its tokenizer.
+        folder: for `results.json` and `responses.jsonl` (one object for each answer: set, id, category, seed,
+            prompt, response, references, rouge_l). Answers are written there as they end: an interrupted
+            evaluation resumes, and a finished one is read back.
+        key: changes with the model's weights and the tokenizer; required with `folder`.
+        title: of the progress bars, followed by the set's title.
 
     Raises:
-        InputError: two sets of one name; and see `generate`.
+        InputError: two sets have the same name; `folder` holds another evaluation; see also `generate`.
     """
-    if folder is not None and made_from is None:
-        raise ValueError("folder needs made_from: it could not tell whose results it holds")
+    if generator.tokenizer is None:
+        raise ValueError("the generator needs a tokenizer: answers are scored as text")
+    if folder is not None and key is None:
+        raise ValueError("folder needs a key, which says whose results it holds")
     names = [prompt_set.name for prompt_set in sets]
     if (twice := next((name for name in names if names.count(name) > 1), None)) is not None:
         raise InputError(f"two evaluation sets are called '{twice}': give them as name=file")
     asked = [(s.name, s.prompts, s.references) for s in sets]
-    fingerprint = files.fingerprint(made_from, config, rules, tuple(seeds), asked)
-    if folder is not None and (found := first(lambda: _finished(folder / RESULTS, fingerprint))):
+    made_from = generator.fingerprint(key, rules, tuple(seeds), asked)
+    if folder is not None and (found := first(lambda: _finished(folder / RESULTS, made_from))):
         return found
 
-    answers_folder = None if folder is None else folder / ".answers"
     results, lines = [], []
     for prompt_set in sets:
-        output = answers_folder / f"{prompt_set.name}.jsonl" if answers_folder is not None else None
+        output = None
+        if folder is not None and key is not None:
+            output = ResponseFile(folder / _ANSWERS / f"{prompt_set.name}.jsonl", key)
         answers = generate(
-            config,
-            params,
-            prompt_set.prompts,
-            rules,
-            seeds,
-            eos_token_id=tokenizer.eos_token_id,
-            tokenizer=tokenizer,
-            slots=slots,
-            devices=devices,
-            mesh=mesh,
-            output=output,
-            made_from=made_from,
-            title=f"{title}: {prompt_set.title}",
+            generator, prompt_set.prompts, rules, seeds, output=output, title=f"{title}: {prompt_set.title}"
         )
         rouge_l = rouge_l_many([a.text for a in answers], [prompt_set.references[a.prompt] for a in answers])
         results.append(summarise(prompt_set, answers, rouge_l, seeds))
         lines += [_line(prompt_set, *scored) for scored in zip(answers, rouge_l, strict=True)]
-    evaluated = Results(fingerprint, tuple(seeds), rules, tuple(results))
+    evaluated = Results(made_from, tuple(seeds), rules, tuple(results))
     if folder is not None and is_first():
         files.write_text(folder / RESPONSES, "".join(lines))
         files.write_json(folder / RESULTS, evaluated)
-        shutil.rmtree(folder / ".answers")
+        shutil.rmtree(folder / _ANSWERS)
     return evaluated
 
 
-def _finished(path: Path, fingerprint: str) -> Results | None:
+def _finished(path: Path, made_from: str) -> Results | None:
     if not path.is_file():
         return None
     value = json.loads(path.read_text(encoding="utf-8"))
-    return Results.from_json(value) if value.get("made_from") == fingerprint else None
+    if value.get("made_from") != made_from:
+        raise InputError(
+            f"{path}: holds the results of another model, or with other sets, sampling rules or seeds; choose another "
+            "folder, or delete this one"
+        )
+    return Results.from_json(value)
 
 
 def _line(prompt_set: PromptSet, answer: Answer, rouge_l: float) -> str:
@@ -208,7 +194,7 @@ def _line(prompt_set: PromptSet, answer: Answer, rouge_l: float) -> str:
 def summarise(
     prompt_set: PromptSet, answers: Sequence[Answer], rouge_l: Sequence[float], seeds: Sequence[int]
 ) -> SetResult:
-    """The scores of a set from those of its answers, of which there is one for each prompt and seed."""
+    """The scores of a set from the scores of its answers, one for each prompt and seed."""
     shape = (len(prompt_set), len(seeds))
     rouge_l_PxS, exact_PxS = np.full(shape, np.nan), np.full(shape, np.nan)
     column = {seed: s for s, seed in enumerate(seeds)}
@@ -236,13 +222,3 @@ def summarise(
         response_tokens=float(np.mean([len(answer.tokens) for answer in answers])),
         categories={name: group(rows) for name, rows in sorted(rows_of.items()) if name},
     )
-
-
-def table(results: Mapping[str, Results], *, teacher: str | None = None) -> Table:
-    """Models by sets; `teacher` names the row that the others are compared with."""
-    values = {
-        model: {found.title: found.rouge_l.per_seed for found in result.sets}
-        for model, result in results.items()
-    }
-    unreportable = {found.title for result in results.values() for found in result.sets if found.unreportable}
-    return Table(values, teacher, frozenset(unreportable))

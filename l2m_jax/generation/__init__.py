@@ -1,7 +1,15 @@
-"""Answers sampled from a decoder, many at once and the same everywhere."""
+"""Sampling answers from a decoder: many at once, and independent of how the work is split up."""
 
-from l2m_jax.generation.engine import Engine, default_slots, generate
-from l2m_jax.generation.responses import Answer
+from l2m_jax.generation.engine import Engine, Generator, default_slots, generate
+from l2m_jax.generation.responses import Answer, ResponseFile
 from l2m_jax.generation.sampling import SamplingRules
 
-__all__ = ["Answer", "Engine", "SamplingRules", "default_slots", "generate"]
+__all__ = [
+    "Answer",
+    "Engine",
+    "Generator",
+    "ResponseFile",
+    "SamplingRules",
+    "default_slots",
+    "generate",
+]

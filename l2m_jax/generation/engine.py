@@ -1,74 +1,108 @@
 """The decode engine: prompts and sampling rules in, answers out."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from l2m_jax import progress
 from l2m_jax.errors import InputError
 from l2m_jax.files import fingerprint
-from l2m_jax.generation.programs import Moves, Prefilled, Programs, Slots
+from l2m_jax.generation import programs
+from l2m_jax.generation.programs import Moves, Prefilled, Slots
 from l2m_jax.generation.responses import Answer, ResponseFile
 from l2m_jax.generation.sampling import SamplingRules, answer_keys
 from l2m_jax.generation.schedule import Move, PrefillBatch, Schedule, bucket
 from l2m_jax.models import DecoderConfig
 from l2m_jax.multihost import first, is_first
+from l2m_jax.parallel import Placement
 from l2m_jax.types import Params
 
-_SMALLEST_CACHE, _CACHE_SIZES_PER_OCTAVE = 64, 4
+_MIN_CACHE, _CACHE_SIZES_PER_OCTAVE = 64, 4
 _CACHE_BYTES = 8 * 2**30
-_FEWEST_SLOTS, _MOST_SLOTS = 8, 64
+_MIN_SLOTS, _MAX_SLOTS = 8, 64
+
+# Fields of a config that change cost or rounding, or training alone: answers are the same model's without them.
+_NOT_IDENTITY = (
+    "dtype", "param_dtype", "remat", "attention", "scan_layers",
+    "embedding_dropout", "attention_dropout", "residual_dropout",
+)  # fmt: skip
 
 
-def default_slots(config: DecoderConfig, longest: int) -> int:
-    """Slots a device whose KV cache stays within 8 GiB for sequences of `longest` tokens, from 8 to 64."""
+def default_slots(config: DecoderConfig, max_length: int) -> int:
+    """Slots on each device, from 8 to 64, so that the KV cache for sequences of `max_length` tokens fits in 8 GiB."""
     itemsize = np.dtype(jax.numpy.dtype(config.dtype)).itemsize
     bytes_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
-    return min(max(_CACHE_BYTES // (bytes_per_token * longest), _FEWEST_SLOTS), _MOST_SLOTS)
+    return min(max(_CACHE_BYTES // (bytes_per_token * max_length), _MIN_SLOTS), _MAX_SLOTS)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generator:
+    """A model that is ready to generate.
+
+    Attributes:
+        config: its `eos_token_id` ends an answer; if there are several, any of them does.
+        params: placed by `placement`. They are read in place, so those of a training state will do.
+        placement: the devices that share the work.
+        tokenizer: decodes tokens into `Answer.text`; None leaves the text empty.
+        slots: sequences decoded at once on each device; 0 chooses a number from the size of the model.
+
+    Raises:
+        InputError: the config has no `eos_token_id`.
+    """
+
+    config: DecoderConfig
+    params: Params
+    placement: Placement
+    tokenizer: Any = None
+    slots: int = 0
+
+    def __post_init__(self):
+        if not self.eos_token_ids:
+            raise InputError(
+                f"eos_token_id: {self.config.eos_token_id!r} ends no answer; set it in the model's config.json to the "
+                "tokenizer's end-of-sequence token"
+            )
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        ids = self.config.eos_token_id
+        return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+
+    def fingerprint(self, *facts: Any) -> str:
+        """Changes with `facts` and with the architecture, but not with what only changes cost or rounding."""
+        identity = dataclasses.asdict(self.config)
+        for name in _NOT_IDENTITY:
+            del identity[name]
+        return fingerprint(identity, *facts)
 
 
 class Engine:
-    """Decodes answers to many prompts on the devices at hand.
+    """Decodes answers to many prompts.
 
     Attributes:
-        utilisation: of the slots in the last `run`: steps that made a token somebody wanted, as a share of all.
+        utilisation: in the last `run`, the share of the slots' steps that made a token of an answer.
     """
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        params: Params,
-        rules: SamplingRules,
-        *,
-        eos_token_id: int,
-        slots: int | None = None,
-        devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
-        mesh: Mesh | None = None,
-        prefill_tokens: int = 2048,
-    ):
-        """Arguments as in `generate`; `prefill_tokens` is how many a device prefills at once, about."""
-        self._config, self._rules, self._eos_token_id = config, rules, eos_token_id
-        self._slots, self._prefill_tokens = slots, prefill_tokens
-        if mesh is None:
-            self._programs = Programs.replicated(tuple(devices or jax.devices()))
-        else:
-            self._programs = Programs.sharded_over(mesh)
-        self._stacked_params, self._layer_params = self._programs.prepare(config, params)
+    def __init__(self, generator: Generator, rules: SamplingRules, *, prefill_tokens: int = 2048):
+        """`prefill_tokens` is about how many tokens of prompts a device prefills at once."""
+        self._generator, self._rules, self._prefill_tokens = generator, rules, prefill_tokens
+        self._config, self._placement = generator.config, generator.placement
+        self._layers = programs.prepare_on_devices(self._config, generator.params, self._placement)
         self.utilisation = 0.0
 
     def run(
         self, prompts: Sequence[Sequence[int]], wanted: Iterable[tuple[int, int]]
     ) -> Iterator[list[tuple[int, int, tuple[int, ...]]]]:
-        """Makes the answer of each wanted (prompt index, seed).
+        """Generates the answer for each wanted (prompt index, seed).
 
         Yields:
-            Lists of (prompt index, seed, tokens without the end of sequence) as answers end, shortest prompts first.
+            Lists of (prompt index, seed, tokens without the end of sequence) as answers end. Shorter prompts begin
+            earlier.
 
         Raises:
             InputError: see `generate`.
@@ -80,20 +114,10 @@ class Engine:
         columns = {seed: i for i, seed in enumerate(dict.fromkeys(s for of in seeds.values() for s in of))}
         if not columns:
             return
-        A = self._programs.num_devices
-        lengths = [len(prompt) for prompt in prompts]
-        slots_wanted = self._slots or default_slots(self._config, max(lengths) + self._rules.max_new_tokens)
-        schedule = Schedule(
-            lengths,
-            seeds,
-            devices=A,
-            slots=min(slots_wanted, -(-sum(map(len, seeds.values())) // A)),
-            max_new_tokens=self._rules.max_new_tokens,
-            prefill_tokens=self._prefill_tokens,
-        )
+        schedule = self._schedule([len(prompt) for prompt in prompts], seeds)
         keys = answer_keys(prompts, list(columns))
         prefilled: dict[PrefillBatch, Prefilled] = {}
-        slots = self._programs.empty_slots(self._config, schedule.slots, self._cache_size(1))
+        slots = self._empty_slots(schedule.slots)
 
         while True:
             for batch, moves in schedule.begin():
@@ -102,52 +126,75 @@ class Engine:
                 source = prefilled[batch] if schedule.is_waiting(batch) else prefilled.pop(batch)
                 need = max(source.tokens_PxL.shape[-1], schedule.longest() + schedule.steps())
                 slots = self._fit(slots, need)
-                arrays = self._programs.feed(_arrays(moves, schedule.slots, keys, columns))
-                slots = self._programs.begin(slots, source, arrays, max(map(len, moves)))
+                arrays = self._placement.feed(_arrays(moves, schedule.slots, keys, columns))
+                slots = self._map(programs.begin)(slots, source, arrays, max(map(len, moves)))
             if not schedule.is_running:
                 return
             rows = schedule.shrink()
             if rows is not None:
-                slots = self._programs.keep(slots, self._programs.feed(np.array(rows, np.int32)))
+                slots = self._map(programs.keep)(slots, self._placement.feed(np.array(rows, np.int32)))
 
             steps = schedule.steps()
             slots = self._fit(slots, schedule.longest() + steps)
-            slots = self._programs.decode(
-                self._config, self._rules, self._eos_token_id, self._layer_params, slots, steps
+            slots = self._map(programs.decode)(
+                self._config, self._rules, self._generator.eos_token_ids, self._layers, slots, steps
             )
-            now = self._programs.read(slots._replace(cache=(), keys_Bx2=()))
+            now = self._placement.gather(slots._replace(cache=(), keys_Bx2=()))
             new_tokens = now.lengths_B - now.prompt_lengths_B
-            ended = []
-            for device, slot, work in schedule.advance(steps, new_tokens, now.active_B):
-                start, stop = now.prompt_lengths_B[device, slot], now.lengths_B[device, slot]
-                tokens = tuple(now.tokens_BxS[device, slot, start:stop].tolist())
-                ended.append(
-                    (work.prompt, work.seed, tokens[:-1] if tokens[-1] == self._eos_token_id else tokens)
-                )
+            ended = [
+                (work.prompt, work.seed, self._answer(now, device, slot))
+                for device, slot, work in schedule.advance(steps, new_tokens, now.active_B)
+            ]
             self.utilisation = schedule.utilisation
             if ended:
                 yield ended
 
+    def _map(self, function: Any) -> Any:
+        return self._placement.map(function)
+
+    def _schedule(self, lengths: Sequence[int], seeds: dict[int, list[int]]) -> Schedule:
+        new, devices = self._rules.max_new_tokens, self._placement.num_devices
+        slots = self._generator.slots or default_slots(self._config, max(lengths) + new)
+        return Schedule(
+            lengths,
+            seeds,
+            devices=devices,
+            slots=min(slots, -(-sum(map(len, seeds.values())) // devices)),
+            max_new_tokens=new,
+            prefill_tokens=self._prefill_tokens,
+        )
+
+    def _empty_slots(self, slots: int) -> Slots:
+        size = self._cache_size(1)
+        return self._placement.create(lambda: programs.empty_slots(self._config, slots, size))
+
+    def _answer(self, now: Slots, device: int, slot: int) -> tuple[int, ...]:
+        """The tokens of an answer that has ended, without the end of sequence. `now` holds NumPy arrays."""
+        start, stop = now.prompt_lengths_B[device, slot], now.lengths_B[device, slot]
+        tokens = tuple(now.tokens_BxS[device, slot, start:stop].tolist())
+        return tokens[:-1] if tokens[-1] in self._generator.eos_token_ids else tokens
+
     def _prefill(self, prompts: Sequence[Sequence[int]], batch: PrefillBatch) -> Prefilled:
-        shape = (self._programs.num_devices, batch.rows, min(batch.length, self._config.max_positions))
-        tokens, lengths = np.zeros(shape, np.int32), np.ones(shape[:2], np.int32)
+        devices, length = self._placement.num_devices, min(batch.length, self._config.max_positions)
+        tokens_AxPxL = np.zeros((devices, batch.rows, length), np.int32)
+        lengths_AxP = np.ones((devices, batch.rows), np.int32)
         for device, indices in enumerate(batch.prompts):
             for row, prompt in enumerate(indices):
-                lengths[device, row] = len(prompts[prompt])
-                tokens[device, row, : len(prompts[prompt])] = prompts[prompt]
-        fed = self._programs.feed((tokens, lengths))
-        return self._programs.prefill(self._config, self._stacked_params, *fed)
+                lengths_AxP[device, row] = len(prompts[prompt])
+                tokens_AxPxL[device, row, : len(prompts[prompt])] = prompts[prompt]
+        fed = self._placement.feed((tokens_AxPxL, lengths_AxP))
+        return self._map(programs.prefill)(self._config, self._generator.params, *fed)
 
     def _cache_size(self, need: int) -> int:
-        return min(bucket(need, _CACHE_SIZES_PER_OCTAVE, _SMALLEST_CACHE), self._config.max_positions)
+        return min(bucket(need, _CACHE_SIZES_PER_OCTAVE, _MIN_CACHE), self._config.max_positions)
 
     def _fit(self, slots: Slots, need: int) -> Slots:
-        """Slots with room for `need` tokens: larger where they must be, smaller where that pays for the copy.
+        """Slots with room for `need` tokens: enlarged if necessary, shrunk where that is worth the copy.
 
-        A step reads every key and value that there is room for, so room follows the longest running sequence.
+        A step reads all keys and values that there is room for, so the room follows the longest active sequence.
         """
         size, have = self._cache_size(need), slots.tokens_BxS.shape[-1]
-        return self._programs.resize(size, slots) if size > have or size <= have * 2 // 3 else slots
+        return self._map(programs.resize)(size, slots) if size > have or size <= have * 2 // 3 else slots
 
 
 def _arrays(moves: list[list[Move]], slots: int, keys: np.ndarray, columns: dict[int, int]) -> Moves:
@@ -169,8 +216,8 @@ def _check(config: DecoderConfig, rules: SamplingRules, prompts: Sequence[Sequen
     room = config.max_positions - rules.max_new_tokens
     if room < 1:
         raise InputError(
-            f"max_new_tokens {rules.max_new_tokens} leaves no room for a prompt in the model's "
-            f"{config.max_positions} positions: lower it"
+            f"max_new_tokens: {rules.max_new_tokens} leaves no room for a prompt in the model's "
+            f"{config.max_positions} positions; lower it"
         )
     for i, prompt in enumerate(prompts):
         if not len(prompt):
@@ -178,7 +225,7 @@ def _check(config: DecoderConfig, rules: SamplingRules, prompts: Sequence[Sequen
         if len(prompt) > room:
             raise InputError(
                 f"prompt {i} has {len(prompt)} tokens and {rules.max_new_tokens} new ones may follow, but the model "
-                f"holds {config.max_positions} positions: cut prompts to {room} tokens or lower max_new_tokens"
+                f"has {config.max_positions} positions: cut prompts to {room} tokens or lower max_new_tokens"
             )
         if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
             raise InputError(
@@ -188,82 +235,62 @@ def _check(config: DecoderConfig, rules: SamplingRules, prompts: Sequence[Sequen
 
 
 def generate(
-    config: DecoderConfig,
-    params: Params,
+    generator: Generator,
     prompts: Sequence[Sequence[int]],
     rules: SamplingRules,
     seeds: Sequence[int],
     *,
-    eos_token_id: int,
-    tokenizer: Any = None,
-    slots: int | None = None,
-    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
-    mesh: Mesh | None = None,
-    output: Path | None = None,
-    made_from: str | None = None,
+    output: ResponseFile | None = None,
     title: str = "answers",
 ) -> list[Answer]:
     """Answers every prompt once with each seed.
 
-    An answer depends on (params, prompt, seed, rules) alone: its random numbers come from the seed, the prompt's
-    tokens and the position. Batch shapes can still change a logit in its last bits. Equal prompts with equal
-    seeds get equal answers.
+    An answer depends only on the parameters, prompt, seed and rules: its random numbers come from the seed, the
+    prompt's tokens and the position. Batch shapes can still change a logit in its last bits. Equal prompts with
+    equal seeds get equal answers.
+
+    With several processes, all of them call this together. They share the work, the first one writes `output`, and
+    all of them get all answers.
 
     Args:
-        prompts: token ids. Nothing is added to them, and nothing cut off.
+        prompts: token ids, used as they are: nothing is added or cut off.
         seeds: each from 0 to 2³² - 1.
-        eos_token_id: ends an answer, and is not part of it.
-        tokenizer: turns tokens into `Answer.text`, if given.
-        slots: sequences decoded at once on each device; None: from the model's size.
-        devices: where to decode, each with its own copy of the parameters: those of all processes, one process
-            after another. None: all there are.
-        mesh: instead of `devices`, where `params` are global arrays sharded over it.
-        output: JSON lines file that takes the answers as they come. What it already holds is not made again, if it
-            was made from the same prompts, rules, config and `made_from`.
-        made_from: fingerprint of the parameters (and the tokenizer); needed with `output`.
+        output: the file that answers are written to as they end. Answers it already holds are not generated again,
+            provided the prompts, the rules, the architecture and `output.key` are the same.
         title: of the progress bar.
 
-    Several processes call this together. They share the work, the first one writes `output`, and all get all answers.
-
     Returns:
-        The answers in the order of prompts, and of seeds within each.
+        The answers in the order of the prompts, and for each prompt in the order of the seeds.
 
     Raises:
-        InputError: a prompt is empty, or too long for `max_new_tokens` more within the model's positions, or not
-            of the model's vocabulary; seeds out of range or repeated; a foreign file at `output`.
+        InputError: a prompt is empty, has a token outside the model's vocabulary, or leaves no room for
+            `max_new_tokens` more; seeds are out of range or repeated; `output` holds other answers.
     """
     if len(set(seeds)) != len(seeds) or not all(0 <= seed < 2**32 for seed in seeds):
-        raise InputError(f"seeds {tuple(seeds)} must differ from each other and lie between 0 and 2^32 - 1")
-    _check(config, rules, prompts)
+        raise InputError(f"seeds: {tuple(seeds)} must differ from each other and lie between 0 and 2^32 - 1")
+    _check(generator.config, rules, prompts)
+    wanted = [(prompt, seed) for prompt in range(len(prompts)) for seed in seeds]
+    answers: dict[tuple[int, int], Answer] = {}
     file = None
     if output is not None:
-        if made_from is None:
-            raise ValueError("output needs made_from: the file could not tell whose answers it holds")
-        made_from = fingerprint(made_from, config, rules, eos_token_id, [list(map(int, p)) for p in prompts])
-        file = first(lambda: ResponseFile(output, made_from))
-    answers = {(a.prompt, a.seed): a for a in (file.answers if file else ())}
-    wanted = [(p, seed) for p in range(len(prompts)) for seed in seeds]
+        plain = [list(map(int, prompt)) for prompt in prompts]
+        file = ResponseFile(output.path, generator.fingerprint(output.key, rules, plain))
+        answers = {(answer.prompt, answer.seed): answer for answer in first(file.read)}
     missing = [work for work in wanted if work not in answers]
 
     with contextlib.ExitStack() as stack:
-        file = file if is_first() else None
-        if file is not None:
-            stack.enter_context(file)
+        append = stack.enter_context(file.appending()) if file is not None and is_first() else None
         bar = stack.enter_context(progress.bar(title, len(wanted)))
         bar.resume_at(len(wanted) - len(missing))
-        if missing:
-            engine = Engine(
-                config, params, rules, eos_token_id=eos_token_id, slots=slots, devices=devices, mesh=mesh
-            )
-            start, tokens_made = time.monotonic(), 0
-            for ended in engine.run(prompts, missing):
-                new = [Answer(p, seed, tokens, _text(tokenizer, tokens)) for p, seed, tokens in ended]
-                answers.update({(a.prompt, a.seed): a for a in new})
-                if file is not None:
-                    file.add(new)
-                tokens_made += sum(len(a.tokens) for a in new)
-                rate = tokens_made / max(time.monotonic() - start, 1e-9)
-                bar.advance(len(new), **{"tokens/s": f"{rate:,.0f}"})
+        start, new_tokens = time.monotonic(), 0
+        for ended in Engine(generator, rules).run(prompts, missing) if missing else ():
+            new = [Answer(p, seed, tokens, _text(generator.tokenizer, tokens)) for p, seed, tokens in ended]
+            answers.update({(answer.prompt, answer.seed): answer for answer in new})
+            if append is not None:
+                append(new)
+            new_tokens += sum(len(answer.tokens) for answer in new)
+            rate = new_tokens / max(time.monotonic() - start, 1e-9)
+            bar.advance(len(new), **{"tokens/s": f"{rate:,.0f}"})
     return [answers[work] for work in wanted]
 
 

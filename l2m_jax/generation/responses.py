@@ -1,12 +1,12 @@
-"""Answers on disk, one JSON line each as they come, so that an interrupted run continues where it stopped."""
+"""Answers on disk, one JSON line each, written as they are made so that an interrupted run can resume."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from l2m_jax.errors import InputError
-from l2m_jax.progress import console
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,9 +15,9 @@ class Answer:
 
     Attributes:
         prompt: index of its prompt.
-        seed: the seed that it was sampled with.
+        seed: the seed it was sampled with.
         tokens: without the end of sequence.
-        text: the same as text, without special tokens; empty where no tokenizer was given.
+        text: the decoded tokens, without special tokens; empty where no tokenizer was given.
     """
 
     prompt: int
@@ -26,60 +26,63 @@ class Answer:
     text: str
 
 
-def read(path: Path) -> tuple[str, list[Answer]]:
-    """What the answers in `path` were made from, and the answers, in the order in which they came.
-
-    A last line without its end was cut off by the end of the run that wrote it, and does not count.
-
-    Raises:
-        InputError: the file is no such file.
-    """
-    lines = path.read_bytes().split(b"\n")[:-1]  # bytes: the cut may go through a character
-    try:
-        made_from = json.loads(lines[0])["made_from"] if lines else ""
-        rows = [json.loads(line) for line in lines[1:]]
-        return made_from, [Answer(r["prompt"], r["seed"], tuple(r["tokens"]), r["text"]) for r in rows]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} holds something else than responses of this program ({error}); move it away or name another file"
-        ) from error
-
-
+@dataclasses.dataclass(frozen=True)
 class ResponseFile:
-    """A response file to be completed.
+    """A JSON lines file for answers.
 
     Attributes:
-        answers: those that are already in it. Answers made from something else do not count and are replaced.
+        path: of the file, which may hold some of the answers already.
+        key: says whose answers they are: it changes with the model's weights and the tokenizer.
     """
 
-    def __init__(self, path: Path, made_from: str):
-        self._path, self._made_from = path, made_from
-        self.answers: list[Answer] = []
-        if path.exists():
-            found, answers = read(path)
-            if found == made_from:
-                self.answers = answers
-            else:
-                console.print(f"  {path} was made from other inputs: starting again")
+    path: Path
+    key: str
 
-    def __enter__(self) -> "ResponseFile":
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        if not self.answers:
-            self._path.write_text(json.dumps({"made_from": self._made_from}) + "\n", encoding="utf-8")
-        else:
-            _drop_unfinished_line(self._path)
-        self._file = self._path.open("a", encoding="utf-8")
-        return self
+    def read(self) -> list[Answer]:
+        """The answers in the file, in the order they were written; none if there is no file.
 
-    def __exit__(self, *_) -> None:
-        self._file.close()
+        A last line without its line end was cut off when the run that wrote it ended, and is ignored.
 
-    def add(self, answers: Iterable[Answer]) -> None:
-        for answer in answers:
-            self._file.write(json.dumps(dataclasses.asdict(answer), ensure_ascii=False) + "\n")
-        self._file.flush()
+        Raises:
+            InputError: the file holds answers with another key, or something else.
+        """
+        if not self.path.exists():
+            return []
+        lines = self.path.read_bytes().split(b"\n")[:-1]  # bytes: the cut may be inside a character
+        if not lines:
+            return []
+        try:
+            key = json.loads(lines[0])["key"]
+            rows = [json.loads(line) for line in lines[1:]]
+            answers = [Answer(r["prompt"], r["seed"], tuple(r["tokens"]), r["text"]) for r in rows]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{self.path}: not a file of generated answers ({error!r}); move it away or choose another folder"
+            ) from error
+        if key != self.key:
+            raise InputError(
+                f"{self.path}: holds answers of another model, or to other prompts, or with other sampling rules; "
+                "choose another folder, or delete the file"
+            )
+        return answers
 
+    @contextlib.contextmanager
+    def appending(self) -> Iterator[Callable[[Iterable[Answer]], None]]:
+        """Opens the file, which `read` has accepted; gives a function that appends answers to it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab+") as file:
+            file.seek(0)
+            complete = file.read().rfind(b"\n") + 1
+            file.truncate(complete)
 
-def _drop_unfinished_line(path: Path) -> None:
-    with path.open("rb+") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
+            def write(line: dict) -> None:
+                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+
+            def append(answers: Iterable[Answer]) -> None:
+                for answer in answers:
+                    write(dataclasses.asdict(answer))
+                file.flush()
+
+            if not complete:
+                write({"key": self.key})
+            yield append

@@ -1,59 +1,58 @@
-"""How the next token is chosen: rules on logits, in Hugging Face's order, and random numbers that belong to the answer.
+"""Sampling of the next token: rules on logits in Hugging Face's order, and the answer's own random numbers.
 
-The random numbers of an answer depend on its seed, its prompt's tokens and the position in the answer, and on
-nothing else: not on the batch, the slot, the device or the order of the work.
+The random numbers of an answer depend only on its seed, its prompt's tokens and the position in the answer. They
+do not depend on the batch, the slot, the device or the order of the work.
 """
 
 import dataclasses
+import functools
 import hashlib
-import math
+import operator
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2m_jax.errors import InputError
+from l2m_jax.errors import InputError, require_at_least
 
-_PRNG = "threefry2x32"  # by name: the default can be configured, and answers must not change with it
+_PRNG = "threefry2x32"  # named, because answers must not depend on the configurable default
 _CHUNK = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingRules:
-    """Rules as in Hugging Face `generate`, applied in this order: bans, temperature, top-k, top-p. Hashable.
+    """Rules as in Hugging Face `generate`, applied in this order: bans, temperature, top-k, top-p.
+
+    The defaults are the paper's.
 
     Attributes:
-        temperature: divides the logits; 0 takes the most likely token (top-k and top-p then change nothing).
-        top_k: only the k most likely tokens; 0 for all.
-        top_p: of these, the smallest set of most likely tokens that holds at least this probability.
-        no_repeat_ngram: no n tokens in a row occur twice in prompt and answer together; 0 allows it.
-        min_new_tokens: tokens of the answer before which the end of sequence is banned.
-        max_new_tokens: the most tokens of an answer, the end of sequence included.
+        temperature: divides the logits. 0 is greedy decoding, where top-k and top-p make no difference.
+        top_k: samples from the k most likely tokens; 0 from all.
+        top_p: samples from the smallest set of most likely tokens with at least this total probability; 1 from all.
+        no_repeat_ngram: no sequence of n tokens occurs twice in the prompt and answer together; 0 allows it.
+        min_new_tokens: the end of sequence is banned before the answer has this many tokens.
+        max_new_tokens: maximum length of an answer, including its end of sequence.
 
     Raises:
         InputError: a value outside its range.
     """
 
     temperature: float = 1.0
-    top_k: int = 0
+    top_k: int = 50
     top_p: float = 1.0
     no_repeat_ngram: int = 0
     min_new_tokens: int = 0
-    max_new_tokens: int = 256
+    max_new_tokens: int = 512
 
     def __post_init__(self):
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InputError(f"temperature {self.temperature} must be 0 (greedy) or a positive number")
+        require_at_least(self, 0, "temperature", "top_k", "no_repeat_ngram", "min_new_tokens")
+        require_at_least(self, 1, "max_new_tokens")
         if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p {self.top_p} must lie above 0 and not above 1 (1 switches it off)")
-        for name in ("top_k", "no_repeat_ngram", "min_new_tokens"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} {getattr(self, name)} must not be negative (0 switches it off)")
-        if self.max_new_tokens < max(1, self.min_new_tokens):
+            raise InputError(f"top_p: {self.top_p!r} must be greater than 0 and at most 1 (1 turns it off)")
+        if self.max_new_tokens < self.min_new_tokens:
             raise InputError(
-                f"max_new_tokens {self.max_new_tokens} must be at least 1 and at least "
-                f"min_new_tokens ({self.min_new_tokens})"
+                f"max_new_tokens: {self.max_new_tokens!r} must be at least min_new_tokens ({self.min_new_tokens!r})"
             )
 
 
@@ -61,7 +60,6 @@ def answer_keys(prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> np.nd
     """uint32 [prompts, seeds, 2]: the key of each answer, from its seed and a hash of its prompt's tokens."""
     digests = [hashlib.sha256(np.asarray(prompt, "<i4").tobytes()).digest()[:8] for prompt in prompts]
     words_Px2 = np.frombuffer(b"".join(digests), "<u4").reshape(len(prompts), 2).astype(np.uint32)
-
     return np.asarray(_answer_keys(np.asarray(seeds, np.uint32), words_Px2))
 
 
@@ -81,20 +79,21 @@ def sample(
     new_tokens_B: jax.Array,
     keys_Bx2: jax.Array,
     rules: SamplingRules,
-    eos_token_id: int,
+    eos_token_ids: tuple[int, ...],
 ) -> jax.Array:
     """The next token of each row, int32.
 
     Args:
-        logits_BxV: float32; -inf for entries that are no token.
-        tokens_BxS, lengths_B: prompt and answer so far, and how many of the S entries they fill.
-        new_tokens_B: how many of them belong to the answer: the position that the random numbers depend on.
+        logits_BxV: float32; -inf for entries that are not tokens.
+        tokens_BxS, lengths_B: the prompt followed by the answer so far, and its length.
+        new_tokens_B: length of the answer so far: the position that the random numbers depend on.
         keys_Bx2: from `answer_keys`.
+        eos_token_ids: tokens that end an answer.
     """
     if rules.no_repeat_ngram:
         logits_BxV = ban_repeated_ngrams(logits_BxV, tokens_BxS, lengths_B, rules.no_repeat_ngram)
     if rules.min_new_tokens:
-        logits_BxV = ban_early_end(logits_BxV, new_tokens_B, rules.min_new_tokens, eos_token_id)
+        logits_BxV = ban_early_end(logits_BxV, new_tokens_B, rules.min_new_tokens, eos_token_ids)
     if rules.temperature == 0:
         return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
     logits_BxC, ids_BxC = candidates(logits_BxV, rules)
@@ -107,12 +106,12 @@ def sample(
 def ban_repeated_ngrams(
     logits_BxV: jax.Array, tokens_BxS: jax.Array, lengths_B: jax.Array, n: int
 ) -> jax.Array:
-    """-inf for each token that would complete an n-gram which the row already holds."""
+    """-inf for each token that would repeat an n-gram of its row."""
     B, S = tokens_BxS.shape
     windows = S - n + 1
     if windows < 1:
         return logits_BxV
-    # Where does the row hold its own last n-1 tokens, with one more known token behind them?
+    # Where do the row's last n-1 tokens occur, followed by one more known token?
     repeats = jnp.arange(windows)[None] + n <= lengths_B[:, None]
     for j in range(n - 1):
         last_Bx1 = jnp.take_along_axis(tokens_BxS, jnp.maximum(lengths_B - (n - 1) + j, 0)[:, None], axis=1)
@@ -122,18 +121,23 @@ def ban_repeated_ngrams(
 
 
 def ban_early_end(
-    logits_BxV: jax.Array, new_tokens_B: jax.Array, min_new_tokens: int, eos_token_id: int
+    logits_BxV: jax.Array, new_tokens_B: jax.Array, min_new_tokens: int, eos_token_ids: tuple[int, ...]
 ) -> jax.Array:
-    """-inf for the end of sequence in rows whose answer is shorter than `min_new_tokens`."""
-    is_eos_V = jnp.arange(logits_BxV.shape[1]) == eos_token_id
+    """-inf for every end of sequence in rows whose answer is shorter than `min_new_tokens`."""
+    is_eos_V = is_any_of(jnp.arange(logits_BxV.shape[1]), eos_token_ids)
     return jnp.where(is_eos_V[None] & (new_tokens_B < min_new_tokens)[:, None], -jnp.inf, logits_BxV)
 
 
-def candidates(logits_BxV: jax.Array, rules: SamplingRules) -> tuple[jax.Array, jax.Array | None]:
-    """What temperature, top-k and top-p leave over.
+def is_any_of(tokens: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+    """Whether each token is one of `ids`, elementwise."""
+    return functools.reduce(operator.or_, (tokens == id for id in ids))
 
-    With top-k these are k logits a row and their token ids, else all V logits (and None), -inf where top-p drops one.
-    Hugging Face keeps every token that ties with the k-th; here the k-th is the one with the lowest id.
+
+def candidates(logits_BxV: jax.Array, rules: SamplingRules) -> tuple[jax.Array, jax.Array | None]:
+    """The logits to sample from, after temperature, top-k and top-p, and their token ids.
+
+    With top-k there are k logits a row. Otherwise there are V, and the ids are None. Logits that top-p drops are
+    -inf. Hugging Face keeps every token that ties with the k-th; here the lowest ids win.
     """
     logits_BxV = logits_BxV / rules.temperature
     V = logits_BxV.shape[1]
@@ -144,15 +148,16 @@ def candidates(logits_BxV: jax.Array, rules: SamplingRules) -> tuple[jax.Array, 
         probabilities = jax.nn.softmax(logits_BxC, axis=-1)
         mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
         logits_BxC = jnp.where(mass_before < rules.top_p, logits_BxC, -jnp.inf)
-    # In the order of ids, so that two candidates that swap ranks in a logit's last bits keep their places in `draw`.
+    # Sorted by id: candidates whose logits differ only by rounding then keep their places in `draw`.
     order = jnp.argsort(ids_BxC, axis=-1)
     return jnp.take_along_axis(logits_BxC, order, axis=-1), jnp.take_along_axis(ids_BxC, order, axis=-1)
 
 
 def _top_p(logits_BxV: jax.Array, top_p: float) -> jax.Array:
-    """Keeps a token if the tokens more likely than it hold less than `top_p`: no sort, but a search for the border.
+    """Keeps a token if the more likely tokens have a total probability below `top_p`.
 
-    Non-negative floats are ordered as their bits are, so 30 halvings of an integer interval find it exactly.
+    Finds the lowest probability that is kept by bisection, without sorting. Non-negative floats are ordered like
+    their bit patterns, so 30 halvings of an integer interval find it exactly.
     """
     probabilities = jax.nn.softmax(logits_BxV, axis=-1)
     bits_BxV = jax.lax.bitcast_convert_type(probabilities, jnp.int32)
@@ -172,11 +177,11 @@ def _top_p(logits_BxV: jax.Array, top_p: float) -> jax.Array:
 
 
 def draw(logits_BxC: jax.Array, keys_Bx2: jax.Array, position_B: jax.Array) -> jax.Array:
-    """An index in each row, int32, with the probabilities softmax(logits).
+    """Samples an index in each row, int32, from softmax(logits).
 
-    By inversion of the distribution function, where a logit that differs in its last bits moves the borders by as
-    little. One uniform number finds the chunk of 256 entries and another the entry in it, so that C random numbers
-    a row, or a cumulative sum over all of them, are never needed.
+    Inverts the cumulative distribution, so a rounding difference in a logit shifts the borders between indices by
+    as little. One uniform number selects a chunk of 256 entries and another an entry in it. This needs neither C
+    random numbers a row nor a cumulative sum over all entries.
     """
 
     def uniforms(key_2, position):
@@ -194,7 +199,7 @@ def draw(logits_BxC: jax.Array, keys_Bx2: jax.Array, position_B: jax.Array) -> j
 
 
 def _invert(weights_BxC: jax.Array, u_B: jax.Array) -> jax.Array:
-    """The first entry at which the cumulative weight passes u times the total; never one of weight 0."""
+    """The first entry whose cumulative weight exceeds u times the total; never an entry of weight 0."""
     cumulative = jnp.where(weights_BxC > 0, jnp.cumsum(weights_BxC, axis=-1), -1.0)
     threshold = u_B * jnp.max(cumulative, axis=-1)
     return jnp.argmax(cumulative > threshold[:, None], axis=-1).astype(jnp.int32)

@@ -1,7 +1,7 @@
-"""Who decodes what next, decided on the host from lengths alone.
+"""Which slot decodes which answer next, decided on the host from lengths alone.
 
-Prompts are taken shortest first, so that those prefilled together and decoded side by side have similar lengths.
-A prompt is prefilled once; its answers follow one another into slots as these become free.
+Short prompts come first, so that prompts which are prefilled or decoded together have similar lengths. A prompt is
+prefilled once. Its answers move into slots as these become free.
 """
 
 import collections
@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from l2m_jax.errors import InputError
 
-_MOST_WAITING = 4  # prefilled batches
-_CALLS_PER_ANSWER, _MOST_STEPS = 16, 32
-_FEWEST_SLOTS = 8
+_MAX_WAITING = 4  # prefilled batches
+_CALLS_PER_ANSWER, _MAX_STEPS = 16, 32
+_MIN_SLOTS = 8
 
 
 def bucket(length: int, per_octave: int = 2, smallest: int = 16) -> int:
-    """The next larger of few sizes, `per_octave` from each power of two to the next: fewer programs to compile."""
+    """`length` rounded up to one of few sizes, `per_octave` for each power of two, so that few programs are compiled."""
     octave = max(1 << (length - 1).bit_length() >> 1, smallest)
     step = octave // per_octave
     return max(octave, -(-length // step) * step)
@@ -24,7 +24,7 @@ def bucket(length: int, per_octave: int = 2, smallest: int = 16) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One answer to be made."""
+    """One answer to generate."""
 
     prompt: int
     seed: int
@@ -41,7 +41,7 @@ class PrefillBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """An answer begins: `row` of the prefilled batch goes to `slot`, both on one device."""
+    """An answer begins: `row` of a prefilled batch is copied to `slot` on the same device."""
 
     row: int
     slot: int
@@ -49,11 +49,11 @@ class Move:
 
 
 class Schedule:
-    """Fills `slots` on each of `devices` until no work is left.
+    """Keeps `slots` on each of `devices` busy until no work is left.
 
     Attributes:
-        slots: slots a device now; fewer towards the end.
-        slot_steps, used_slot_steps: decoding steps times slots, run so far and spent on a token that somebody wanted.
+        slots: current number of slots on each device; fewer towards the end.
+        slot_steps, used_slot_steps: decoding steps times slots so far, and how many of them made a token of an answer.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class Schedule:
         max_new_tokens: int,
         prefill_tokens: int,
     ):
-        """`lengths` of all prompts; `seeds` of the answers wanted, by prompt."""
+        """`lengths` are those of all prompts; `seeds` has the wanted seeds for each prompt."""
         if slots < 1:
-            raise InputError(f"{slots} slots: at least 1 sequence must be decoded at a time")
+            raise InputError(f"slots: {slots} must be 1 or more")
         self._lengths, self._seeds = lengths, seeds
         self._max_new_tokens, self._prefill_tokens = max_new_tokens, prefill_tokens
         self._todo = collections.deque(sorted((p for p in seeds if seeds[p]), key=lambda p: (lengths[p], p)))
-        # By batch and device: the rows, and what is to be made from them, that wait for a slot.
+        # For each batch and device, the rows and answers that wait for a slot.
         self._waiting: dict[PrefillBatch, list[collections.deque[tuple[int, Work]]]] = {}
         self._running: list[dict[int, Work]] = [{} for _ in range(devices)]
         self._tokens: list[dict[int, int]] = [{} for _ in range(devices)]
@@ -81,11 +81,11 @@ class Schedule:
         self.slot_steps = self.used_slot_steps = 0
 
     def begin(self) -> Iterator[tuple[PrefillBatch, list[list[Move]]]]:
-        """Gives every free slot work while there is any.
+        """Assigns work to every free slot while there is any.
 
         Yields:
-            A batch and the moves from it on each device. It has to be prefilled when it comes for the first time,
-            and kept while it `is_waiting`.
+            A batch, and for each device the moves from it. The caller prefills a batch when it first appears, and
+            keeps it while it `is_waiting`.
         """
         while True:
             for batch, waiting in list(self._waiting.items()):
@@ -95,7 +95,7 @@ class Schedule:
                 if any(moves):
                     yield batch, moves
             hungry = any(len(running) < self.slots for running in self._running)
-            if not (hungry and self._todo and len(self._waiting) < _MOST_WAITING):
+            if not (hungry and self._todo and len(self._waiting) < _MAX_WAITING):
                 return
             batch = self._next_batch()
             self._waiting[batch] = [
@@ -137,14 +137,14 @@ class Schedule:
         return any(self._running)
 
     def steps(self) -> int:
-        """How many steps to decode before the next look: a small part of an answer, so that slots idle little."""
+        """How many steps to decode before new answers can begin: a small part of an answer, so that slots are rarely idle."""
         unfinished = [n for tokens in self._tokens for n in tokens.values()]
         mean = self._finished_tokens / self._finished if self._finished else self._max_new_tokens / 4
-        wanted = max(1, min(_MOST_STEPS, round(mean / _CALLS_PER_ANSWER)))
+        wanted = max(1, min(_MAX_STEPS, round(mean / _CALLS_PER_ANSWER)))
         return min(wanted, self._max_new_tokens - min(unfinished))
 
     def longest(self) -> int:
-        """Tokens in the longest running sequence."""
+        """Length of the longest running sequence in tokens."""
         return max(
             self._lengths[work.prompt] + self._tokens[device][slot]
             for device, running in enumerate(self._running)
@@ -152,9 +152,9 @@ class Schedule:
         )
 
     def advance(self, steps: int, new_tokens: Sequence[Sequence[int]], active: Sequence[Sequence[bool]]):
-        """Takes note of decoded steps; yields (device, slot, work) of each answer that has ended.
+        """Records decoded steps; yields (device, slot, work) for each answer that has ended.
 
-        `new_tokens[device][slot]` are those of the answer so far.
+        `new_tokens[device][slot]` is the length of the answer so far.
         """
         self.slot_steps += steps * self.slots * len(self._running)
         for device, running in enumerate(self._running):
@@ -169,10 +169,14 @@ class Schedule:
                     yield device, slot, work
 
     def shrink(self) -> list[list[int]] | None:
-        """Half the slots (but 8 at least), once no work waits and half are enough: the rows to keep on each device, else None."""
+        """Halves the slots, down to 8, once no work waits and half are enough.
+
+        Returns:
+            The slots to keep on each device, or None.
+        """
         half = self.slots // 2
         fullest = max(len(running) for running in self._running)
-        if self._todo or self._waiting or half < _FEWEST_SLOTS or not 0 < fullest <= half:
+        if self._todo or self._waiting or half < _MIN_SLOTS or not 0 < fullest <= half:
             return None
         self.slots = half
         kept = []
@@ -187,5 +191,5 @@ class Schedule:
 
     @property
     def utilisation(self) -> float:
-        """Share of the slots' steps that made a token of an answer (its end included)."""
+        """Share of the slots' steps that made a token of an answer, including its end of sequence."""
         return self.used_slot_steps / max(self.slot_steps, 1)

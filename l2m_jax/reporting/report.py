@@ -11,12 +11,11 @@ import numpy as np
 
 from l2m_jax.curriculum import Difficulty, Stage, examples_seen, steps
 from l2m_jax.data.sources import Row
-from l2m_jax.evaluation import protocol
 from l2m_jax.evaluation.protocol import Results
 from l2m_jax.files import write_text
 from l2m_jax.reporting import figures
 from l2m_jax.reporting.figures import Metrics
-from l2m_jax.reporting.tables import Spread, Table
+from l2m_jax.reporting.tables import Spread, Table, results_table
 
 _LONGEST_TEXT = 160
 _MOST_CATEGORIES_SHOWN = 12
@@ -88,7 +87,7 @@ def _results(results: Mapping[str, Results], teacher: str | None) -> str:
     count = f"{seeds[0]} seed{'s' if seeds[0] > 1 else ''}" if len(seeds) == 1 else "several seeds"
     parts = [
         f"## Results\n\nRouge-L × 100, mean ± standard deviation over {count} of sampling ({'; '.join(rules)}).\n",
-        protocol.table(results, teacher=teacher).markdown(),
+        results_table(results, teacher=teacher).markdown(),
         _sets(results),
     ]
     return "\n".join(parts + [_categories(results, name) for name in _with_categories(results)])

@@ -7,6 +7,8 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from l2m_jax.evaluation.protocol import Results
+
 AVERAGE = "Avg."
 
 
@@ -34,14 +36,14 @@ class _Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of equal rights, one of which may be the teacher.
+    """A table of results, in which one row may be the teacher.
 
     Attributes:
-        values: for each row (method or model) and column (set) what to take the mean over: Rouge-L × 100 of
-            several training runs, or of several sampling seeds. A missing entry is shown as a dash.
-        teacher: the row that the others are compared with; it comes first and is never the best.
-        unreportable: columns for tests alone: they carry a dagger and stay out of the average.
-        plain: numbers alone: neither an average nor a best.
+        values: for each row (method or model) and column (set), the values to average: Rouge-L × 100 of several
+            training runs or sampling seeds. A missing entry is shown as a dash.
+        teacher: the row that the others are compared with. It comes first and is never marked as the best.
+        unreportable: columns that must not be reported. They carry a dagger and are left out of the average.
+        plain: only the numbers, without an average or a best.
     """
 
     values: Mapping[str, Mapping[str, Sequence[float]]]
@@ -170,6 +172,16 @@ class Table:
         if self.teacher is not None and len(rows) > 1:
             lines.insert(5, r"\midrule")
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def results_table(results: Mapping[str, Results], *, teacher: str | None = None) -> Table:
+    """Models by sets; `teacher` names the row that the others are compared with."""
+    values = {
+        model: {found.title: found.rouge_l.per_seed for found in result.sets}
+        for model, result in results.items()
+    }
+    unreportable = {found.title for result in results.values() for found in result.sets if found.unreportable}
+    return Table(values, teacher, frozenset(unreportable))
 
 
 def _markdown_row(cells: Iterable[str]) -> str:

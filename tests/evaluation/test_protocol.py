@@ -8,9 +8,10 @@ import pytest
 from l2m_jax import models
 from l2m_jax.errors import InputError
 from l2m_jax.evaluation import protocol, rouge_l
-from l2m_jax.evaluation.protocol import Results, Score, evaluate, summarise, table
+from l2m_jax.evaluation.protocol import Results, Score, evaluate, summarise
 from l2m_jax.evaluation.sets import PromptSet
-from l2m_jax.generation import Answer, SamplingRules
+from l2m_jax.generation import Answer, Generator, SamplingRules
+from l2m_jax.parallel import Placement
 
 SET = PromptSet(
     name="self_inst",
@@ -28,8 +29,6 @@ RULES = SamplingRules(temperature=1.0, max_new_tokens=4)
 
 
 class Tokenizer:
-    eos_token_id = 0
-
     def decode(self, tokens, skip_special_tokens):
         assert skip_special_tokens
         return " ".join(f"w{token}" for token in tokens)
@@ -49,15 +48,15 @@ def model():
         head_dim=4,
         intermediate_size=16,
         max_positions=16,
+        eos_token_id=0,
     )
-    return config, models.init(config, jax.random.key(0))
+    placement = Placement("pmap", tuple(jax.devices()[:1]))
+    params = placement.place(models.init(config, jax.random.key(0)))
+    return Generator(config, params, placement, Tokenizer())
 
 
-def run(model, sets=(SET, OTHER), seeds=(10, 20), **options):
-    config, params = model
-    return evaluate(
-        config, params, Tokenizer(), sets, RULES, seeds, devices=jax.local_devices()[:1], **options
-    )
+def run(model, sets=(SET, OTHER), seeds=(10, 20), rules=RULES, **options):
+    return evaluate(model, sets, rules, seeds, **options)
 
 
 def test_mean_and_deviation_over_seeds_by_hand():
@@ -81,7 +80,7 @@ def test_one_seed_has_no_deviation():
 
 
 def test_results_and_responses(model, tmp_path):
-    results = run(model, folder=tmp_path, made_from="model")
+    results = run(model, folder=tmp_path, key="model")
     lines = [
         json.loads(line) for line in (tmp_path / "responses.jsonl").read_text(encoding="utf-8").splitlines()
     ]
@@ -107,51 +106,63 @@ def test_results_and_responses(model, tmp_path):
 
 
 def test_validation_needs_no_folder(model, tmp_path):
-    results = run(model, folder=tmp_path, made_from="model")
+    results = run(model, folder=tmp_path, key="model")
     assert [dataclasses.asdict(found) for found in run(model).sets] == [
         dataclasses.asdict(s) for s in results.sets
     ]
-    with pytest.raises(ValueError, match="made_from"):
+    with pytest.raises(ValueError, match="key"):
         run(model, folder=tmp_path)
+    with pytest.raises(ValueError, match="tokenizer"):
+        run(dataclasses.replace(model, tokenizer=None))
 
 
 def test_an_interrupted_evaluation_continues_and_a_finished_one_is_read(model, tmp_path, monkeypatch):
     made = []
     generate = protocol.generate
 
-    def counted(config, params, prompts, rules, seeds, *, output, **options):
-        before = len(output.read_text(encoding="utf-8").splitlines()) - 1 if output.exists() else 0
-        answers = generate(config, params, prompts, rules, seeds, output=output, **options)
+    def counted(generator, prompts, rules, seeds, *, output, **options):
+        path = output.path
+        before = len(path.read_text(encoding="utf-8").splitlines()) - 1 if path.exists() else 0
+        answers = generate(generator, prompts, rules, seeds, output=output, **options)
         made.append(len(answers) - before)
         return answers
 
     monkeypatch.setattr(protocol, "generate", counted)
     monkeypatch.setattr(protocol.files, "write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        run(model, folder=tmp_path, made_from="model")
+        run(model, folder=tmp_path, key="model")
     assert made == [6, 6]
     monkeypatch.undo()
     monkeypatch.setattr(protocol, "generate", counted)
-    results = run(model, folder=tmp_path, made_from="model")
+    results = run(model, folder=tmp_path, key="model")
     assert made == [6, 6, 0, 0]
-    assert run(model, folder=tmp_path, made_from="model") == results
+    assert run(model, folder=tmp_path, key="model") == results
+    cheaper = dataclasses.replace(model.config, dtype="bfloat16", remat="block")
+    assert run(dataclasses.replace(model, config=cheaper), folder=tmp_path, key="model") == results
     assert len(made) == 4
-    run(model, folder=tmp_path, made_from="another model")
-    assert made[4:] == [6, 6]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    "changes",
+    [{"key": "another model"}, {"rules": dataclasses.replace(RULES, max_new_tokens=3)}],
+    ids=["key", "rules"],
+)
+def test_another_evaluation_is_not_overwritten(model, tmp_path, monkeypatch, finished, changes):
+    if finished:
+        run(model, folder=tmp_path, key="model")
+    else:
+        monkeypatch.setattr(protocol, "rouge_l_many", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(model, folder=tmp_path, key="model")
+        monkeypatch.undo()
+    there = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    name = r"results\.json" if finished else r"self_inst\.jsonl"
+    with pytest.raises(InputError, match=rf"{name}: holds .* of another model.*choose another folder"):
+        run(model, folder=tmp_path, **{"key": "model"} | changes)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == there
 
 
 def test_two_sets_of_one_name(model):
     with pytest.raises(InputError, match="two evaluation sets are called 'self_inst'"):
         run(model, sets=(SET, SET))
-
-
-def test_the_table_compares_models(model):
-    results = run(model)
-    better = dataclasses.replace(
-        results,
-        sets=tuple(dataclasses.replace(found, rouge_l=Score.of([90.0, 92.0])) for found in results.sets),
-    )
-    text = table({"teacher": results, "student": better}, teacher="teacher").markdown()
-    assert text.splitlines()[0] == "|  | SelfInst | Short† |"
-    assert r"| student | 91.0 ± 1.4\* | 91.0 ± 1.4\* |" in text
-    assert "never to report" in text

@@ -8,14 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 from scipy import stats
 
 from l2m_jax import models
 from l2m_jax.errors import InputError
-from l2m_jax.generation import Engine, SamplingRules, default_slots, generate, programs
-from l2m_jax.generation.programs import prepare
+from l2m_jax.generation import (
+    Engine,
+    Generator,
+    ResponseFile,
+    SamplingRules,
+    default_slots,
+    generate,
+    programs,
+)
+from l2m_jax.parallel import Placement
 
 EOS = 2
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "greedy.json").read_text())
@@ -33,6 +40,7 @@ SMALL = models.DecoderConfig(
     head_dim=4,
     intermediate_size=24,
     max_positions=64,
+    eos_token_id=EOS,
 )
 FAMILIES = {
     "gpt2": {},
@@ -73,8 +81,13 @@ def some_prompts(count, longest=30, seed=0):
 full_logits = jax.jit(models.logits, static_argnums=0)
 
 
-def one_device():
-    return jax.devices()[:1]
+def place(config, params, mapping="pmap", devices=slice(1), **options):
+    """A generator on some of the fake devices, by default on the first one."""
+    placement = Placement(mapping, tuple(jax.devices()[devices]))
+    return Generator(config, placement.place(params), placement, **options)
+
+
+FOUR, ALL = slice(4), slice(None)
 
 
 def greedy_without_cache(config, params, prompt, new_tokens, eos):
@@ -96,7 +109,7 @@ def test_greedy_equals_full_forward_passes(family, scan_layers, remat):
     prompts = some_prompts(8)
     # 3 slots for 8 prompts: most begin in a slot where another answer, often a longer one, has left its cache.
     rules = SamplingRules(temperature=0, max_new_tokens=16)
-    answers = generate(config, params, prompts, rules, [0], eos_token_id=EOS, slots=3, devices=one_device())
+    answers = generate(place(config, params, slots=3), prompts, rules, [0])
     expected = [greedy_without_cache(config, params, prompt, 16, EOS) for prompt in prompts]
     assert [answer.tokens for answer in answers] == expected
     assert len(set(expected)) > 4  # else the model says the same to everything
@@ -110,6 +123,7 @@ def test_greedy_equals_transformers(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(json.loads((MODELS / "cases.json").read_text())[name]))
     config, params = models.load(tmp_path)
     case = GOLDEN["cases"][name]
+    generator = place(dataclasses.replace(config, eos_token_id=case["eos"]), params)
     for title, given in GOLDEN["rules"].items():
         rules = SamplingRules(
             temperature=0,
@@ -117,9 +131,7 @@ def test_greedy_equals_transformers(name, tmp_path):
             min_new_tokens=given.get("min_new_tokens", 0),
             no_repeat_ngram=given.get("no_repeat_ngram_size", 0),
         )
-        answers = generate(
-            config, params, case["prompts"], rules, [0], eos_token_id=case["eos"], devices=one_device()
-        )
+        answers = generate(generator, case["prompts"], rules, [0])
         expected = [tuple(a[:-1] if a[-1] == case["eos"] else a) for a in case["answers"][title]]
         assert [answer.tokens for answer in answers] == expected, title
 
@@ -132,42 +144,65 @@ def sampled():
     """(config, params, prompts, answers of one device)."""
     config, params = small()
     prompts = some_prompts(12)
-    answers = generate(
-        config, params, prompts, SAMPLED, [7, 8], eos_token_id=EOS, slots=12, devices=one_device()
-    )
+    answers = generate(place(config, params, slots=12), prompts, SAMPLED, [7, 8])
     return config, params, prompts, answers
 
 
 def test_order_slots_and_devices_change_nothing(sampled):
     config, params, prompts, answers = sampled
     order = np.random.default_rng(1).permutation(len(prompts)).tolist()
-    shuffled = generate(
-        config,
-        params,
-        [prompts[p] for p in order],
-        SAMPLED,
-        [8, 7],
-        eos_token_id=EOS,
-        slots=5,
-        devices=jax.devices()[1:2],
-    )
+    elsewhere = place(config, params, devices=slice(1, 2), slots=5)
+    shuffled = generate(elsewhere, [prompts[p] for p in order], SAMPLED, [8, 7])
     by_work = {(order[a.prompt], a.seed): a.tokens for a in shuffled}
     assert by_work == {(a.prompt, a.seed): a.tokens for a in answers}
-    everywhere = generate(config, params, prompts, SAMPLED, [7, 8], eos_token_id=EOS, slots=3)
-    assert everywhere == answers
+    assert generate(place(config, params, devices=ALL, slots=3), prompts, SAMPLED, [7, 8]) == answers
 
 
 def test_sharded_parameters_give_the_same(sampled):
     config, params, prompts, answers = sampled
-    mesh = Mesh(np.array(jax.devices()[:4]), ("devices",), axis_types=(AxisType.Auto,))
+    sharded = place(config, params, "fsdp", FOUR, slots=4)
+    assert generate(sharded, prompts, SAMPLED, [7, 8]) == answers
 
-    def shard(x):
-        spec = ["devices" if i == x.ndim - 1 and x.shape[i] % 4 == 0 else None for i in range(x.ndim)]
-        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
-    sharded = jax.tree.map(shard, params)
-    got = generate(config, sharded, prompts, SAMPLED, [7, 8], eos_token_id=EOS, slots=4, mesh=mesh)
-    assert got == answers
+@pytest.mark.parametrize("mapping", ["pmap", "fsdp"])
+def test_parameters_are_read_in_place(sampled, mapping):
+    """What generation adds to the parameters of a training state, on every device: one entry for each layer."""
+    config, params, prompts, _ = sampled
+    devices = jax.devices()[FOUR]
+
+    def new_bytes(config):
+        generator = place(config, params, mapping, FOUR)
+        before = {id(x) for x in jax.live_arrays()}
+        engine = Engine(generator, SAMPLED)
+        new = [x for x in jax.live_arrays() if id(x) not in before]
+        generate(generator, prompts[:1], SAMPLED, [7])
+        assert not any(x.is_deleted() for x in jax.tree.leaves(generator.params))
+        del engine
+        shards = [shard for x in new for shard in x.addressable_shards]
+        return [sum(s.data.nbytes for s in shards if s.device == device) for device in devices]
+
+    def bytes_of(tree, itemsize):
+        return sum(x.size for x in jax.tree.leaves(tree)) * itemsize
+
+    blocks, embeddings = params["blocks"], params["embeddings"]
+    norms = [x for path, x in jax.tree_util.tree_leaves_with_path(blocks) if "norm" in str(path)]
+    parts = 1 if mapping == "pmap" else 4
+    assert new_bytes(config) == [bytes_of(blocks, 4) / parts] * 4
+    narrow = bytes_of([blocks, embeddings], 2) + bytes_of(norms, 2)  # norms stay in float32
+    assert new_bytes(dataclasses.replace(config, dtype="bfloat16")) == [narrow / parts] * 4
+
+
+def test_layers_keep_the_sharding_of_their_stack():
+    config, params = small("llama")
+    generator = place(config, params, "fsdp", FOUR)
+    layers = programs.prepare_on_devices(config, generator.params, generator.placement)["blocks"]
+    assert len(layers) == config.num_layers
+    stack = jax.tree.leaves(generator.params["blocks"])
+    for layer in layers:
+        for of_layer, of_stack in zip(jax.tree.leaves(layer), stack, strict=True):
+            share, stack_share = (x.sharding.shard_shape(x.shape) for x in (of_layer, of_stack))
+            assert (config.num_layers, *share) == stack_share
+            assert np.prod(share) == of_layer.size / 4
 
 
 class ExactModel:
@@ -207,18 +242,19 @@ def test_nothing_but_rounding_can_differ(monkeypatch):
     rules = SamplingRules(top_k=40, no_repeat_ngram=4, max_new_tokens=30)
     wanted = [(p, seed) for p in range(20) for seed in seeds]
 
-    def run(order, **settings):
-        engine = Engine(config, {}, rules, eos_token_id=EOS, **settings)
+    params = {"blocks": {"unused": np.zeros((2, 4), np.float32)}}
+
+    def run(order, devices=slice(1), mapping="pmap", slots=0, **settings):
+        engine = Engine(place(config, params, mapping, devices, slots=slots), rules, **settings)
         return {(p, seed): tokens for ended in engine.run(prompts, order) for p, seed, tokens in ended}
 
-    first = run(wanted, slots=9, devices=one_device())
+    first = run(wanted, slots=9)
     assert len(first) == 60 and len(set(first.values())) > 50
     assert len({len(tokens) for tokens in first.values()}) > 10
     shuffled = np.random.default_rng(0).permutation(len(wanted))
-    mesh = Mesh(np.array(jax.devices()[:4]), ("devices",), axis_types=(AxisType.Auto,))
-    assert run([wanted[i] for i in shuffled], slots=4, prefill_tokens=64, devices=jax.devices()[2:3]) == first
-    assert run(wanted[::-1], slots=3) == first
-    assert run(wanted, slots=2, mesh=mesh, prefill_tokens=100) == first
+    assert run([wanted[i] for i in shuffled], slice(2, 3), slots=4, prefill_tokens=64) == first
+    assert run(wanted[::-1], ALL, slots=3) == first
+    assert run(wanted, FOUR, "fsdp", slots=2, prefill_tokens=100) == first
 
 
 def test_answers_keep_the_rules(sampled):
@@ -241,7 +277,7 @@ def test_first_tokens_follow_the_models_distribution():
     config, params = small()
     prompt, draws = some_prompts(1)[0], 4096
     rules = SamplingRules(temperature=1.5, max_new_tokens=1)
-    answers = generate(config, params, [prompt], rules, range(draws), eos_token_id=EOS, devices=one_device())
+    answers = generate(place(config, params), [prompt], rules, range(draws))
     counts = np.bincount([a.tokens[0] if a.tokens else EOS for a in answers], minlength=48)
     logits = full_logits(config, params, jnp.asarray([prompt]))[0, -1]
     expected = np.asarray(jax.nn.softmax(logits / 1.5), np.float64) * draws
@@ -270,65 +306,83 @@ class Words:
 
 def test_an_interrupted_run_continues(sampled, tmp_path):
     config, params, prompts, answers = sampled
-    output = tmp_path / "responses.jsonl"
+    output = ResponseFile(tmp_path / "responses.jsonl", "model")
 
-    def run(tokenizer, seeds=(7, 8), **changes):
-        given = {"made_from": "model", "slots": 4, **changes}
-        return generate(
-            config,
-            params,
-            prompts,
-            SAMPLED,
-            seeds,
-            eos_token_id=EOS,
-            tokenizer=tokenizer,
-            devices=one_device(),
-            output=output,
-            **given,
-        )
+    def run(tokenizer, seeds=(7, 8), output=output, rules=SAMPLED, **changes):
+        changed = dataclasses.replace(config, **changes)
+        generator = place(changed, params, tokenizer=tokenizer, slots=4)
+        return generate(generator, prompts, rules, seeds, output=output)
 
     with pytest.raises(Interrupted):
         run(Words(9))
-    kept = output.read_bytes()
+    kept = output.path.read_bytes()
     written = kept.count(b"\n") - 1
     assert 0 < written <= 9
-    output.write_bytes(kept[:-5])  # the last line was not written to its end
+    output.path.write_bytes(kept[:-5])  # the last line was not written to its end
     words = Words()
     resumed = run(words)
     assert 10**9 - words.left == len(answers) - (written - 1)
     assert [(a.prompt, a.seed, a.tokens) for a in resumed] == [(a.prompt, a.seed, a.tokens) for a in answers]
     assert all(a.text == " ".join(map(str, a.tokens)) for a in resumed)
-    assert output.read_bytes().startswith(kept[: kept[:-5].rfind(b"\n") + 1])
-    # Finished: nothing is decoded again; another seed is added; another model's answers are made anew.
+    assert output.path.read_bytes().startswith(kept[: kept[:-5].rfind(b"\n") + 1])
+    # Finished: nothing is decoded again, whatever the cost or rounding of a step, and another seed is added.
     assert run(Words(0)) == resumed
+    narrow = {
+        "dtype": "bfloat16",
+        "param_dtype": "bfloat16",
+        "remat": "block",
+        "scan_layers": True,
+        "attention": "xla",
+    }
+    dropout = {f"{name}_dropout": 0.5 for name in ("embedding", "attention", "residual")}
+    assert run(Words(0), **narrow, **dropout) == resumed
     words = Words()
     run(words, seeds=(7, 9))
     assert 10**9 - words.left == len(prompts)
-    words = Words()
-    assert run(words, made_from="another model") == resumed
-    assert 10**9 - words.left == len(answers)
-
-
-def test_output_needs_to_know_the_model(sampled, tmp_path):
-    config, params, prompts, _ = sampled
-    with pytest.raises(ValueError, match="made_from"):
-        generate(config, params, prompts, SAMPLED, [7], eos_token_id=EOS, output=tmp_path / "x")
+    # Answers of another model, or by other rules, are neither used nor overwritten.
+    content = output.path.read_bytes()
+    for changes in (
+        {"output": dataclasses.replace(output, key="another model")},
+        {"rules": dataclasses.replace(SAMPLED, top_k=21)},
+        {"norm_eps": 1e-6},
+    ):
+        with pytest.raises(
+            InputError, match=r"responses\.jsonl: holds answers of another model.*another folder"
+        ):
+            run(Words(), **changes)
+        assert output.path.read_bytes() == content
 
 
 def test_progress_tells_rate_and_time_left(sampled, capsys):
     config, params, prompts, _ = sampled
-    generate(
-        config,
-        params,
-        prompts,
-        SAMPLED,
-        [7, 8],
-        eos_token_id=EOS,
-        devices=one_device(),
-        title="dolly, student",
-    )
+    generate(place(config, params), prompts, SAMPLED, [7, 8], title="dolly, student")
     printed = capsys.readouterr().out
     assert "dolly, student  24/24  tokens/s" in printed and "0 s left" in printed
+
+
+def test_any_end_of_sequence_ends_an_answer(sampled):
+    config, params, prompts, _ = sampled
+    ends = (EOS, 9)
+    rules = dataclasses.replace(SAMPLED, min_new_tokens=0)
+    one, several = (
+        generate(place(dataclasses.replace(config, eos_token_id=ids), params), prompts, rules, [7, 8])
+        for ids in (EOS, ends)
+    )
+    assert any(9 in answer.tokens for answer in one)
+    for short, long in zip(several, one, strict=True):
+        end = long.tokens.index(9) if 9 in long.tokens else len(long.tokens)
+        assert short.tokens == long.tokens[:end]
+    assert min(len(answer.tokens) for answer in several) < 2
+    late = generate(place(dataclasses.replace(config, eos_token_id=ends), params), prompts, SAMPLED, [7, 8])
+    assert min(len(answer.tokens) for answer in late) >= 2
+    assert not any(set(ends) & set(answer.tokens) for answer in late)
+
+
+@pytest.mark.parametrize("ids", [None, ()])
+def test_a_model_that_cannot_end_an_answer(sampled, ids):
+    config, params, _, _ = sampled
+    with pytest.raises(InputError, match=r"^eos_token_id: .* ends no answer; set it"):
+        place(dataclasses.replace(config, eos_token_id=ids), params)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +399,7 @@ def test_progress_tells_rate_and_time_left(sampled, capsys):
 def test_inputs_that_cannot_be_answered(sampled, prompts, seeds, message):
     config, params, _, _ = sampled
     with pytest.raises(InputError, match=message):
-        generate(config, params, prompts, SAMPLED, seeds, eos_token_id=EOS)
+        generate(place(config, params), prompts, SAMPLED, seeds)
 
 
 def test_room_for_tokens_grows_to_the_last_position():
@@ -353,27 +407,27 @@ def test_room_for_tokens_grows_to_the_last_position():
     rules = SamplingRules(temperature=0, min_new_tokens=20, max_new_tokens=20)
     prompts = [some_prompts(1, seed=3)[0] * 52, some_prompts(1, seed=4)[0]]
     prompts[0] = prompts[0][:52]
-    answers = generate(config, params, prompts, rules, [1], eos_token_id=EOS, slots=1, devices=one_device())
+    answers = generate(place(config, params, slots=1), prompts, rules, [1])
     assert [a.tokens for a in answers] == [greedy_without_cache(config, params, p, 20, None) for p in prompts]
 
 
 def test_no_room_for_prompts(sampled):
     config, params, _, _ = sampled
     rules = SamplingRules(max_new_tokens=64)
-    with pytest.raises(InputError, match="max_new_tokens 64 leaves no room"):
-        generate(config, params, [[5]], rules, [1], eos_token_id=EOS)
+    with pytest.raises(InputError, match="max_new_tokens: 64 leaves no room"):
+        generate(place(config, params), [[5]], rules, [1])
 
 
 def test_no_prompts_give_no_answers(sampled):
     config, params, _, _ = sampled
-    assert generate(config, params, [], SAMPLED, [1], eos_token_id=EOS) == []
+    assert generate(place(config, params), [], SAMPLED, [1]) == []
 
 
 def test_utilisation_of_the_engine():
     config, params = small(num_layers=1)
     prompts = some_prompts(60, longest=20)
     rules = SamplingRules(temperature=1.4, max_new_tokens=44)
-    engine = Engine(config, params, rules, eos_token_id=EOS, slots=16, devices=one_device())
+    engine = Engine(place(config, params, slots=16), rules)
     ended = [a for some in engine.run(prompts, [(p, s) for p in range(60) for s in range(5)]) for a in some]
     assert len(ended) == 300
     lengths = [len(tokens) for _, _, tokens in ended]
@@ -383,13 +437,17 @@ def test_utilisation_of_the_engine():
 
 def test_parameters_are_prepared_in_the_dtype_that_they_are_used_in():
     config, params = small("llama", dtype="bfloat16")
-    stacked, by_layer = jax.jit(prepare, static_argnums=0)(config, params)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(stacked):
+    prepared = jax.jit(programs.prepare, static_argnums=0)(config, params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(prepared):
         is_norm = any("norm" in str(key) for key in path)
         assert leaf.dtype == (jnp.float32 if is_norm else jnp.bfloat16)
-    assert len(by_layer["blocks"]) == config.num_layers
-    tokens = jnp.asarray([some_prompts(1)[0]])
-    np.testing.assert_array_equal(full_logits(config, stacked, tokens), full_logits(config, params, tokens))
+    assert len(prepared["blocks"]) == config.num_layers
+    step = jax.jit(models.decode_step, static_argnums=0)
+    tokens, positions = jnp.asarray([5, 6]), jnp.asarray([0, 3])
+    cache = models.empty_cache(config, 2, 8)
+    of_prepared, of_params = (step(config, p, tokens, positions, cache) for p in (prepared, params))
+    np.testing.assert_array_equal(of_prepared[0], of_params[0])
+    jax.tree.map(np.testing.assert_array_equal, of_prepared[1], of_params[1])
 
 
 def test_default_slots_follow_the_size_of_the_cache():

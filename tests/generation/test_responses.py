@@ -1,74 +1,77 @@
-"""The response file: complete lines count, half a line does not, foreign answers are replaced."""
+"""The response file: complete lines count, a partial line does not, and other answers are never overwritten."""
 
 import json
 
 import pytest
 
 from l2m_jax.errors import InputError
-from l2m_jax.generation import Answer
-from l2m_jax.generation.responses import ResponseFile, read
+from l2m_jax.generation import Answer, ResponseFile
 
 ANSWERS = [Answer(0, 10, (5, 6), "a\nb"), Answer(1, 10, (), ""), Answer(0, 20, (7,), "é\u2028東")]
 
 
-def test_what_is_added_is_read_back(tmp_path):
-    path = tmp_path / "new" / "responses.jsonl"
-    with ResponseFile(path, "made of x") as file:
-        assert file.answers == []
-        file.add(ANSWERS[:1])
-        assert read(path) == ("made of x", ANSWERS[:1])  # on disk at once, not when the file is closed
-        file.add(ANSWERS[1:])
-    assert read(path) == ("made of x", ANSWERS)
-    with ResponseFile(path, "made of x") as file:
-        assert file.answers == ANSWERS
-    assert read(path) == ("made of x", ANSWERS)
+@pytest.fixture
+def file(tmp_path):
+    return ResponseFile(tmp_path / "new" / "responses.jsonl", "x")
 
 
-def test_half_a_line_is_dropped_wherever_it_ends(tmp_path):
-    path = tmp_path / "responses.jsonl"
-    with ResponseFile(path, "x") as file:
-        file.add(ANSWERS)
-    complete = path.read_bytes()
+def add(file, answers):
+    with file.appending() as append:
+        append(answers)
+
+
+def test_what_is_added_is_read_back(file):
+    assert file.read() == [] and not file.path.exists()
+    with file.appending() as append:
+        append(ANSWERS[:1])
+        assert file.read() == ANSWERS[:1]  # on disk at once, not when the file is closed
+        append(ANSWERS[1:])
+    assert file.read() == ANSWERS
+    add(file, [])
+    assert file.read() == ANSWERS
+
+
+def test_a_partial_line_is_dropped_wherever_it_ends(file):
+    add(file, ANSWERS)
+    complete = file.path.read_bytes()
     last_line = complete.rstrip(b"\n").rfind(b"\n") + 1
     for cut in range(last_line, len(complete)):
-        path.write_bytes(complete[:cut])
-        with ResponseFile(path, "x") as file:
-            assert file.answers == ANSWERS[:2]
-            file.add(ANSWERS[2:])
-        assert path.read_bytes() == complete
+        file.path.write_bytes(complete[:cut])
+        assert file.read() == ANSWERS[:2]
+        add(file, ANSWERS[2:])
+        assert file.path.read_bytes() == complete
 
 
-def test_a_header_cut_off_starts_again(tmp_path):
-    path = tmp_path / "responses.jsonl"
-    path.write_text('{"made_fr')
-    with ResponseFile(path, "x") as file:
-        file.add(ANSWERS)
-    assert read(path) == ("x", ANSWERS)
+@pytest.mark.parametrize("header", ["", '{"ke', '{"key": "y"}'])
+def test_a_partial_header_starts_again(file, header):
+    file.path.parent.mkdir()
+    file.path.write_text(header)
+    assert file.read() == []
+    add(file, ANSWERS)
+    assert file.read() == ANSWERS
 
 
-def test_answers_made_from_something_else_are_replaced(tmp_path, capsys):
-    path = tmp_path / "responses.jsonl"
-    with ResponseFile(path, "x") as file:
-        file.add(ANSWERS)
-    with ResponseFile(path, "y") as file:
-        assert file.answers == []
-        file.add(ANSWERS[:1])
-    assert read(path) == ("y", ANSWERS[:1])
-    assert "starting again" in capsys.readouterr().out
+def test_answers_with_another_key_are_refused_and_kept(file):
+    add(file, ANSWERS)
+    content = file.path.read_bytes()
+    with pytest.raises(
+        InputError, match=r"responses\.jsonl: holds answers of another model.*or delete the file"
+    ):
+        ResponseFile(file.path, "y").read()
+    assert file.path.read_bytes() == content
 
 
-@pytest.mark.parametrize("text", ["hello\n", '{"instruction": "x"}\n', '{"made_from": "x"}\n[1]\n'])
-def test_a_file_of_another_kind_is_left_alone(tmp_path, text):
-    path = tmp_path / "responses.jsonl"
-    path.write_text(text)
-    with pytest.raises(InputError, match=r"responses\.jsonl"):
-        ResponseFile(path, "x")
-    assert path.read_text() == text
+@pytest.mark.parametrize("text", ["hello\n", '{"instruction": "x"}\n', '{"key": "x"}\n[1]\n'])
+def test_a_file_of_another_kind_is_refused_and_kept(file, text):
+    file.path.parent.mkdir()
+    file.path.write_text(text)
+    with pytest.raises(InputError, match=r"responses\.jsonl: not a file of generated answers"):
+        file.read()
+    assert file.path.read_text() == text
 
 
-def test_lines_are_plain_json(tmp_path):
-    path = tmp_path / "responses.jsonl"
-    with ResponseFile(path, "x") as file:
-        file.add(ANSWERS)
-    lines = path.read_text(encoding="utf-8").split("\n")
+def test_lines_are_plain_json(file):
+    add(file, ANSWERS)
+    lines = file.path.read_text(encoding="utf-8").split("\n")
+    assert json.loads(lines[0]) == {"key": "x"}
     assert json.loads(lines[1]) == {"prompt": 0, "seed": 10, "tokens": [5, 6], "text": "a\nb"}

@@ -21,12 +21,18 @@ from l2m_jax.generation.sampling import (
 )
 
 EOS = 3
+EVERY_TOKEN = SamplingRules(top_k=0)
 sample_jit = jax.jit(sample, static_argnums=(5, 6))
 
 
+def changed(**changes):
+    """Rules without top-k, unless it is given."""
+    return dataclasses.replace(EVERY_TOKEN, **changes)
+
+
 def repr_of_changes(rules):
-    changed = {f: v for f, v in dataclasses.asdict(rules).items() if v != getattr(SamplingRules(), f)}
-    return ",".join(f"{f}={v}" for f, v in changed.items()) or "none"
+    differing = {f: v for f, v in dataclasses.asdict(rules).items() if v != getattr(EVERY_TOKEN, f)}
+    return ",".join(f"{f}={v}" for f, v in differing.items()) or "none"
 
 
 def numpy_probabilities(logits, tokens, length, new_tokens, rules):
@@ -62,7 +68,7 @@ def our_probabilities(logits_BxV, tokens_BxS, lengths_B, new_B, rules):
     if rules.no_repeat_ngram:
         logits_BxV = ban_repeated_ngrams(logits_BxV, tokens_BxS, lengths_B, rules.no_repeat_ngram)
     if rules.min_new_tokens:
-        logits_BxV = ban_early_end(logits_BxV, new_B, rules.min_new_tokens, EOS)
+        logits_BxV = ban_early_end(logits_BxV, new_B, rules.min_new_tokens, (EOS,))
     kept, ids = candidates(logits_BxV, rules)
     probabilities = jax.nn.softmax(kept, axis=-1)
     if ids is None:
@@ -82,21 +88,21 @@ def random_rows(seed, B=16, V=37, S=24):
 @pytest.mark.parametrize(
     "rules",
     [
-        SamplingRules(),
-        SamplingRules(temperature=0.6),
-        SamplingRules(top_k=5),
-        SamplingRules(top_k=500),
-        SamplingRules(top_k=1, temperature=2.0),
-        SamplingRules(top_p=0.8),
-        SamplingRules(top_p=1e-6),
-        SamplingRules(top_p=0.99, temperature=1.7),
-        SamplingRules(top_k=8, top_p=0.7, temperature=1.3),
-        SamplingRules(no_repeat_ngram=1),
-        SamplingRules(no_repeat_ngram=2, top_k=6),
-        SamplingRules(no_repeat_ngram=3, top_p=0.9),
-        SamplingRules(no_repeat_ngram=30),
-        SamplingRules(min_new_tokens=3, top_k=4, temperature=3.0),
-        SamplingRules(no_repeat_ngram=2, min_new_tokens=4, top_k=7, top_p=0.6, temperature=0.9),
+        changed(),
+        changed(temperature=0.6),
+        changed(top_k=5),
+        changed(top_k=500),
+        changed(top_k=1, temperature=2.0),
+        changed(top_p=0.8),
+        changed(top_p=1e-6),
+        changed(top_p=0.99, temperature=1.7),
+        changed(top_k=8, top_p=0.7, temperature=1.3),
+        changed(no_repeat_ngram=1),
+        changed(no_repeat_ngram=2, top_k=6),
+        changed(no_repeat_ngram=3, top_p=0.9),
+        changed(no_repeat_ngram=30),
+        changed(min_new_tokens=3, top_k=4, temperature=3.0),
+        changed(no_repeat_ngram=2, min_new_tokens=4, top_k=7, top_p=0.6, temperature=0.9),
     ],
     ids=repr_of_changes,
 )
@@ -111,13 +117,13 @@ def test_rules_equal_numpy(rules):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 6])
 def test_greedy_takes_the_largest_that_is_not_banned(n):
-    rules = SamplingRules(temperature=0, no_repeat_ngram=n, min_new_tokens=2)
+    rules = changed(temperature=0, no_repeat_ngram=n, min_new_tokens=2)
     banned = 0
     for seed in range(10):
         logits, tokens, lengths, new = random_rows(seed)
         logits[:, :5] += 10  # the tokens that the rows hold
         keys = np.zeros((len(logits), 2), np.uint32)
-        ours = sample_jit(logits, tokens, lengths, new, keys, rules, EOS)
+        ours = sample_jit(logits, tokens, lengths, new, keys, rules, (EOS,))
         expected = [
             numpy_probabilities(*row, rules).argmax()
             for row in zip(logits, tokens, lengths, new, strict=True)
@@ -134,17 +140,18 @@ def _frequencies(logits_V, rules, draws):
     position = np.tile(np.arange(positions, dtype=np.int32), prompts)
     logits = np.broadcast_to(logits_V[None], (draws, len(logits_V)))
     tokens = np.zeros((draws, 1), np.int32)
-    chosen = sample_jit(logits, tokens, position, position, keys, rules, EOS)
+    chosen = sample_jit(logits, tokens, position, position, keys, rules, (EOS,))
     return np.bincount(np.asarray(chosen), minlength=len(logits_V))
 
 
 @pytest.mark.parametrize(
     "rules",
     [
+        changed(),
         SamplingRules(),
-        SamplingRules(temperature=1.5, top_k=20),
-        SamplingRules(top_p=0.7),
-        SamplingRules(top_k=30, top_p=0.9),
+        changed(temperature=1.5, top_k=20),
+        changed(top_p=0.7),
+        changed(top_k=30, top_p=0.9),
     ],
     ids=repr_of_changes,
 )
@@ -189,24 +196,52 @@ def test_keys_depend_on_seed_and_tokens_alone():
 
 def test_random_numbers_differ_between_positions():
     logits = np.zeros(1000, np.float32)
-    counts = _frequencies(logits, SamplingRules(), 5000)
+    counts = _frequencies(logits, changed(), 5000)
     assert (counts > 0).sum() > 950  # 5,000 draws from 1,000: about 993 come up when they are independent
 
 
+@pytest.mark.parametrize("greedy", [True, False])
+def test_an_early_end_is_banned_whichever_token_it_is(greedy):
+    logits, tokens, lengths, _ = random_rows(0)
+    logits[:, [EOS, 11]] += 50
+    rules = changed(temperature=0.0 if greedy else 1.0, min_new_tokens=2)
+    new = np.arange(len(logits), dtype=np.int32) % 4
+    keys = answer_keys([[i] for i in range(len(logits))], [0])[:, 0]
+    chosen = np.asarray(sample_jit(logits, tokens, lengths, new, keys, rules, (EOS, 11)))
+    np.testing.assert_array_equal(np.isin(chosen, (EOS, 11)), new >= 2)
+
+
+def test_the_defaults_are_the_papers():
+    assert dataclasses.asdict(SamplingRules()) == {
+        "temperature": 1.0,
+        "top_k": 50,
+        "top_p": 1.0,
+        "no_repeat_ngram": 0,
+        "min_new_tokens": 0,
+        "max_new_tokens": 512,
+    }
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(SamplingRules)])
+@pytest.mark.parametrize("value", [NAN, -1, float("inf")])
+def test_no_rule_is_negative_or_not_a_number(field, value):
+    with pytest.raises(InputError, match=rf"^{field}: {value} must be"):
+        SamplingRules(**{field: value})
+
+
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("changes", "message"),
     [
-        ("temperature", -0.1),
-        ("temperature", float("nan")),
-        ("top_p", 0.0),
-        ("top_p", 1.1),
-        ("top_k", -1),
-        ("no_repeat_ngram", -2),
-        ("min_new_tokens", -1),
-        ("min_new_tokens", 257),
-        ("max_new_tokens", 0),
+        ({"top_p": 0.0}, "top_p: 0.0 must be greater than 0 and at most 1"),
+        ({"top_p": 1.1}, "top_p: 1.1 must be"),
+        ({"temperature": -0.1}, "temperature: -0.1 must be 0 or more"),
+        ({"max_new_tokens": 0}, "max_new_tokens: 0 must be 1 or more"),
+        ({"min_new_tokens": 513}, r"max_new_tokens: 512 must be at least min_new_tokens \(513\)"),
     ],
 )
-def test_rules_outside_their_range(field, value):
-    with pytest.raises(InputError, match=field):
-        SamplingRules(**{field: value})
+def test_rules_outside_their_range(changes, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        SamplingRules(**changes)

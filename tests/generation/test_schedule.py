@@ -116,5 +116,5 @@ def test_bucket_is_the_next_of_few_sizes(per_octave, smallest):
 
 
 def test_no_slots():
-    with pytest.raises(InputError, match="-1 slots"):
+    with pytest.raises(InputError, match="slots: -1"):
         simulate([5], [[3]], slots=-1)

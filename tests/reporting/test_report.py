@@ -17,7 +17,7 @@ def results(mean, **changes):
     score, exact = Score.of([mean - 1, mean + 1]), Score.of([5.0, 7.0])
     categories = {"copy": Group(3, score, exact), "sort": Group(2, Score.of([1.0, 1.0]), exact)}
     found = SetResult("test", "DollyEval", 5, 2, False, score, exact, 31.4, categories)
-    return Results("f", (10, 20), SamplingRules(top_k=50, **changes), (found,))
+    return Results("f", (10, 20), SamplingRules(top_k=50, max_new_tokens=256, **changes), (found,))
 
 
 def metrics():

@@ -3,7 +3,9 @@ import io
 
 import pytest
 
-from l2m_jax.reporting.tables import Spread, Table
+from l2m_jax.evaluation.protocol import Results, Score, SetResult
+from l2m_jax.generation import SamplingRules
+from l2m_jax.reporting.tables import Spread, Table, results_table
 
 # Means: Teacher 27.0 / 14.0, sft 23.0 / 14.5, l2m 25.0 / 14.5. Deviation of (22, 24): sqrt(2).
 VALUES = {
@@ -97,3 +99,19 @@ def test_text_is_escaped():
 def test_an_unknown_teacher():
     with pytest.raises(ValueError, match="'T' is not one of a"):
         Table({"a": {"x": [1.0]}}, teacher="T")
+
+
+def test_models_are_compared_by_their_results():
+    def results(*values):
+        score = Score.of(values)
+        sets = tuple(
+            SetResult(title.lower(), title, 3, 0, title == "Short", score, Score.of([0.0]), 4.0, {})
+            for title in ("SelfInst", "Short")
+        )
+        return Results("f", (10, 20), SamplingRules(), sets)
+
+    table = results_table({"teacher": results(50.0, 52.0), "student": results(90.0, 92.0)}, teacher="teacher")
+    text = table.markdown()
+    assert text.splitlines()[0] == "|  | SelfInst | Short† |"
+    assert r"| student | 91.0 ± 1.4\* | 91.0 ± 1.4\* |" in text
+    assert "never to report" in text
