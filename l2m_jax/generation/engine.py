@@ -62,16 +62,11 @@ class Generator:
     slots: int = 0
 
     def __post_init__(self):
-        if not self.eos_token_ids:
+        if not self.config.eos_token_ids:
             raise InputError(
                 f"eos_token_id: {self.config.eos_token_id!r} ends no answer; set it in the model's config.json to the "
                 "tokenizer's end-of-sequence token"
             )
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        ids = self.config.eos_token_id
-        return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
 
     def fingerprint(self, *facts: Any) -> str:
         """Changes with `facts` and with the architecture, but not with what only changes cost or rounding."""
@@ -137,7 +132,7 @@ class Engine:
             steps = schedule.steps()
             slots = self._fit(slots, schedule.longest() + steps)
             slots = self._map(programs.decode)(
-                self._config, self._rules, self._generator.eos_token_ids, self._layers, slots, steps
+                self._config, self._rules, self._config.eos_token_ids, self._layers, slots, steps
             )
             now = self._placement.gather(slots._replace(cache=(), keys_Bx2=()))
             new_tokens = now.lengths_B - now.prompt_lengths_B
@@ -172,7 +167,7 @@ class Engine:
         """The tokens of an answer that has ended, without the end of sequence. `now` holds NumPy arrays."""
         start, stop = now.prompt_lengths_B[device, slot], now.lengths_B[device, slot]
         tokens = tuple(now.tokens_BxS[device, slot, start:stop].tolist())
-        return tokens[:-1] if tokens[-1] in self._generator.eos_token_ids else tokens
+        return tokens[:-1] if tokens[-1] in self._config.eos_token_ids else tokens
 
     def _prefill(self, prompts: Sequence[Sequence[int]], batch: PrefillBatch) -> Prefilled:
         devices, length = self._placement.num_devices, min(batch.length, self._config.max_positions)

@@ -11,8 +11,7 @@ from l2m_jax import models
 from l2m_jax.curriculum import single_stage
 from l2m_jax.errors import InputError
 from l2m_jax.losses import Objective
-from l2m_jax.models import DecoderConfig
-from l2m_jax.models.settings import Compute, Model, random_config, with_compute, with_dropout
+from l2m_jax.models import Compute, DecoderConfig, Model, random_config, with_compute, with_dropout
 from l2m_jax.multihost import first
 from l2m_jax.parallel import Placement
 from l2m_jax.progress import console
@@ -117,7 +116,10 @@ def initial_config(inputs: ModelInputs, compute: Compute) -> DecoderConfig:
     """
     if inputs.teacher is not None:
         teacher = initial_config(inputs.teacher.inputs, compute)
-        models.check_layers(teacher, inputs.model.layers)
+        if absent := [layer for layer in inputs.model.layers if layer >= teacher.num_layers]:
+            raise InputError(
+                f"layers: {absent[0]} is not among the teacher's {teacher.num_layers}, counted from 0"
+            )
         return dataclasses.replace(teacher, num_layers=len(inputs.model.layers))
     if inputs.weights is not None:
         return read_config(inputs.weights, compute, inputs.tokenizer)
@@ -162,8 +164,9 @@ def _initial_params(inputs: ModelInputs, config: DecoderConfig, placement: Place
         return models.load(path, layers=inputs.model.layers, put=placement.put)[1]
     if inputs.weights is not None and inputs.model.init == "pretrained":
         return models.load(inputs.weights.path, put=placement.put)[1]
-    assert inputs.seed is not None
-    return placement.initialise(lambda: models.init(config, jax.random.key(inputs.seed)))
+    seed = inputs.seed
+    assert seed is not None
+    return placement.initialise(lambda: models.init(config, jax.random.key(seed)))
 
 
 def _finetuned(

@@ -71,7 +71,7 @@ class _Resolver:
             for name in config.method_names
         }
         self.tokenizer = self._tokenizer()
-        self.corpora = {
+        self.corpora: dict[data.Part, Artefact[data.CorpusInputs]] = {
             part: Artefact(
                 data.corpus_inputs(config.data, part, self.tokenizer),
                 shared / "data" / part,

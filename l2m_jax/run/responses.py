@@ -14,6 +14,7 @@ from l2m_jax.run import data
 from l2m_jax.run.artefacts import Artefact, Source
 from l2m_jax.run.context import Context
 from l2m_jax.run.models import load_frozen, read_config
+from l2m_jax.types import Params
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,19 @@ def make_responses(
     kept = np.flatnonzero(train.prompt_lengths <= room).tolist()
     if left := len(train) - len(kept):
         console.print(f"  {left:,} prompts leave no room for an answer")
-    output = first(lambda: ResponseFile(artefact.path, artefact.key))
-    params = None
+    params: Params = {}
     if not artefact.is_finished:
         artefact.begin()
         config, params = load_frozen(inputs.model, compute, inputs.tokenizer, context.placement)
     generator = Generator(config, params, context.placement, tokenizer, context.slots)
     prompts = [train.prompt_tokens(i).tolist() for i in kept]
-    answers = generate(generator, prompts, inputs.sampling, [inputs.seed], output=output, title=title)
+    answers = generate(
+        generator,
+        prompts,
+        inputs.sampling,
+        [inputs.seed],
+        output=ResponseFile(artefact.path, artefact.key),
+        title=title,
+    )
     first(artefact.finish)
     return dict(zip(kept, answers, strict=True))
