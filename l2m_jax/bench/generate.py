@@ -5,6 +5,7 @@ points a little towards the end of sequence: answers then have Dolly's mean leng
 one side would have to add.
 """
 
+import dataclasses
 import json
 import subprocess
 import tempfile
@@ -22,9 +23,10 @@ from l2m_jax.data.prompts import format_prompt
 from l2m_jax.data.sources import read_jsonl
 from l2m_jax.data.tokenizer import load_tokenizer
 from l2m_jax.errors import InputError
-from l2m_jax.generation import Engine, SamplingRules
+from l2m_jax.generation import Engine, Generator, SamplingRules
 from l2m_jax.models import DecoderConfig
 from l2m_jax.models.hf import gpt2
+from l2m_jax.parallel import Placement
 from l2m_jax.types import Params
 
 RULES = SamplingRules(temperature=1.0, top_k=50, max_new_tokens=128)
@@ -67,7 +69,9 @@ def run(
     config = config or gpt2.read_config({})
     params = ending_model(config, tokens, eos, mean_answer)
     wanted = [(p, seed) for p in range(len(tokens)) for seed in seeds]
-    engine = Engine(config, params, RULES, eos_token_id=eos, slots=slots)
+    config = dataclasses.replace(config, eos_token_id=eos)
+    placement = Placement("pmap", tuple(jax.devices()))
+    engine = Engine(Generator(config, placement.place(params), placement, slots=slots or 0), RULES)
 
     def ours() -> dict[str, float]:
         start = time.perf_counter()

@@ -70,24 +70,23 @@ class Artefact(Generic[Inputs]):
 
     def begin(self) -> None:
         """Marks the place of unfinished work as this artefact's."""
-        first(lambda: self._write_record(self.progress or self.path, finished=False))
+        first(lambda: self._write_record(_record_of(self.progress or self.path), finished=False))
 
     def finish(self) -> None:
         """Marks what lies at `path` as complete."""
-        self._write_record(self.path, finished=True)
+        self._write_record(_record_of(self.path), finished=True)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Path]:
         """A folder to write into, in the first process; it becomes `path` when the block ends without an error."""
         with files.writing(self.path) as folder:
             yield folder
-            self._write_record(folder, finished=True)
+            self._write_record(folder / _RECORD, finished=True)
         if self.progress is not None:
             shutil.rmtree(self.progress, ignore_errors=True)
 
-    def _write_record(self, place: Path, *, finished: bool) -> None:
-        record = {"key": self.key, "finished": finished, "inputs": described(self.inputs)}
-        files.write_json(_record_of(place), record)
+    def _write_record(self, file: Path, *, finished: bool) -> None:
+        files.write_json(file, {"key": self.key, "finished": finished, "inputs": described(self.inputs)})
 
 
 def _record_of(place: Path) -> Path:
