@@ -26,7 +26,7 @@ _MIN_CACHE, _CACHE_SIZES_PER_OCTAVE = 64, 4
 _CACHE_BYTES = 8 * 2**30
 _MIN_SLOTS, _MAX_SLOTS = 8, 64
 
-# Fields of a config that change cost or rounding, or training alone: answers are the same model's without them.
+# Fields of a config that affect only cost, rounding or training: changing them does not discard answers.
 _NOT_IDENTITY = (
     "dtype", "param_dtype", "remat", "attention", "scan_layers",
     "embedding_dropout", "attention_dropout", "residual_dropout",
