@@ -71,7 +71,7 @@ def _split(source: str) -> tuple[Path, str]:
 
 
 def _near(name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

@@ -1,11 +1,14 @@
 """Settings from Python files, YAML files and the command line, and what is said about each mistake."""
 
+from pathlib import Path
+
 import pytest
 
 from l2m_jax.cli import config_file
 from l2m_jax.config import change, defaults, parse
 from l2m_jax.errors import InputError
 
+ROOT = Path(__file__).resolve().parents[2]
 PYTHON = """
 from l2m_jax.config import defaults
 
@@ -224,3 +227,11 @@ def test_files_and_variants_that_do_not_exist(tmp_path):
         with pytest.raises(InputError) as error:
             config_file.read(source)
         assert str(error.value).startswith(f"--config {source}: {said}")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda file: file.name)
+def test_every_config_of_the_repository_is_valid_and_names_its_variants(file):
+    config_file.read(str(file))
+    with pytest.raises(InputError, match="'nothing'") as error:
+        config_file.read(f"{file}:nothing")
+    assert "\n" not in str(error.value)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,11 @@ def test_help_lists_the_commands_and_imports_no_library():
             f"'{name}'" in done.stdout for name in ("jax", "numpy", "transformers", "ml_collections")
         )
         assert arguments != ["--help"] or all(f"  {name}" in done.stdout for name in COMMANDS)
+
+
+def test_the_console_script():
+    (script,) = metadata.entry_points(group="console_scripts", name="l2m")
+    assert script.load() is main
 
 
 @pytest.mark.parametrize(
