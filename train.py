@@ -1,4 +1,4 @@
-"""Distils a student: `python train.py --config configs/quickstart.py --workdir runs/quickstart`; the same as `l2m train`."""
+"""`python train.py --config configs/quickstart.py --workdir runs/quickstart`, the same as `l2m train`."""
 
 from l2m_jax.cli.train import main
 

@@ -6,7 +6,7 @@ Fetches gpt2-xl, gpt2 and Dolly from the hub; without a network, give folders an
 
     --config.teacher.model.path=FOLDER --config.student.model.path=FOLDER --config.data.train=FILE
 
-By `python -m l2m_jax.plan`, for cards of 80 GB (hours are a roofline estimate):
+By `l2m plan`, for cards of 80 GB (hours are a roofline estimate):
 
     4 × A100, pmap   35 GiB on a device (teacher fine-tuning), about 0.6 h
     4 × A100, fsdp   12 GiB on a device (evaluation), about 0.5 h

@@ -6,7 +6,7 @@ Fetches openlm-research/open_llama_7b_v2, openlm-research/open_llama_3b_v2 and D
 
     --config.teacher.model.path=FOLDER --config.student.model.path=FOLDER --config.data.train=FILE
 
-By `python -m l2m_jax.plan`, for cards of 80 GB (hours are a roofline estimate):
+By `l2m plan`, for cards of 80 GB (hours are a roofline estimate):
 
     4 × A100, pmap   does not fit: 151 GiB on a device (teacher fine-tuning)
     4 × A100, fsdp   39 GiB on a device (teacher fine-tuning), about 4.2 h

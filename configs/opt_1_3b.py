@@ -6,7 +6,7 @@ Fetches facebook/opt-2.7b, facebook/opt-1.3b and Dolly from the hub; without a n
 
     --config.teacher.model.path=FOLDER --config.student.model.path=FOLDER --config.data.train=FILE
 
-By `python -m l2m_jax.plan`, for cards of 80 GB (hours are a roofline estimate):
+By `l2m plan`, for cards of 80 GB (hours are a roofline estimate):
 
     4 × A100, pmap   60 GiB on a device (teacher fine-tuning), about 1.6 h
     4 × A100, fsdp   17 GiB on a device (evaluation), about 1.4 h

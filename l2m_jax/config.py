@@ -6,6 +6,7 @@ that into a validated `Config`. Nothing else in the package sees a ConfigDict.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -193,4 +194,6 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise InputError(f"{where}: expected {hint.__name__}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{where}: {value} must be a finite number")
     return value

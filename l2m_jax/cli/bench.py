@@ -1,45 +1,42 @@
-"""`python -m l2m_jax.bench --suite loss,store`: measures, prints tables, and writes JSON.
+"""Measure speed and memory; print tables, and write JSON.
 
-A suite is a module with a function `run` that returns a dictionary for JSON; its `rows` become a table. It gets
-those of the options below that it has parameters for.
+l2m bench --suite loss,store --json bench.json
 """
 
 import argparse
 import importlib
 import inspect
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from l2m_jax import files
-from l2m_jax.bench import common
+from l2m_jax.cli.common import Parser, comma_separated, run
 from l2m_jax.errors import InputError
-from l2m_jax.progress import console
 
+# A suite is a module of `l2m_jax.bench` with a function `run`, which returns a dictionary for JSON; its `rows` become a
+# table. It gets those of the options below that it has parameters for.
 SUITES = {
     "loss": "fused against plain loss: time and memory",
     "step": "the training step by its parts (--data, --tokenizer)",
-    "store": "the teacher store: size, speed, and what its dtype does to the loss",
+    "store": "the teacher store: size, speed, and the effect of its dtype on the loss",
     "peers": "distillation against PyTorch and TRL (--data, --tokenizer, --peer-python)",
     "generate": "the decode engine against transformers (--data, --tokenizer, --peer-python)",
     "rouge": "Rouge-L against rouge-score (--data)",
 }
 
 
-def _options(arguments: list[str] | None) -> argparse.Namespace:
+def _parser() -> Parser:
     suites = "\n".join(f"  {name:10} {what}" for name, what in SUITES.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m l2m_jax.bench",
-        description=f"Measures throughput and memory. Suites:\n{suites}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser("bench", f"{__doc__}\nsuites:\n{suites}")
+    parser.add_argument(
+        "--suite", type=comma_separated, required=True, help="one or more, separated by commas"
     )
-    parser.add_argument("--suite", required=True, help="one or more, with commas in between")
-    parser.add_argument("--json", type=Path, help="file to write all figures to")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
     parser.add_argument("--repeats", type=int, help="timed runs of each figure, after one to warm up")
     parser.add_argument("--data", type=Path, help="JSON lines with instruction, input and output")
     parser.add_argument("--tokenizer", type=Path, help="folder of a Hugging Face tokenizer")
     parser.add_argument("--peer-python", help="a Python with the peers' packages (torch, transformers, trl)")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def _run(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -52,30 +49,33 @@ def _run(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return run(**given)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options = vars(_options(arguments))
-    names, file = options.pop("suite").split(","), options.pop("json")
-    if unknown := [name for name in names if name not in SUITES]:
-        raise InputError(f"--suite {unknown[0]}: no such suite (there are {', '.join(SUITES)})")
-    if options["repeats"] is not None and options["repeats"] < 1:
-        raise InputError(f"--repeats {options['repeats']}: at least 1")
+def _bench(options: argparse.Namespace) -> None:
+    if unknown := [name for name in options.suite if name not in SUITES]:
+        raise InputError(f"--suite {unknown[0]}: no such suite (known: {', '.join(SUITES)})")
+    if options.repeats is not None and options.repeats < 1:
+        raise InputError(f"--repeats {options.repeats}: must be at least 1")
+
+    from l2m_jax import files
+    from l2m_jax.bench import common
+    from l2m_jax.progress import console
+
     document: dict[str, Any] = {"machine": common.machine(), "suites": {}}
     common.show("machine", document["machine"])
-    for name in names:
-        result = _run(name, options)
+    for name in options.suite:
+        result = _run(name, vars(options))
         document["suites"][name] = result
-        # The ratios of all suites stand at the top as well, where a script finds them by name.
+        # The ratios of all suites are also at the top level, where scripts find them by name.
         document |= {key: value for key, value in result.items() if "ratio" in key}
         document["peak_rss_mb"] = common.peak_rss_bytes() / 1e6
         common.show(name, result)
-        if file is not None:
-            files.write_json(file, document)
+        if options.json is not None:
+            files.write_json(options.json, document)
     console.print(f"  peak resident memory: {document['peak_rss_mb']:,.0f} MB")
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    run(_parser(), _bench, arguments)
+
+
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    main()

@@ -1,37 +1,104 @@
-"""What the command lines have in common."""
+"""What all commands share: their parser, their exit statuses, and the kinds of values that flags take."""
 
+import argparse
 import sys
+from collections.abc import Callable, Sequence
 from typing import NoReturn
-
-from absl import app
 
 from l2m_jax.errors import InputError
 
+_OVERRIDE = "--config."
+
 
 def refuse(message: str) -> NoReturn:
-    """Ends with status 2, by which what restarts runs can tell that a restart would not help."""
+    """Prints one sentence and exits with status 2, which tells supervisors that a retry would not help."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def parse_flags(arguments: list[str]) -> list[str]:
-    """A config file that is not there, or a setting that is not in it, is said in a sentence."""
-    try:
-        return app.parse_flags_with_usage(arguments)
-    except (LookupError, AttributeError) as error:
-        name = str(error).strip("'\"").splitlines()[0]
-        refuse(f"--config: no such setting {name!r} (l2m_jax/config.py lists them all)")
-    except (OSError, TypeError, ValueError) as error:
-        refuse(str(error).strip().splitlines()[0])
+class Parser(argparse.ArgumentParser):
+    """Flags with dashes or underscores in their names, and no abbreviations.
+
+    `parse_args` also collects overrides such as `--config.training.learning_rate=5e-5`, anywhere among the flags, into
+    `overrides`: pairs of a setting's name and its value as text.
+    """
+
+    def __init__(self, command: str, description: str | None):
+        super().__init__(
+            prog=f"l2m {command}".rstrip(),
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        flags, overrides = _split(sys.argv[1:] if args is None else args)
+        options = super().parse_args(flags, namespace)
+        if overrides and not hasattr(options, "config"):
+            self.error(f"{_OVERRIDE}{overrides[0][0]}: this command has no --config")
+        options.overrides = overrides
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        refuse(f"{message} (see {self.prog} --help)")
 
 
-def whole_numbers(flag: str, values: list[str]) -> list[int]:
-    """The numbers that a list flag holds.
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The flags, with dashes in their names, and the overrides."""
+    flags, overrides = [], []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.partition("=")
+        if argument.startswith(_OVERRIDE):
+            if not equals:
+                if not rest or rest[0].startswith("--"):
+                    raise InputError(f"{name}: has no value; give one, as in {name}=VALUE")
+                value = rest.pop(0)
+            overrides.append((name.removeprefix(_OVERRIDE), value))
+        else:
+            flags.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
+    return flags, overrides
 
-    Raises:
-        InputError: naming the flag.
+
+def add_config(parser: Parser) -> None:
+    """The flag `--config`, and the settings that may follow it."""
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:VARIANT]",
+        help="a Python file such as configs/quickstart.py:compare, or a YAML file; change any of its settings with "
+        "--config.NAME=VALUE, as in --config.training.learning_rate=5e-5",
+    )
+
+
+def run(
+    parser: Parser, command: Callable[[argparse.Namespace], None], arguments: Sequence[str] | None
+) -> None:
+    """Parses `arguments` (by default the process's) and runs the command.
+
+    Exits with status 2 after an error that the user can correct, and with 130 after an interrupt.
     """
     try:
-        return [int(value) for value in values]
+        command(parser.parse_args(arguments))
+    except InputError as error:
+        refuse(str(error))
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to resume", file=sys.stderr)
+        sys.exit(130)
+
+
+def comma_separated(text: str) -> list[str]:
+    """A flag's value such as `sft,l2m`."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def whole_numbers(text: str) -> list[int]:
+    """A flag's value such as `0,1,2`."""
+    try:
+        numbers = [int(part) for part in comma_separated(text)]
     except ValueError:
-        raise InputError(f"--{flag} {','.join(values)}: expected whole numbers, as in 0,1,2") from None
+        numbers = []
+    if not numbers:
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 0,1,2, got {text!r}")
+    return numbers

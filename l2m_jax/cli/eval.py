@@ -1,148 +1,148 @@
-"""Scores a model folder: `python eval.py --model runs/quickstart/student --sets test=FILE --output runs/scores`.
+"""Score a model folder.
 
-Sets are names (self_inst, vicuna, s_ni, un_ni), JSON-lines files, or name=file. The same command again goes on
-where the first one stopped. With a judge, the win rate against a baseline's answers stands beside the scores; its key
-comes from OPENAI_API_KEY:
+    l2m eval --model runs/quickstart/student --sets test=FILE --output runs/scores
 
-    python eval.py ... --judge_model NAME --judge_url http://localhost:8000/v1 --baseline runs/teacher_scores
+Sets are names (self_inst, vicuna, s_ni, un_ni), JSON-lines files, or name=file. Run the same command again to resume.
+With a judge, the report also has the win rate against the responses of a baseline; OPENAI_API_KEY holds the judge's
+key:
+
+    l2m eval ... --judge-model NAME --judge-url http://localhost:8000/v1 --baseline runs/teacher_scores
 """
 
+import argparse
 import dataclasses
-import hashlib
-import sys
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from absl import app, flags, logging
-
-from l2m_jax.cli.common import refuse, whole_numbers
+from l2m_jax.cli.common import Parser, comma_separated, run, whole_numbers
 from l2m_jax.errors import InputError
 
-_MODEL = flags.DEFINE_string("model", None, "Hugging Face folder, GGUF file or hub name", required=True)
-_SETS = flags.DEFINE_list("sets", ["dolly"], "Names, files, or name=file")
-_OUTPUT = flags.DEFINE_string("output", None, "Where scores, answers and report are kept", required=True)
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder or hub name; by default the model's own")
-_SEEDS = flags.DEFINE_list("seeds", ["10", "20", "30", "40", "50"], "One answer to each prompt a seed")
-_ROWS = flags.DEFINE_integer("rows", 0, "The most rows of each set; 0 takes all")
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 is greedy")
-_TOP_K = flags.DEFINE_integer("top_k", 50, "0 is the whole vocabulary")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "1 switches it off")
-_NGRAM = flags.DEFINE_integer("no_repeat_ngram", 0, "0 allows repetition")
-_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "The most tokens of an answer")
-_PROMPT = flags.DEFINE_integer(
-    "max_prompt_length", 0, "Rows with longer prompts are dropped; 0: what the model has room for"
-)
-_TRUNCATE = flags.DEFINE_bool("truncate", False, "Truncate long prompts instead of dropping their rows")
-_BOS = flags.DEFINE_bool("bos", False, "Begin prompts with the token that begins a sequence")
-_JUDGE_MODEL = flags.DEFINE_string("judge_model", None, "The judge of the win rate")
-_JUDGE_URL = flags.DEFINE_string(
-    "judge_url", None, "Its endpoint; by default $OPENAI_BASE_URL, or OpenAI's own"
-)
-_BASELINE = flags.DEFINE_string("baseline", None, "Whose answers to beat: responses.jsonl, or its folder")
-_DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Of the computation")
+
+def _parser() -> Parser:
+    parser = Parser("eval", __doc__)
+    parser.add_argument("--model", required=True, help="a Hugging Face folder, a GGUF file or a hub name")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="where scores, responses and the report are kept"
+    )
+    parser.add_argument(
+        "--sets",
+        "--set",
+        type=comma_separated,
+        action="extend",
+        help="names, files or name=file (default: dolly)",
+    )
+    parser.add_argument("--tokenizer", default="", help="a folder or hub name (default: the model's own)")
+    parser.add_argument(
+        "--seeds",
+        type=whole_numbers,
+        default=[10, 20, 30, 40, 50],
+        help="one response to each prompt for each seed (default: 10,20,30,40,50)",
+    )
+    parser.add_argument(
+        "--rows", type=int, default=0, help="the maximum number of rows of each set; 0 for all"
+    )
+    parser.add_argument(
+        "--max-prompt-length",
+        type=int,
+        default=0,
+        help="tokens; longer prompts are left out and counted. 0 for what the model has room for",
+    )
+    parser.add_argument(
+        "--truncate", action="store_true", help="shorten long prompts instead of leaving them out"
+    )
+    parser.add_argument(
+        "--bos", action="store_true", help="begin prompts with the beginning-of-sequence token"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="compute dtype (default: auto)",
+    )
+    parser.add_argument("--devices", type=int, default=0, help="the number of devices (default: all)")
+    parser.add_argument(
+        "--mapping",
+        choices=("pmap", "fsdp"),
+        default="pmap",
+        help="one copy of the model on each device, or one model sharded over them (default: pmap)",
+    )
+    _add_sampling_flags(parser)
+    judge = parser.add_argument_group("win rate")
+    judge.add_argument("--judge-model", help="the judge's name at its endpoint")
+    judge.add_argument("--judge-url", help="its endpoint (default: $OPENAI_BASE_URL, or OpenAI's)")
+    judge.add_argument(
+        "--baseline", type=Path, help="the responses to compare with: responses.jsonl, or its folder"
+    )
+    return parser
 
 
-def _checksum(params: Any) -> str:
-    """Of the weights themselves: a folder can be written over."""
-    import jax
-    import numpy as np
+def _add_sampling_flags(parser: Parser) -> None:
+    from l2m_jax.generation.sampling import SamplingRules
 
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
+    group = parser.add_argument_group("sampling")
+    described = dict(re.findall(r"^ +(\w+): (.+)$", SamplingRules.__doc__ or "", re.MULTILINE))
+    for field in dataclasses.fields(SamplingRules):
+        group.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=type(field.default),
+            default=field.default,
+            help=f"{described.get(field.name, '').rstrip('.').replace('%', '%%')} (default: %(default)s)",
+        )
 
 
-def _evaluate() -> None:
-    from l2m_jax import models, multihost
-    from l2m_jax.config import Devices, Model
+def _evaluate(options: argparse.Namespace) -> None:
+    if (options.judge_model is None) != (options.baseline is None):
+        raise InputError("--judge-model and --baseline: a win rate needs both")
+
+    from l2m_jax import multihost
+    from l2m_jax.config import Devices
     from l2m_jax.evaluation import protocol
-    from l2m_jax.evaluation.sets import read_set
-    from l2m_jax.generation import SamplingRules
+    from l2m_jax.evaluation.judge import Judge
+    from l2m_jax.generation.sampling import SamplingRules
     from l2m_jax.progress import console
     from l2m_jax.reporting.report import write_report
-    from l2m_jax.run import build
+    from l2m_jax.run import evaluate_folder as folder
 
-    multihost.start(Devices())
-    output, name = Path(_OUTPUT.value), Path(_MODEL.value).name
-    if (_JUDGE_MODEL.value is None) != (_BASELINE.value is None):
-        raise InputError("--judge_model and --baseline: a win rate needs both")
-    tokenizer = build.read_tokenizer(_TOKENIZER.value or _MODEL.value)
-    config, params = models.load(_MODEL.value, dtype=build.compute_dtype(Model(dtype=_DTYPE.value)))
-    config = dataclasses.replace(config, valid_vocab_size=min(config.valid_vocab_size, len(tokenizer)))
-    rules = SamplingRules(
-        temperature=_TEMPERATURE.value,
-        top_k=_TOP_K.value,
-        top_p=_TOP_P.value,
-        no_repeat_ngram=_NGRAM.value,
-        max_new_tokens=_NEW_TOKENS.value,
-    )
-    room = config.max_positions - rules.max_new_tokens
-    if room < 1:
-        raise InputError(
-            f"--max_new_tokens {rules.max_new_tokens}: the model's {config.max_positions} positions leave no room for a "
-            "prompt; lower it"
-        )
-    sets = [
-        read_set(
-            source,
-            tokenizer,
-            output / "sets",
-            max_prompt_length=min(room, _PROMPT.value or room),
-            long_prompt="truncate" if _TRUNCATE.value else "drop",
-            bos=_BOS.value,
-            rows=_ROWS.value,
-        )
-        for source in _SETS.value
-    ]
-    results = protocol.evaluate(
-        config,
-        params,
-        tokenizer,
-        sets,
-        rules,
-        whole_numbers("seeds", _SEEDS.value),
-        folder=output,
-        made_from=_checksum(params),
-        title=name,
-    )
-    title = f"Evaluation of {name}"
-    multihost.first(lambda: write_report(output, title=title, results={name: results}))
-    console.print(protocol.table({name: results}).markdown())
-    if (judge := _JUDGE_MODEL.value) and (baseline := _BASELINE.value):
-        facts = multihost.first(lambda: _win_rates(output, judge, Path(baseline)))
-        multihost.first(lambda: write_report(output, title=title, results={name: results}, facts=facts))
-        console.print("".join(f"{what}: {rate}\n" for what, rate in facts.items()))
-    console.print(f"report: {output / 'report.md'}")
-
-
-def _win_rates(output: Path, model: str, baseline: Path) -> dict[str, str]:
-    from l2m_jax import files
-    from l2m_jax.evaluation.judge import Judge, read_comparisons, win_rates
-    from l2m_jax.evaluation.protocol import RESPONSES
-
-    comparisons = read_comparisons(
-        output / RESPONSES, baseline / RESPONSES if baseline.is_dir() else baseline
-    )
-    rates = win_rates(comparisons, Judge(model, _JUDGE_URL.value), output / "verdicts.jsonl")
-    files.write_json(output / "win_rates.json", rates)
-    return {f"win rate on {name} against {baseline}, by {model}": str(r) for name, r in rates.items()}
-
-
-def _main(arguments: list[str]) -> None:
-    if len(arguments) > 1:
-        raise app.UsageError(f"unexpected argument {arguments[1]!r}")
-    logging.set_verbosity(logging.WARNING)
+    baseline = None if options.baseline is None else folder.responses_file(options.baseline)
     try:
-        _evaluate()
+        asked = folder.FolderEvaluation(
+            model=options.model,
+            output=options.output,
+            sets=tuple(options.sets or ["dolly"]),
+            rules=SamplingRules(
+                **{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingRules)}
+            ),
+            seeds=tuple(options.seeds),
+            tokenizer=options.tokenizer,
+            rows=options.rows,
+            max_prompt_length=options.max_prompt_length,
+            truncate=options.truncate,
+            bos=options.bos,
+            dtype=options.dtype,
+        )
+        devices = Devices(mapping=options.mapping, count=options.devices)
     except InputError as error:
-        refuse(str(error))
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from the answers that are there")
+        raise InputError(f"--{error}") from error
+    multihost.start(devices)
+    results = {Path(options.model).name: folder.evaluate_folder(asked, devices)}
+    title = f"Evaluation of {Path(options.model).name}"
+    multihost.first(lambda: write_report(options.output, title=title, results=results))
+    console.print(protocol.table(results).markdown())
+    if baseline is not None:
+        judge = Judge(options.judge_model, options.judge_url)
+        rates = multihost.first(lambda: folder.compare(options.output, baseline, judge))
+        facts = {
+            f"win rate on {name} against {options.baseline}, by {options.judge_model}": str(rate)
+            for name, rate in rates.items()
+        }
+        multihost.first(lambda: write_report(options.output, title=title, results=results, facts=facts))
+        console.print("".join(f"{what}: {rate}\n" for what, rate in facts.items()))
+    console.print(f"report: {options.output / 'report.md'}")
 
 
-def main() -> None:
-    app.run(_main)
+def main(arguments: Sequence[str] | None = None) -> None:
+    run(_parser(), _evaluate, arguments)
 
 
 if __name__ == "__main__":

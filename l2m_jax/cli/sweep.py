@@ -1,88 +1,94 @@
-"""Rows × seeds, and the table: `python -m l2m_jax.sweep --config FILE --methods sft,l2m --seeds 0,1 --workdir W`.
+"""Train methods over several seeds, and make the table.
 
-Settings are changed for all runs as in train.py (`--config.training.learning_rate=5e-5`). The same command again
-goes on where the first one stopped. As a SLURM array, one task a run:
+    l2m sweep --config configs/gpt2_small.py --methods sft,l2m --seeds 0,1 --workdir runs/sweep
 
-    python -m l2m_jax.sweep ... --list        # the runs and their numbers
-    python -m l2m_jax.sweep ... --prepare     # optional: what they share, before the array takes its devices
-    python -m l2m_jax.sweep ...               # in a job of the array: the run of $SLURM_ARRAY_TASK_ID
-    python -m l2m_jax.sweep ... --table       # the table from what is finished
+Any setting can be changed for all runs with a flag such as --config.training.learning_rate=5e-5. Run the same
+command again to resume. As a SLURM array, with one task per run:
+
+    l2m sweep ... --list        # the runs and their numbers
+    l2m sweep ... --prepare     # optional: build what the runs share before the array takes its devices
+    l2m sweep ...               # in a job of the array: the run numbered $SLURM_ARRAY_TASK_ID
+    l2m sweep ... --table       # the table of the finished runs
 """
 
+import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags, logging
-from ml_collections import config_flags
-
-from l2m_jax.cli.common import parse_flags, refuse, whole_numbers
+from l2m_jax.cli.common import Parser, add_config, comma_separated, run, whole_numbers
 from l2m_jax.errors import InputError
 from l2m_jax.sweep.presets import PRESETS, rows_of
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file of configs/, as in configs/gpt2_small.py:minillm"
-)
-_METHODS = flags.DEFINE_list("methods", None, "Names of l2m_jax/methods.py, one row each")
-_PRESET = flags.DEFINE_enum("preset", None, list(PRESETS), "In place of --methods: a table of the paper")
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of the students' training")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where all runs and the table are kept", required=True)
-_TASK = flags.DEFINE_integer("task", None, "Only the run of this number; by default $SLURM_ARRAY_TASK_ID")
-_LIST = flags.DEFINE_bool("list", False, "Only list the runs with their numbers")
-_PREPARE = flags.DEFINE_bool("prepare", False, "Only make what the runs share")
-_TABLE = flags.DEFINE_bool("table", False, "Only make the table from what is finished")
-flags.mark_flag_as_required("config")
-flags.mark_flags_as_mutual_exclusive(["methods", "preset"], required=True)
-flags.mark_bool_flags_as_mutual_exclusive(["list", "prepare", "table"])
+
+def _parser() -> Parser:
+    parser = Parser("sweep", __doc__)
+    add_config(parser)
+    rows = parser.add_mutually_exclusive_group(required=True)
+    rows.add_argument(
+        "--methods", type=comma_separated, help="methods by name, such as sft,l2m: one row each"
+    )
+    rows.add_argument("--preset", choices=PRESETS, help="instead of --methods: a table of the paper")
+    parser.add_argument(
+        "--seeds",
+        type=whole_numbers,
+        default=[0, 1, 2],
+        help="training seeds of the students (default: 0,1,2)",
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="where all runs and the table are kept")
+    parser.add_argument(
+        "--task", type=int, help="run only the run of this number (default: $SLURM_ARRAY_TASK_ID, if set)"
+    )
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--list", action="store_true", help="only list the runs with their numbers")
+    action.add_argument("--prepare", action="store_true", help="only build what the runs share")
+    action.add_argument("--table", action="store_true", help="only make the table of the finished runs")
+    return parser
 
 
-def _task() -> int | None:
-    if _TASK.value is not None:
-        return _TASK.value
+def _task(given: int | None) -> int | None:
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
-    return None if task is None else int(task)
+    if given is not None or task is None:
+        return given
+    try:
+        return int(task)
+    except ValueError:
+        raise InputError(
+            f"$SLURM_ARRAY_TASK_ID: {task!r} is not a whole number; unset it, or choose a run with --task"
+        ) from None
 
 
-def _sweep() -> None:
-    from l2m_jax import config
+def _sweep(options: argparse.Namespace) -> None:
+    task = _task(options.task)
+
+    from l2m_jax.cli import config_file
+
+    config = config_file.read(options.config, options.overrides)
+
     from l2m_jax.progress import console
     from l2m_jax.sweep.cells import finished, grid, prepare, run
     from l2m_jax.sweep.table import write_table
 
-    workdir = Path(_WORKDIR.value)
-    rows = PRESETS[_PRESET.value] if _PRESET.value else rows_of(_METHODS.value or [])
-    cells = grid(config.parse(_CONFIG.value), rows, whole_numbers("seeds", _SEEDS.value))
-    if _LIST.value:
+    rows = PRESETS[options.preset] if options.preset else rows_of(options.methods)
+    cells, workdir = grid(config, rows, options.seeds), options.workdir
+    if options.list:
         for number, cell in enumerate(cells):
             console.print(f"{number:4}  {cell.name}{'  finished' * (finished(cell, workdir) is not None)}")
         return
-    if _PREPARE.value:
+    if options.prepare:
         prepare(cells, workdir)
         return
-    failures, task = {}, _task()
-    if not _TABLE.value:
-        failures = run(cells, workdir, task)
-    if _TABLE.value or (task is None and len(failures) < len(cells)):
+    failures = {} if options.table else run(cells, workdir, task)
+    if options.table or (task is None and len(failures) < len(cells)):
         console.print(write_table(cells, workdir), markup=False)
     if failures:
         listed = "".join(f"\n  {name}: {what}" for name, what in failures.items())
         sys.exit(f"error: {len(failures)} of the runs failed:{listed}")
 
 
-def _main(arguments: list[str]) -> None:
-    if len(arguments) > 1:
-        raise app.UsageError(f"unexpected argument {arguments[1]!r}")
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every checkpoint otherwise
-    try:
-        _sweep()
-    except InputError as error:
-        refuse(str(error))
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from the last checkpoint")
-
-
-def main() -> None:
-    app.run(_main, flags_parser=parse_flags)
+def main(arguments: Sequence[str] | None = None) -> None:
+    run(_parser(), _sweep, arguments)
 
 
 if __name__ == "__main__":

@@ -1,43 +1,47 @@
-"""Distils a student: `python train.py --config configs/quickstart.py --workdir runs/quickstart`.
+"""Distil a student.
 
-Any setting can be changed on the command line, as in `--config.training.learning_rate=5e-5`. The same command
-again goes on where the first one stopped.
+    l2m train --config configs/quickstart.py --workdir runs/quickstart
+
+Any setting can be changed with a flag such as --config.training.learning_rate=5e-5. Run the same command again to
+resume.
 """
 
-import sys
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
-from absl import app, flags, logging
-from ml_collections import config_flags
-
-from l2m_jax.cli.common import parse_flags, refuse
-from l2m_jax.errors import InputError
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file of configs/, as in configs/quickstart.py:compare"
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything the run makes is kept", required=True)
-flags.mark_flag_as_required("config")
+from l2m_jax.cli.common import Parser, add_config, run
 
 
-def _main(arguments: list[str]) -> None:
-    if len(arguments) > 1:
-        raise app.UsageError(f"unexpected argument {arguments[1]!r}")
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every checkpoint otherwise
-    try:
-        from l2m_jax import config, multihost
-        from l2m_jax.run import pipeline
-
-        parsed = config.parse(_CONFIG.value)
-        multihost.start(parsed.devices)
-        pipeline.run(parsed, _WORKDIR.value)
-    except InputError as error:
-        refuse(str(error))
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from the last checkpoint")
+def _parser() -> Parser:
+    parser = Parser("train", __doc__)
+    add_config(parser)
+    parser.add_argument(
+        "--workdir", type=Path, required=True, help="where everything that the run makes is kept"
+    )
+    parser.add_argument(
+        "--shared",
+        type=Path,
+        help="where data, teacher, initial student, ranking and teacher store are kept, for several runs to share; "
+        "by default the workdir",
+    )
+    return parser
 
 
-def main() -> None:
-    app.run(_main, flags_parser=parse_flags)
+def _train(options: argparse.Namespace) -> None:
+    from l2m_jax.cli import config_file
+
+    config = config_file.read(options.config, options.overrides)
+
+    from l2m_jax import multihost
+    from l2m_jax.run import pipeline
+
+    multihost.start(config.devices)
+    pipeline.run(config, options.workdir, options.shared)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    run(_parser(), _train, arguments)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The paper's tables as sweeps.
 
 Each is run once for each pair of teacher and student, with that pair's config:
-`python -m l2m_jax.sweep --config configs/gpt2_small.py --preset table1 --workdir runs/table1_gpt2_small`.
+`l2m sweep --config configs/gpt2_small.py --preset table1 --workdir runs/table1_gpt2_small`.
 """
 
 from collections.abc import Iterable

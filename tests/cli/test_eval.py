@@ -1,7 +1,6 @@
-"""The script on a small model with random weights: what it leaves, and that its figures are those of its answers."""
+"""The command on a small model with random weights: what it leaves, and that its figures are those of its answers."""
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
 from l2m_jax import models
+from l2m_jax.cli.main import main
 from l2m_jax.data.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,12 +24,21 @@ ROWS = [
 ]
 
 
-def evaluate(folder: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "eval.py"), f"--model={folder / 'model'}", *flags]
-    command += [f"--sets=mine={folder / 'rows.jsonl'}"]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, **environment}
-    )
+def arguments(folder: Path, *flags: str) -> list[str]:
+    return [f"--model={folder / 'model'}", *flags, f"--sets=mine={folder / 'rows.jsonl'}", "--devices=2"]
+
+
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch):
+    """JAX looks for other processes only before its first computation, which another test has done."""
+    monkeypatch.setattr("l2m_jax.multihost.start", lambda devices: None)
+
+
+def evaluate(folder: Path, output: Path, *flags: str) -> dict:
+    """The scores of the only set."""
+    main(["eval", *arguments(folder, *flags), f"--output={output}"])
+    (found,) = json.loads((output / "results.json").read_text())["sets"]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +61,9 @@ def folder(tmp_path_factory) -> Path:
     )
     models.save(folder / "model", config, models.init(config, jax.random.key(0)), tokenizer=tokenizer)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    done = evaluate(folder, "--max_new_tokens=6", f"--output={folder / 'scores'}")
+    flags = arguments(folder, "--max_new_tokens=6", f"--output={folder / 'scores'}")
+    command = [sys.executable, str(ROOT / "eval.py"), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -80,7 +91,26 @@ def test_scores_are_those_of_the_answers(folder):
     assert f"{found['rouge_l']['mean']:.1f}" in (folder / "scores" / "report.md").read_text()
 
 
-def test_the_win_rate_stands_in_the_report_and_the_key_nowhere(folder):
+def test_a_sharded_model_gives_the_same_responses(folder, tmp_path):
+    flags = "--temperature=0", "--max-new-tokens=6", "--seeds=10"
+    for mapping in ("pmap", "fsdp"):
+        evaluate(folder, tmp_path / mapping, *flags, f"--mapping={mapping}")
+    found = [(tmp_path / mapping / "responses.jsonl").read_text() for mapping in ("pmap", "fsdp")]
+    assert found[0] == found[1] and len(found[0].splitlines()) == 3
+
+
+def test_long_prompts_are_left_out_unless_they_are_to_be_truncated(folder, tmp_path):
+    long = {"instruction": "Name an apple. " * 100, "output": "a pear"}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, long]))
+    (tmp_path / "model").symlink_to(folder / "model")
+    flags = "--max-new-tokens=2", "--seeds=10"
+    found = evaluate(tmp_path, tmp_path / "dropped", *flags)
+    assert (found["rows"], found["left_out"]) == (3, 1)
+    found = evaluate(tmp_path, tmp_path / "truncated", *flags, "--truncate")
+    assert (found["rows"], found["left_out"]) == (4, 0)
+
+
+def test_the_win_rate_stands_in_the_report_and_the_key_nowhere(folder, monkeypatch):
     """The judge always prefers A, so that every pair of verdicts is a tie."""
     keys = set()
 
@@ -102,20 +132,19 @@ def test_the_win_rate_stands_in_the_report_and_the_key_nowhere(folder):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     try:
-        done = evaluate(
+        evaluate(
             folder,
+            folder / "scores",
             "--max_new_tokens=6",
-            f"--output={folder / 'scores'}",
             f"--baseline={folder / 'scores'}",
             "--judge_model=tester",
             f"--judge_url=http://127.0.0.1:{server.server_port}/v1",
-            OPENAI_API_KEY="sk-secret",
         )
     finally:
         server.shutdown()
         server.server_close()
-    assert done.returncode == 0, done.stdout + done.stderr
     rate = json.loads((folder / "scores" / "win_rates.json").read_text())["mine"]
     assert (rate["wins"], rate["ties"], rate["losses"], rate["rate"]) == (0, 15, 0, 50.0)
     assert (
@@ -129,11 +158,19 @@ def test_the_win_rate_stands_in_the_report_and_the_key_nowhere(folder):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--max_new_tokens=320",), "--max_new_tokens 320: the model's 320 positions leave no room"),
-        (("--judge_model=x",), "--judge_model and --baseline: a win rate needs both"),
-        (("--max_new_tokens=6", "--seeds=ten"), "--seeds ten: expected whole numbers"),
+        (("--max_new_tokens=320",), "max_new_tokens: 320 leaves no room for a prompt within the model's 320"),
+        (("--judge_model=x",), "--judge-model and --baseline: a win rate needs both"),
+        (("--judge-model=x", "--baseline=nowhere"), "nowhere: no such file; give responses.jsonl"),
+        (("--seeds=ten",), "argument --seeds: expected whole numbers such as 0,1,2, got 'ten'"),
+        (("--top_p=nan",), "--top_p"),
+        (("--temperature=-1",), "--temperature"),
+        (("--rows=-1",), "--rows: -1 must be 0 or more"),
+        (("--devices=99",), "config.devices.count: 99 devices asked for"),
+        (("--mapping=tp",), "argument --mapping: invalid choice: 'tp'"),
     ],
 )
-def test_bad_input_ends_in_one_sentence(folder, tmp_path, flags, said):
-    done = evaluate(folder, *flags, f"--output={tmp_path}")
-    assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr
+def test_bad_input_ends_in_one_sentence(folder, tmp_path, refused, flags, said):
+    given = arguments(folder, *flags, f"--output={tmp_path}")
+    if any("devices" in flag for flag in flags):
+        given.remove("--devices=2")
+    assert refused("eval", *given).startswith(said)

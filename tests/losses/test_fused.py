@@ -292,8 +292,8 @@ def count_products(jaxpr) -> int:
     count = 0
     for equation in jaxpr.eqns:
         count += equation.primitive.name == "dot_general"
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            count += count_products(inner)
+        inner = [value for value in jax.tree.leaves(equation.params) if hasattr(value, "eqns")]
+        count += sum(map(count_products, inner))
     return count
 
 

@@ -187,7 +187,7 @@ def test_a_compiler_that_is_not_installed_is_named(config, monkeypatch, target, 
 def _command(*flags: str) -> subprocess.CompletedProcess:
     config = ROOT / "tests" / "configs" / "tiny.py"
     settings = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
-    command = [sys.executable, "-m", "l2m_jax.cli.plan", f"--config={config}", *settings, *flags]
+    command = [sys.executable, "-m", "l2m_jax.cli.main", "plan", f"--config={config}", *settings, *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 

@@ -1,0 +1,197 @@
+"""The settings of a run, from a config file and the command line.
+
+`--config FILE[:VARIANT]` names a Python file with a function `get_config(variant="")` that returns a ConfigDict, or a
+YAML file with the same settings by the same names. A YAML file starts from `config.defaults(preset)`:
+
+    preset: minillm        # optional: "paper" (the default) or "minillm"
+    method: l2m
+    training:
+      learning_rate: 1e-4
+    evaluation:
+      sets: [test, self_inst]
+
+Values in YAML and on the command line are text, which is converted to the type of the setting.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import traceback
+import types
+import typing
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ml_collections import ConfigDict
+
+from l2m_jax import config as settings
+from l2m_jax.errors import InputError
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_BOOLEANS = {"true": True, "false": False}
+
+
+def read(source: str, overrides: Iterable[tuple[str, str]] = ()) -> settings.Config:
+    """The validated settings of a config file.
+
+    Args:
+        source: the file, with `:VARIANT` if it is a Python file that has variants.
+        overrides: settings by name, such as ("curriculum.alpha", "0.3"). Of equal names the last one counts.
+
+    Raises:
+        InputError: no such file, a file that gives no settings, an unknown setting, or a wrong value; each is named.
+    """
+    file, variant = _split(source)
+    if not file.is_file():
+        near = _near(str(file), [str(other) for other in file.parent.glob("*.*")])
+        raise InputError(f"--config {source}: no such file{near}")
+    if file.suffix == ".py":
+        values = _read_python(source, file, variant)
+    elif file.suffix in (".yaml", ".yml"):
+        if variant:
+            raise InputError(f"--config {source}: a YAML file has no variants; name {file} alone")
+        values = _read_yaml(source, file)
+    else:
+        raise InputError(f"--config {source}: expected a Python file (.py) or a YAML file (.yaml)")
+    for name, value in overrides:
+        change: Any = value
+        for part in reversed(name.split(".")):
+            change = {part: change}
+        values = _merge(values, _typed(settings.Config, change, "config"))
+    return settings.parse(values)
+
+
+def _split(source: str) -> tuple[Path, str]:
+    file, colon, variant = source.rpartition(":")
+    return (Path(file), variant) if colon and not Path(source).is_file() else (Path(source), "")
+
+
+def _near(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _read_python(source: str, file: Path, variant: str) -> dict[str, Any]:
+    spec = importlib.util.spec_from_file_location("config_file", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        get_config = getattr(module, "get_config", None)
+        if get_config is None:
+            raise InputError('no function get_config(variant="")')
+        if variant and not inspect.signature(get_config).parameters:
+            raise InputError("get_config has no parameter, so there are no variants")
+        found = get_config(variant) if variant else get_config()
+    except Exception as error:
+        raise InputError(f"--config {source}: {_describe(error, file)}") from error
+    if not isinstance(found, ConfigDict):
+        raise InputError(
+            f"--config {source}: get_config must return a ConfigDict, such as l2m_jax.config.defaults() with changes; "
+            f"got {found!r}"
+        )
+    return found.to_dict()
+
+
+def _describe(error: Exception, file: Path) -> str:
+    """One sentence. A ValueError is a message to the user (an unknown variant); any other error is a mistake in the file."""
+    said = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, SyntaxError):
+        return f"line {error.lineno}: not valid Python ({error.msg})"
+    if isinstance(error, ValueError) and said:
+        return said
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)
+    ]
+    return f"line {lines[-1] if lines else '?'}: {type(error).__name__}: {said}"
+
+
+class _TextLoader(yaml.BaseLoader):
+    """Builds nothing but mappings, lists and text, and refuses a name that occurs twice.
+
+    YAML's own rules would read 1e-4 as text, and `on` as true.
+    """
+
+    def construct_mapping(self, node, deep=False):
+        names = set()
+        for name in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if name.value in names:
+                raise InputError(
+                    f"line {name.start_mark.line + 1}: {name.value!r} is set twice; keep one of them"
+                )
+            names.add(name.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(source: str, file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), _TextLoader)
+        if not isinstance(values, dict):
+            raise InputError(f"expected settings by name, such as 'method: l2m', got {values!r}")
+        preset = values.pop("preset", "paper")
+        if not isinstance(preset, str) or preset not in settings.PRESETS:
+            near = _near(str(preset), settings.PRESETS)
+            raise InputError(f"preset: no preset {preset!r} (known: {', '.join(settings.PRESETS)}){near}")
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise InputError(f"--config {source}: {line}not valid YAML ({error.problem})") from error
+    except (InputError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--config {source}: {str(error).splitlines()[0]}") from error
+    defaults = settings.defaults(preset).to_dict()
+    return _merge(defaults, _typed(settings.Config, values, "config"))
+
+
+def _merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for name, value in changes.items():
+        is_group = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = _merge(merged[name], value) if is_group else value
+    return merged
+
+
+def _typed(kind: type, values: Any, place: str) -> dict[str, Any]:
+    """`values`, which are text, as the settings of the dataclass `kind` need them. Unknown names are left to `parse`."""
+    hints = typing.get_type_hints(kind)
+    if not isinstance(values, Mapping):
+        example = f"{place}.{next(iter(hints))}"
+        raise InputError(f"{place}: a group of settings, which has no value of its own; set {example}, say")
+    typed = dict(values)
+    for name in values.keys() & hints.keys():
+        hint, value, where = hints[name], values[name], f"{place}.{name}"
+        if dataclasses.is_dataclass(hint):
+            typed[name] = _typed(typing.cast(type, hint), value, where)
+        elif isinstance(value, Mapping):
+            raise InputError(
+                f"{where}.{next(iter(value), '')}: no such setting ({where} is a single setting)"
+            )
+        else:
+            typed[name] = _convert(hint, value, where)
+    return typed
+
+
+def _convert(hint: Any, value: Any, place: str) -> Any:
+    if isinstance(hint, types.GenericAlias):  # tuple[X, ...]
+        items = value if isinstance(value, list) else _items(value)
+        return tuple(_convert(hint.__args__[0], item, place) for item in items)
+    if not isinstance(value, str):
+        raise InputError(f"{place}: expected {_KINDS[hint]}, got {value!r}")
+    try:
+        return _BOOLEANS[value.lower()] if hint is bool else hint(value)
+    except (KeyError, ValueError):
+        raise InputError(f"{place}: expected {_KINDS[hint]}, got {value!r}") from None
+
+
+def _items(text: str) -> list[str]:
+    """The items of `a,b`, or of a Python tuple or list such as `('a','b')`."""
+    if text[:1] in ("(", "[", "'", '"'):
+        try:
+            found = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            text = text.strip("([])")  # as in (a,b)
+        else:
+            return [str(item) for item in (found if isinstance(found, tuple | list) else (found,))]
+    return [item.strip() for item in text.split(",") if item.strip()]

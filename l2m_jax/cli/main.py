@@ -1,0 +1,32 @@
+"""The console command `l2m`; also `python -m l2m_jax.cli.main`."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from l2m_jax.cli.common import Parser
+
+COMMANDS = {
+    "train": "distil a student",
+    "eval": "score a model folder",
+    "sweep": "train methods over several seeds, and make the table",
+    "plan": "estimate memory and time of a run on hardware you don't have",
+    "bench": "measure speed and memory",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    listed = "\n".join(f"  {name:6} {what}" for name, what in COMMANDS.items())
+    parser = Parser("", f"Staged knowledge distillation of language models.\n\ncommands:\n{listed}")
+    parser.usage = "l2m COMMAND [FLAGS]"
+    parser.add_argument(
+        "command", choices=COMMANDS, metavar="COMMAND", help="l2m COMMAND --help lists its flags"
+    )
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # The command parses its own flags, so that only its own modules are imported.
+    options = parser.parse_args(given[:1])
+    importlib.import_module(f"l2m_jax.cli.{options.command}").main(given[1:])
+
+
+if __name__ == "__main__":
+    main()
