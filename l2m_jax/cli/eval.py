@@ -96,13 +96,13 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise InputError("--judge-model and --baseline: a win rate needs both")
 
     from l2m_jax import multihost
-    from l2m_jax.config import Devices
-    from l2m_jax.evaluation import protocol
     from l2m_jax.evaluation.judge import Judge
     from l2m_jax.generation.sampling import SamplingRules
+    from l2m_jax.multihost import Devices
     from l2m_jax.progress import console
     from l2m_jax.reporting.report import write_report
-    from l2m_jax.run import evaluate_folder as folder
+    from l2m_jax.reporting.tables import results_table
+    from l2m_jax.run import folder_evaluation as folder
 
     baseline = None if options.baseline is None else folder.responses_file(options.baseline)
     try:
@@ -128,7 +128,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     results = {Path(options.model).name: folder.evaluate_folder(asked, devices)}
     title = f"Evaluation of {Path(options.model).name}"
     multihost.first(lambda: write_report(options.output, title=title, results=results))
-    console.print(protocol.table(results).markdown())
+    console.print(results_table(results).markdown())
     if baseline is not None:
         judge = Judge(options.judge_model, options.judge_url)
         rates = multihost.first(lambda: folder.compare(options.output, baseline, judge))

@@ -58,12 +58,12 @@ def tokenizer_source(path: str, setting: str) -> Source:
     """A given tokenizer; equal for tokenizers that give the same ids.
 
     Raises:
-        InputError: there is none; `setting` is named.
+        InputError: there is none; `setting` (or a flag) is named.
     """
     try:
         return Source(path, tokenizer_fingerprint(read_tokenizer(path)))
     except InputError as error:
-        raise InputError(f"config.{setting}: {error}") from error
+        raise InputError(f"{setting}: {error}") from error
 
 
 def load(tokenizer: Tokenizer) -> Any:

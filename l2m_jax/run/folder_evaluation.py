@@ -1,22 +1,21 @@
 """The evaluation of a model that no run of this package need have made."""
 
-import dataclasses
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from l2m_jax import files, models
-from l2m_jax.config import Config, Devices, Model
-from l2m_jax.data.tokenizer import tokenizer_fingerprint
+from l2m_jax import files
 from l2m_jax.errors import InputError
 from l2m_jax.evaluation import protocol
 from l2m_jax.evaluation.judge import Judge, WinRate, read_comparisons, win_rates
 from l2m_jax.evaluation.protocol import Results
 from l2m_jax.evaluation.sets import read_set
-from l2m_jax.generation import SamplingRules
-from l2m_jax.multihost import first
-from l2m_jax.run import build
-from l2m_jax.run.context import parallel_of
+from l2m_jax.generation import Generator, SamplingRules
+from l2m_jax.models import Compute
+from l2m_jax.multihost import Devices
+from l2m_jax.run import data
+from l2m_jax.run.context import placement_of
+from l2m_jax.run.models import load_frozen, read_config
+from l2m_jax.run.responses import longest_prompt
 
 
 @dataclass(frozen=True)
@@ -59,55 +58,41 @@ def evaluate_folder(asked: FolderEvaluation, devices: Devices) -> Results:
     Raises:
         InputError: a model, set or tokenizer that cannot be read, no room for prompts, or too many devices.
     """
-    parallel = parallel_of(Config(devices=devices))
-    tokenizer = build.read_tokenizer(asked.tokenizer or asked.model)
-    sharding = parallel.parameter_sharding if parallel.mapping == "fsdp" else None
-    room = models.read_config(asked.model).max_positions - asked.rules.max_new_tokens
+    placement = placement_of(devices)
+    given = data.tokenizer_source(
+        asked.tokenizer or asked.model, "--tokenizer" if asked.tokenizer else "--model"
+    )
+    tokenizer = data.load(given)
+    model, compute = data.given_model(asked.model), Compute(dtype=asked.dtype)
+    config = read_config(model, compute, given)
+    room = longest_prompt(config, asked.rules, asked.max_prompt_length)
     if room < 1:
         raise InputError(
             f"max_new_tokens: {asked.rules.max_new_tokens} leaves no room for a prompt within the model's "
-            f"{room + asked.rules.max_new_tokens} positions; lower it"
+            f"{config.max_positions} positions; lower it"
         )
     sets = [
         read_set(
             source,
             tokenizer,
             asked.output / "sets",
-            max_prompt_length=min(room, asked.max_prompt_length or room),
+            max_prompt_length=room,
             long_prompt="truncate" if asked.truncate else "drop",
             bos=asked.bos,
             rows=asked.rows,
         )
         for source in asked.sets
     ]
-    dtype = build.compute_dtype(Model(dtype=asked.dtype))
-    config, params = models.load(asked.model, dtype=dtype, sharding=sharding)
-    config = dataclasses.replace(config, valid_vocab_size=min(config.valid_vocab_size, len(tokenizer)))
+    config, params = load_frozen(model, compute, given, placement)
     return protocol.evaluate(
-        config,
-        params,
-        tokenizer,
+        Generator(config, params, placement, tokenizer),
         sets,
         asked.rules,
         asked.seeds,
         folder=asked.output,
-        made_from=files.fingerprint(first(lambda: _content(asked.model)), tokenizer_fingerprint(tokenizer)),
+        key=files.fingerprint(model, given),
         title=Path(asked.model).name,
-        **({"mesh": parallel.mesh} if sharding else {"devices": parallel.devices}),
     )
-
-
-def _content(model: str) -> str:
-    """A hash of the weights, since a folder can be overwritten; a hub name stands for itself."""
-    path = Path(model)
-    found = sorted((*path.glob("config.json"), *path.glob("*.safetensors"))) if path.is_dir() else [path]
-    if not found[0].is_file():
-        return model
-    digest = hashlib.sha256()
-    for file in found:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
 
 
 def responses_file(baseline: Path) -> Path:
