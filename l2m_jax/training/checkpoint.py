@@ -1,13 +1,13 @@
 """Checkpoints of a training phase: the latest to resume from, and the best by validation."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
 from l2m_jax.multihost import first
 from l2m_jax.parallel import Placement
@@ -43,6 +43,17 @@ class Position:
     not_better: int = 0
 
 
+class _LatestAndBest:
+    """Which checkpoints Orbax keeps. Its own BestN forgets its metrics when the process restarts."""
+
+    best_step = -1
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        latest = max(checkpoint.step for checkpoint in checkpoints) if checkpoints else -1
+        return [checkpoint.step in (latest, self.best_step) for checkpoint in checkpoints]
+
+
 class Checkpoints:
     """Checkpoints in `folder`, of a state that lies on devices as `placement` says.
 
@@ -53,15 +64,10 @@ class Checkpoints:
     def __init__(self, folder: Path, placement: Placement, minutes: float = 10.0):
         self._placement, self._minutes = placement, minutes
         self._saved_at = time.monotonic()
-        # The latest to resume from, and the best; Orbax's own best_fn would delete the latest.
-        best = policies.BestN(
-            get_metric_fn=lambda m: m["rouge_l"], n=1, keep_checkpoints_without_metrics=False
-        )
+        self._kept = _LatestAndBest()
         self._manager = ocp.CheckpointManager(
             folder.resolve(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best])
-            ),
+            options=ocp.CheckpointManagerOptions(preservation_policy=self._kept),
             item_names=("state", "position"),
         )
 
@@ -74,12 +80,14 @@ class Checkpoints:
     def _time_is_up(self) -> bool:
         return time.monotonic() - self._saved_at >= 60 * self._minutes
 
-    def save(self, state: Any, position: Position, *, is_best: bool = False) -> None:
+    def save(self, state: Any, position: Position) -> None:
         """Saves the placed state. Afterwards its buffers may be donated: files are written in the background.
 
-        A checkpoint exists completely or not at all. No device holds a copy of the state meanwhile.
+        A checkpoint exists completely or not at all. No device holds a copy of the state meanwhile. Besides this one,
+        that of `position.best_step` is kept.
         """
         self._saved_at = time.monotonic()
+        self._kept.best_step = position.best_step
         if self._manager.latest_step() == position.step:
             return
         replicated = self._placement.mapping == "pmap"
@@ -89,7 +97,6 @@ class Checkpoints:
                 state=ocp.args.StandardSave(self._placement.to_host(state) if replicated else state),
                 position=ocp.args.JsonSave(asdict(position)),
             ),
-            metrics={"rouge_l": position.best_rouge_l} if is_best else None,
         )
         if not replicated and self._placement.devices[0].platform == "cpu":
             self._manager.wait_until_finished()  # a host copy of a CPU's buffer is the buffer itself
@@ -104,7 +111,9 @@ class Checkpoints:
         if step is None:
             return None
         found = self._restore(step, shapes)
-        return self._placed(found.state), Position(**found.position)
+        position = Position(**found.position)
+        self._kept.best_step = position.best_step
+        return self._placed(found.state), position
 
     def restore_best(self, shapes: Any, step: int) -> Any:
         """The parameters after `step`, the best of the validations, placed. `shapes` as in `restore_latest`."""

@@ -184,7 +184,7 @@ class Trainer:
                     self._position = _next_stage(self._position)
                 if ended or improved or self._checkpoints.due(self._position.step):
                     log.flush()
-                    self._checkpoints.save(self._state, self._position, is_best=improved)
+                    self._checkpoints.save(self._state, self._position)
                     log.restart_clock()
                 if ended:
                     break

@@ -50,9 +50,9 @@ def test_every_run_has_its_folder_and_what_they_share_is_there_once(finished):
         )
         evaluated = {"results.json", "responses.jsonl", name.split("/")[0]}
         assert set(os.listdir(folder / "evaluation")) == evaluated
-    assert {"teacher", "initial_student", "teacher_store", "difficulty.parquet"} < set(
-        os.listdir(finished / "shared")
-    )
+    shared = set(os.listdir(finished / "shared"))
+    assert {"teacher", "initial_student", "teacher_store"} < shared
+    assert "difficulty.parquet" not in shared  # neither method is staged
 
 
 def test_seeds_differ_in_the_training_alone(finished):

@@ -107,7 +107,7 @@ def test_a_run_killed_within_a_stage_ends_as_one_that_was_not(finished, tmp_path
         ("--config.data.source=files", "config.data.tokenizer: empty"),
         ("--config.method=l2n", "did you mean 'l2m'"),
         ("--config.curriculum.stages=100", "100 difficulty subsets of 48"),
-        ("--config.curriculum.alpha=2.0", "config.curriculum.alpha: 2.0 must lie between 0 and 1"),
+        ("--config.curriculum.alpha=2.0", "config.curriculum.alpha: 2.0 must be between 0 and 1"),
         ("--config.nonsense=1", "nonsense"),
     ],
 )

@@ -64,19 +64,26 @@ def test_another_number_of_devices_restores_all_the_same(tmp_path, saved_on, res
         assert largest.addressable_shards[0].data.size * after.num_devices == largest.size
 
 
-def test_the_best_outlives_the_latest(tmp_path):
+def test_the_best_outlives_later_ones_and_a_restart(tmp_path):
     placement, shapes = _placement("pmap", 1), state_shapes(OPTIMIZER, CONFIG)
     checkpoints = Checkpoints(tmp_path, placement)
-    for step, rouge_l in ((1, 3.0), (2, 8.0), (3, None), (4, None)):
-        position = Position(step=step, best_rouge_l=rouge_l or 8.0)
-        checkpoints.save(placement.place(_state(step)), position, is_best=rouge_l is not None)
+
+    def save(step: int, best_step: int) -> None:
+        checkpoints.save(placement.place(_state(step)), Position(step=step, best_step=best_step))
+
+    save(1, 1)
+    save(2, 2)
+    save(3, 2)
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, placement)
+    found = checkpoints.restore_latest(shapes)
+    assert found is not None and found[1].step == 3
+    save(4, 2)
+    save(5, 2)
     best = placement.to_host(checkpoints.restore_best(shapes, 2))
     jax.tree.map(np.testing.assert_array_equal, best, jax.tree.map(np.asarray, _state(2).params))
-    _, position = checkpoints.restore_latest(shapes) or (None, None)
     checkpoints.close()
-    assert position is not None and position.step == 4
-    kept = {int(folder.name) for folder in tmp_path.iterdir() if folder.name.isdigit()}
-    assert kept == {2, 4}
+    assert {int(folder.name) for folder in tmp_path.iterdir() if folder.name.isdigit()} == {2, 5}
 
 
 def test_a_checkpoint_is_due_after_its_minutes(tmp_path):
