@@ -1,8 +1,8 @@
 """A run on 4 fake devices whose live arrays are sampled: python sample_memory.py MAPPING FOLDER OUTPUT [KILL_AT_STEP].
 
-Prints nothing; writes JSON: for each moment (start, training, checkpoint, validation, resume, best, elsewhere) the most
-bytes of weights on each device. Weights are arrays with the shape of a parameter of teacher or student; the others
-are activations: micro-batches, KV caches, logits.
+Writes JSON: the most bytes of weights on each device, by phase and moment ("teacher: training", "student: resume").
+Weights are arrays with the shape of a parameter of teacher or student; the others are activations: micro-batches, KV
+caches, logits. With KILL_AT_STEP the process writes and ends without a word once the student has made so many steps.
 """
 
 import collections
@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -23,12 +24,20 @@ import numpy as np
 
 from l2m_jax import models
 from l2m_jax.config import parse
+from l2m_jax.data.synthetic import synthetic_rows
+from l2m_jax.data.tokenizer import train_tokenizer
 from l2m_jax.run import pipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.tiny import get_config
 
-# Functions of the package that the main thread is in, innermost first.
+# By the functions that the main thread is in.
+PHASES = {
+    "make_student": "student",
+    "make_store": "store",
+    "make_ranking": "ranking",
+    "make_evaluation": "evaluation",
+}
 MOMENTS = {
     "restore_latest": "resume",
     "restore_best": "best",
@@ -41,7 +50,7 @@ MOMENTS = {
 TEACHER_WIDTH, STUDENT_WIDTH = 192, 128
 
 
-def config(mapping: str, folder: Path, **changes):
+def config(mapping: str, **changes):
     values = get_config("no_dropout")
     for model, width in ((values.teacher.model, TEACHER_WIDTH), (values.student.model, STUDENT_WIDTH)):
         model.architecture.update(num_layers=3, num_heads=4, hidden_size=width)
@@ -90,52 +99,67 @@ class Sampler:
 
     def _sample(self) -> None:
         moment = self._moment()
-        held = [0] * 4
+        buffers: dict[tuple[int, int], int] = {}  # bytes by device and address: arrays may share a buffer
         for array in jax.live_arrays():
             if array.is_deleted() or not (array.shape in self._shapes or array.shape[1:] in self._shapes):
                 continue
-            share = int(np.prod(array.sharding.shard_shape(array.shape))) * array.dtype.itemsize
-            for device in array.sharding.addressable_devices:
-                held[device.id] += share
+            for shard in array.addressable_shards:
+                buffers[shard.device.id, shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
+        held = [sum(size for (on, _), size in buffers.items() if on == device) for device in range(4)]
         self.most[moment] = [max(pair) for pair in zip(self.most[moment], held, strict=True)]
 
     def _moment(self) -> str:
-        frame = sys._current_frames().get(self._main)
+        frame, moment = sys._current_frames().get(self._main), ""
         while frame is not None:
             name, file = frame.f_code.co_name, frame.f_code.co_filename
-            if f"l2m_jax{os.sep}training" in file and name in MOMENTS:
-                return MOMENTS[name]
+            if not moment and f"l2m_jax{os.sep}training" in file:
+                moment = MOMENTS.get(name, "")
+            if f"l2m_jax{os.sep}run" in file and name == "make_model":
+                return f"{frame.f_locals['name']}: {moment or 'saving'}"
+            if f"l2m_jax{os.sep}run" in file and name in PHASES:
+                return f"{PHASES[name]}: {moment}".removesuffix(": ")
             frame = frame.f_back
         return "elsewhere"
 
 
-def kill_at(step: int, metrics: Path) -> None:
-    """Ends this process without a word once the student has made so many steps."""
-
+def kill_at(step: int, metrics: Path, write: Callable[[], None]) -> None:
     def watch():
         while not (metrics.is_file() and f'"phase": "student", "step": {step},' in metrics.read_text()):
             time.sleep(0.002)
+        write()
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
+def make_pretrained(folder: Path) -> None:
+    """Folders of a teacher and a student with random weights and one tokenizer."""
+    parsed = config("pmap")
+    rows = synthetic_rows(0, 32, 1, 1).train
+    texts = [f"{row.instruction} {row.input} {row.references[0]}" for row in rows]
+    tokenizer = train_tokenizer(texts, parsed.data.synthetic.tokenizer_size)
+    for name, settings in (("teacher", parsed.teacher), ("student", parsed.student)):
+        found = models.random_config(settings.model.architecture, tokenizer)
+        params = models.init(found, jax.random.key(0))
+        models.save(folder / name, found, params, tokenizer=tokenizer)
+
+
 def main(mapping: str, folder: str, output: str, kill: str = "") -> None:
-    parsed = config(
-        mapping,
-        Path(folder),
-        **{
-            "teacher.model.path": f"{folder}/pretrained/teacher",
-            "student.model.path": f"{folder}/pretrained/student",
-        },
-    )
-    sampler = Sampler(weight_shapes(parsed))
-    workdir = Path(folder) / mapping
+    pretrained = Path(folder) / "pretrained"
+    if not pretrained.exists():
+        make_pretrained(pretrained)
+    paths = {f"{who}.model.path": str(pretrained / who) for who in ("teacher", "student")}
+    parsed = config(mapping, **paths)
+    sampler, workdir = Sampler(weight_shapes(parsed)), Path(folder) / mapping
+
+    def write() -> None:
+        Path(output).write_text(json.dumps(sampler.most))
+
     if kill:
-        kill_at(int(kill), workdir / "metrics.jsonl")
+        kill_at(int(kill), workdir / "metrics.jsonl", write)
     pipeline.run(parsed, workdir)
     sampler.stop()
-    Path(output).write_text(json.dumps(sampler.most))
+    write()
 
 
 if __name__ == "__main__":
