@@ -79,8 +79,10 @@ class Config:
     def __post_init__(self):
         require_at_least(self, 0, "seed", "checkpoint_minutes")
         require_positive(self, "max_shapes", "chunk_size")
-        for name in self.method_names:
-            methods.get(name, self.overrides, self.rollouts, self.curriculum)
+        for setting, names in (("method", (self.method,)), ("baselines", self.baselines)):
+            for name in names:
+                methods.require(name, setting)
+                methods.get(name, self.overrides, self.rollouts, self.curriculum)
         if twice := [name for name in self.method_names if self.method_names.count(name) > 1]:
             raise InputError(f"baselines: {twice[0]!r} is named twice; each method is trained once")
 

@@ -153,10 +153,7 @@ def get(
     Raises:
         InputError: no such method; the known ones are listed. Or overrides that make no sense with it.
     """
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise InputError(f"method: no method {name!r} ({hint}known: {', '.join(METHODS)})")
+    require(name, "method")
     method = METHODS[name]
     _refuse_unused(name, method, overrides)
     method = dataclasses.replace(
@@ -176,6 +173,14 @@ def get(
             "responses here; set it to 1, or overrides.policy to 'off'"
         )
     return method
+
+
+def require(name: str, setting: str) -> None:
+    """Raises InputError, which begins with `setting`, unless there is a method of that name."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(f"{setting}: no method {name!r} ({hint}known: {', '.join(METHODS)})")
 
 
 def _refuse_unused(name: str, method: Method, overrides: Overrides) -> None:

@@ -61,7 +61,11 @@ class Model:
         if negative := [layer for layer in self.layers if layer < 0]:
             raise InputError(f"layers: {negative[0]} must be 0 or more, the lowest layer being 0")
         if self.init == "teacher_layers" and not self.layers:
-            raise InputError("layers: empty; name the teacher's layers to keep, such as (0, 3, 6)")
+            raise InputError(
+                "layers: empty; with init 'teacher_layers', name the layers to keep, such as (0, 3, 6)"
+            )
+        if self.layers and self.init != "teacher_layers":
+            raise InputError(f"layers: {self.layers} is for init 'teacher_layers', and init is {self.init!r}")
 
 
 @dataclass(frozen=True)

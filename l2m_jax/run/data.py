@@ -105,7 +105,8 @@ def corpus_inputs(data: Data, part: Part, tokenizer: Tokenizer) -> CorpusInputs:
         drawn = [p for p in ("test", "validation") if not getattr(data, p)]
         rows = [*drawn, part] if part == "train" else drawn[: drawn.index(part) + 1]
         kept |= {"split_seed": data.split_seed, "bos": data.bos}
-        kept |= {p: "given" for p in ("validation", "test") if getattr(data, p)}
+        before = {"train": ("test", "validation"), "validation": ("test",), "test": ()}[part]
+        kept |= {p: "given" for p in before if getattr(data, p)}
     kept |= {f"{p}_rows": getattr(data, f"{p}_rows") for p in rows}
     path = getattr(data, part) if separate else data.train
     return CorpusInputs(part, Data(train="given", **kept), given(path), not separate, tokenizer)

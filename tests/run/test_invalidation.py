@@ -1,0 +1,183 @@
+"""What a changed setting makes anew: every field of the config, against the table in docs/settings.md."""
+
+import dataclasses
+import json
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from l2m_jax.config import COST_ONLY, Config, change, defaults, parse, without_cost
+from l2m_jax.data.tokenizer import train_tokenizer
+from l2m_jax.errors import InputError
+from l2m_jax.run.resolve import Artefacts, resolve
+
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
+METHODS = {"method": "l2m", "baselines": ("skl", "distillm2", "skl_on_policy")}
+
+# Another value of a setting, where its type does not suggest one, and what must hold for the setting to matter.
+OTHERS: dict[str, Any] = {
+    "method": "m2l",
+    "baselines": ("skl", "distillm2", "skl_on_policy", "kld"),
+    "data.source": "synthetic",
+    "data.train": "other.jsonl",
+    "data.validation": "other.jsonl",
+    "data.test": "other.jsonl",
+    "data.tokenizer": "other_tokenizer",
+    "data.max_prompt_length": 20,
+    "data.bos": "evaluation",
+    "teacher.model.path": "model",
+    "teacher.model.init": "random",
+    "teacher.model.layers": (0,),
+    "student.model.path": "model",
+    "student.model.init": "random",
+    "student.model.layers": (1,),
+    "curriculum.ranking": "rouge",
+    "curriculum.ranking_model": "model",
+    "curriculum.subsets": (1, 2),
+    "overrides.divergence": "jsd",
+    "overrides.policy": "on",
+    "evaluation.sets": ("test", "mine=other.jsonl"),
+    "evaluation.seeds": (11, 20),
+    "evaluation.select": "last",
+    "devices.mapping": "fsdp",
+    "devices.coordinator": "node1:12345",
+    "devices.process_id": 0,
+    "teacher.signal": "live",
+    "teacher.store_dtype": "float32",
+    **{f"{who}.compute.{name}": value for who in ("teacher", "student") for name, value in (("dtype", "bfloat16"), ("remat", "block"))},
+    **{f"{who}.model.architecture.{name}": value for who in ("teacher", "student")
+       for name, value in (("family", "llama"), ("num_heads", 2), ("num_kv_heads", 4), ("hidden_size", 64))},
+    **{f"{place}.dropout": 0.3 for place in ("training", "teacher.finetune", "student.warmup")},
+    "overrides.alpha": 0.3,
+    "overrides.beta": 0.9,
+}  # fmt: skip
+SYNTHETIC = {"data.source": "synthetic", "data.tokenizer": ""}
+CONTEXT: dict[str, dict[str, Any]] = {
+    **{f"data.synthetic.{name}": SYNTHETIC for name in ("train", "validation", "test", "seed", "tokenizer_size")},
+    "teacher.model.init": {"teacher.model.path": "model"},
+    "student.model.init": {"student.model.path": "model"},
+    "student.model.layers": {"student.model.init": "teacher_layers", "student.model.layers": (0,)},
+    "overrides.alpha": {"method": "skl", "baselines": ()},
+    "overrides.beta": {"method": "skl", "baselines": ()},
+    "overrides.policy": {"method": "skl", "baselines": ()},
+    "overrides.divergence": {"method": "skl", "baselines": ()},
+}  # fmt: skip
+
+
+def _leaves(kind: type, prefix: str = "") -> list[str]:
+    found = []
+    for name, hint in typing.get_type_hints(kind).items():
+        inner = dataclasses.is_dataclass(hint)
+        found += _leaves(typing.cast(type, hint), f"{prefix}{name}.") if inner else [prefix + name]
+    return found
+
+
+FIELDS = _leaves(Config)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    import jax
+
+    from l2m_jax import models
+
+    folder = tmp_path_factory.mktemp("given")
+    for name, count in (("rows", 40), ("other", 50)):
+        rows = [{"instruction": f"say {i}", "output": f"it is {i}"} for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("tokenizer", "other_tokenizer"):
+        train_tokenizer([f"say {name}, it is {name}"] * 3, 300).save_pretrained(folder / name)
+    tokenizer = train_tokenizer(["say tokenizer, it is tokenizer"] * 3, 300)
+    config = models.random_config(models.Architecture(num_layers=2, hidden_size=16, num_heads=2), tokenizer)
+    models.save(folder / "model", config, models.init(config, jax.random.key(0)))
+    return folder
+
+
+def _config(folder: Path, changes: dict[str, Any]) -> Config:
+    values = defaults()
+    values.update_from_flattened_dict(METHODS)
+    values.data.update(
+        train="rows.jsonl",
+        validation_rows=4,
+        test_rows=4,
+        train_rows=20,
+        tokenizer="tokenizer",
+        max_length=100,
+    )
+    values.student.warmup.epochs = 1
+    values.curriculum.update(beta_last=0.9, patience=5)
+    return change(parse(values), changes)
+
+
+def _keys(artefacts: Artefacts) -> dict[str, set[str]]:
+    """The keys of all artefacts by the names of the table."""
+    found = {
+        "tokenizer": {str(getattr(artefacts.tokenizer, "key", getattr(artefacts.tokenizer, "content", "")))},
+        **{f"{part} rows": {corpus.key} for part, corpus in artefacts.corpora.items()},
+        "teacher": {artefacts.teacher.key},
+        "initial student": {artefacts.initial_student.key},
+        "ranking": {artefacts.ranking.key} if artefacts.ranking else set(),
+        "teacher store": {artefacts.store.key} if artefacts.store else set(),
+        "responses": {generated.key for generated in artefacts.generated.values()},
+        "students": {student.key for student in artefacts.students.values()},
+        "scores": {evaluation.key for evaluation in artefacts.evaluations.values()},
+    }
+    return found
+
+
+def _other(config: Config, field: str) -> Any:
+    value: Any = config
+    for name in field.split("."):
+        value = getattr(value, name)
+    if field in OTHERS:
+        return OTHERS[field]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    assert isinstance(value, float), f"{field}: give another value in OTHERS"
+    return value / 2 if value else 1.0
+
+
+def _made_anew(folder: Path, field: str) -> str:
+    before = _config(folder, CONTEXT.get(field, {}))
+    if field == "teacher.model.layers":
+        with pytest.raises(InputError):
+            change(before, {field: (0,)})
+        return "nothing: for students only"
+    after = change(before, {field: _other(before, field)})
+    first, second = (_keys(resolve(config, folder / "work", folder / "work")) for config in (before, after))
+    changed = [name for name in first if not first[name] <= second[name]]
+    return ", ".join(changed) or "nothing"
+
+
+def _table() -> dict[str, str]:
+    rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \|$", TABLE.read_text(encoding="utf-8"), re.MULTILINE)
+    return dict(rows)
+
+
+def test_the_table_has_a_row_for_every_setting_and_no_other():
+    assert list(_table()) == FIELDS
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_changed_setting_makes_anew_what_the_table_says(folder, monkeypatch, field):
+    monkeypatch.chdir(folder)
+    expected = _table()[field]
+    assert _made_anew(folder, field) == expected.replace(": cost only", "")
+    cost_only = any(field == name or field.startswith(f"{name}.") for name in COST_ONLY)
+    assert cost_only == (expected == "nothing: cost only")
+
+
+def test_without_cost_resets_just_these(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    config = _config(folder, {})
+    for field in FIELDS:
+        if field == "teacher.model.layers":
+            continue
+        changed = change(_config(folder, CONTEXT.get(field, {})), {field: _other(config, field)})
+        same = without_cost(changed) == without_cost(_config(folder, CONTEXT.get(field, {})))
+        assert same == any(field == name or field.startswith(f"{name}.") for name in COST_ONLY), field
