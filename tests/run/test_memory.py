@@ -1,34 +1,12 @@
 """Memory is a contract: what a whole run holds on each of 4 devices, outside activations, at every moment of it."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
-import pytest
 
 from l2m_jax import models
 
-SCRIPT = Path(__file__).with_name("sample_memory.py")
-KILLED_AT = 5  # before the best validation is known, between two checkpoints
 MOMENTS = ("start", "training", "checkpoint", "validation", "resume", "best")
-
-
-@pytest.fixture(scope="module", params=["pmap", "fsdp"])
-def sampled(request, tmp_path_factory):
-    """The mapping, the folder of the pretrained models, and the most bytes of each moment on each device."""
-    folder, mapping = tmp_path_factory.mktemp(request.param), request.param
-    most: dict[str, list[int]] = {}
-    for kill in ([str(KILLED_AT)], []):
-        output = folder / "memory.json"
-        output.unlink(missing_ok=True)
-        command = [sys.executable, str(SCRIPT), mapping, str(folder), str(output), *kill]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        assert output.is_file(), done.stdout + done.stderr
-        for moment, held in json.loads(output.read_text()).items():
-            most[moment] = [max(pair) for pair in zip(held, most.get(moment, held), strict=True)]
-    return mapping, folder / "pretrained", most
 
 
 def _sizes(folder: Path) -> tuple[int, int]:
