@@ -1,5 +1,6 @@
 """The phases of a run, named as the run names them: what they hold, compile and write, and how long they take at best."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -134,38 +135,31 @@ class Planner:
         validations = config.evaluation.validations
         improvements = validations if config.evaluation.select == "best" else 0
         training = self._training(shapes, objectives, batches, w.updates(method), len(stages), improvements)
-        beside, spent = [], 0.0
-        params = programs.parameters(student)
+        params, beside, generating, spent = programs.parameters(student), [], [], 0.0
         if validations:
             rows = self._validation_rows
             found = self._decoding(student, params, rows)
             beside.append(self._moments.validation(shapes, self._fed(shapes, training), found))
+            generating += found.programs
             spent += self._decoding_seconds(found, validations * rows * w.response_tokens)
         if method.on_policy:
             share = 1.0 if method.contrast else config.rollouts.student_share
             answers = math.ceil(share * sum(stage.examples for stage in stages))
             found = self._decoding(student, params, max(1, answers // (method.refreshes * len(stages))))
             beside.append(self._moments.rollouts(shapes, found))
+            generating += found.programs
             spent += self._decoding_seconds(found, answers * config.sampling.max_new_tokens)
-        return self._trained(phase, shapes, training, (*beside, self._moments.saving(student)), spent)
+        trained = self._trained(phase, shapes, training, (*beside, self._moments.saving(student)))
+        return dataclasses.replace(
+            trained, programs=(*trained.programs, *generating), seconds=trained.seconds + spent
+        )
 
     def _trained(
-        self,
-        name: str,
-        shapes: TrainingShapes,
-        training: Training,
-        beside: tuple[Moment, ...],
-        spent: float = 0.0,
+        self, name: str, shapes: TrainingShapes, training: Training, beside: tuple[Moment, ...]
     ) -> Phase:
         both = (training.accumulate, training.update)
         moments = self._moments.training(shapes, self._fed(shapes, training), both)
-        return Phase(
-            name,
-            (*moments, *beside),
-            both,
-            training.step_seconds * training.updates + spent,
-            training,
-        )
+        return Phase(name, (*moments, *beside), both, training.step_seconds * training.updates, training)
 
     def _training(
         self,

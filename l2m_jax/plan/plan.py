@@ -183,7 +183,7 @@ def document(plan: Plan, tried: list[Change] | None = None) -> dict[str, Any]:
         "compile_seconds": sum(p.seconds for p in distinct.values()),
         "compilations": findings.compilations(w, by_name),
         "attention": {
-            "student": findings.attention(w.student, platform, student.programs),
+            "student": findings.attention(w.student, platform, (training.accumulate,)),
             "teacher": findings.attention(w.teacher, platform, of_teacher),
         },
         "largest_buffers": findings.buffers(training.accumulate),

@@ -19,9 +19,12 @@ def _sizes(folder: Path) -> tuple[int, int]:
 def test_no_device_holds_more_than_the_training_state_and_a_leaf(sampled):
     """16 bytes a parameter (parameters, Adam's two moments, gradient sums), a quarter of it when sharded over 4."""
     mapping, folder, most = sampled
-    (teacher, leaf), (student, _) = _sizes(folder / "teacher"), _sizes(folder / "student")
+    (teacher, leaf), (student, _) = (
+        _sizes(folder / "pretrained" / "teacher"),
+        _sizes(folder / "pretrained" / "student"),
+    )
     share = 4 if mapping == "fsdp" else 1
-    head = 4 * models.load_head(folder / "teacher", dtype="float32").size / share
+    head = 4 * models.load_head(folder / "pretrained" / "teacher", dtype="float32").size / share
     limits = {"teacher": 16 * teacher / share, "student": 16 * student / share + head}
     for name, held in most.items():
         # Elsewhere models are frozen: their weights, and the layers taken apart for decoding.
@@ -38,7 +41,7 @@ def test_every_moment_was_seen(sampled):
 
 def test_the_first_device_is_like_the_others(sampled):
     _, folder, most = sampled
-    _, leaf = _sizes(folder / "teacher")
+    _, leaf = _sizes(folder / "pretrained" / "teacher")
     for name, held in most.items():
         assert max(held) - min(held) <= 4 * leaf + 0.05 * max(held), f"{name}: {held}"
 
@@ -46,5 +49,5 @@ def test_the_first_device_is_like_the_others(sampled):
 def test_a_state_in_training_is_held_whole(sampled):
     """The sampler sees what there is: a contract that nothing is measured against would always hold."""
     mapping, folder, most = sampled
-    student, _ = _sizes(folder / "student")
+    student, _ = _sizes(folder / "pretrained" / "student")
     assert min(most["student: training"]) >= 0.95 * 16 * student / (4 if mapping == "fsdp" else 1)
