@@ -145,7 +145,8 @@ class Planner:
         if method.on_policy:
             share = 1.0 if method.contrast else config.rollouts.student_share
             answers = math.ceil(share * sum(stage.examples for stage in stages))
-            found = self._decoding(student, params, max(1, answers // (method.refreshes * len(stages))))
+            at_once = math.ceil(share * max(len(stage.indices) for stage in stages) / method.refreshes)
+            found = self._decoding(student, params, at_once)
             beside.append(self._moments.rollouts(shapes, found))
             generating += found.programs
             spent += self._decoding_seconds(found, answers * config.sampling.max_new_tokens)
