@@ -340,7 +340,7 @@ def test_for_a_gpu_that_is_not_there(tmp_path, mapping):
     document = json.loads(out.read_text())
     assert document["memory_of_card"] == 84929347584
     assert document["attention"]["teacher"]["cudnn"] is True  # heads of 16, bfloat16, a mask
-    assert document["attention"]["student"]["why_not"].startswith("dropout on attention probabilities")
+    assert "dropout on attention probabilities" in document["attention"]["student"]["why_not"]
     assert document["largest_logits"]["tokens"] <= 32
 
 
