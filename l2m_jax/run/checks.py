@@ -120,7 +120,8 @@ def check_rows(config: Config, artefacts: Artefacts) -> None:
                 f"config.data.{part}: none of {len(corpus)} prompts has at most {room} tokens; set data.truncate, "
                 "or lower sampling.max_new_tokens to leave them more of the model's positions"
             )
-    first(lambda: _check_room(config, artefacts))
+    needed = bytes_needed(config, artefacts)
+    first(lambda: _check_room(needed, artefacts.teacher.path.parent))
 
 
 def bytes_needed(config: Config, artefacts: Artefacts) -> dict[str, int]:
@@ -149,13 +150,11 @@ def _bytes(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _check_room(config: Config, artefacts: Artefacts) -> None:
-    sizes = bytes_needed(config, artefacts)
+def _check_room(sizes: dict[str, int], folder: Path) -> None:
     models = [size for name, size in sizes.items() if name != "teacher store"]
     # Checkpoints go when their model is finished, so that only the largest are there at a time.
     needed = sum(models) if len(models) < 2 else sum(models) - sum(sorted(models)[:-1]) * 9 // 10
     needed += sizes.get("teacher store", 0)
-    folder = artefacts.teacher.path.parent
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed > free:
