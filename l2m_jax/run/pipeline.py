@@ -123,6 +123,6 @@ def _evaluate(
         found = {}
         for name, evaluation in evaluations.items():
             compute = context.teacher if evaluation.inputs.model == artefacts.teacher else context.student
-            found[name] = make_evaluation(evaluation, name, compute, context)
+            found[name] = make_evaluation(evaluation, name, compute, context.placement, context.slots)
     context.metrics.close()
     return found
