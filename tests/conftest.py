@@ -9,12 +9,17 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import importlib.util
+import json
+import subprocess
+import sys
 
 import jax
 import pytest
+from filelock import FileLock
 from ml_collections import ConfigDict
 
 ROOT = Path(__file__).resolve().parents[1]
+_KILLED_AT = 5  # updates: before the best validation is known, between two checkpoints
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -50,3 +55,41 @@ def tiny() -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config()
+
+
+@pytest.fixture(scope="session", params=["pmap", "fsdp"])
+def sampled(request, tmp_path_factory):
+    """A run whose memory is sampled: its mapping, its folder, and the most bytes of each moment on each device.
+
+    The models are in `folder`/pretrained, the run in `folder`/`mapping`. All tests and workers share the run.
+    """
+    base, mapping = tmp_path_factory.getbasetemp(), request.param
+    # Workers have folders of their own within a common one.
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / f"sampled_{mapping}"
+    folder.mkdir(exist_ok=True)
+    most_file = folder / "most.json"
+    with FileLock(folder / "lock"):
+        if not most_file.is_file():
+            most_file.write_text(json.dumps(_sample(mapping, folder)))
+    return mapping, folder, json.loads(most_file.read_text())
+
+
+def _sample(mapping: str, folder: Path) -> dict[str, list[int]]:
+    """Runs once until it is killed, and again to the end."""
+    most: dict[str, list[int]] = {}
+    for kill in ([str(_KILLED_AT)], []):
+        output = folder / "memory.json"
+        output.unlink(missing_ok=True)
+        command = [
+            sys.executable,
+            str(ROOT / "tests" / "run" / "sample_memory.py"),
+            mapping,
+            str(folder),
+            str(output),
+            *kill,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert output.is_file(), done.stdout + done.stderr
+        for moment, held in json.loads(output.read_text()).items():
+            most[moment] = [max(pair) for pair in zip(held, most.get(moment, held), strict=True)]
+    return most

@@ -18,6 +18,9 @@ T = TypeVar("T")
 # Slots per token when many examples are packed together.
 _PACKING_LOSS = 1.02
 
+# Of micro-batches in passes without gradients, on each device.
+FORWARD_SLOTS, FORWARD_ROW_LENGTH = 8192, 512
+
 # How many examples are packed together in a pass over the whole data set.
 _POOL = 8192
 
@@ -156,8 +159,8 @@ def forward_batches(
     indices: Sequence[int] | np.ndarray,
     num_devices: int = 1,
     *,
-    slots: int = 8192,
-    row_length: int = 512,
+    slots: int = FORWARD_SLOTS,
+    row_length: int = FORWARD_ROW_LENGTH,
 ) -> Iterator[ForwardBatch]:
     """All of `indices`, tightly packed, for passes without gradients: teacher store, cross-entropy.
 
@@ -168,13 +171,8 @@ def forward_batches(
         slots: maximum number of slots per device in a micro-batch; a longer row is allowed by itself.
     """
     indices = np.asarray(indices)
-    longest = -(-int(examples.lengths.max()) // 64) * 64
-    row_length = min(row_length, longest)
-    is_long = examples.lengths > row_length
-    shapes = [
-        _forward_shape(int(examples.lengths[~is_long].sum()), row_length, num_devices, slots),
-        _forward_shape(int(examples.lengths[is_long].sum()), longest, num_devices, slots),
-    ]
+    shapes = forward_shapes(examples.lengths, num_devices, slots=slots, row_length=row_length)
+    row_length, longest = (shape.length for shape in shapes)
     for start in range(0, len(indices), _POOL):
         pool = indices[start : start + _POOL]
         packed = pack_rows(examples.lengths[pool].tolist(), row_length, longest)
@@ -186,6 +184,23 @@ def forward_batches(
                 rows_AxR = [chosen[device::num_devices] for device in range(num_devices)]
                 arrays = _arrange(examples, pool, PackedRows(shape, rows_AxR))
                 yield ForwardBatch(*arrays, pool[[i for row in chosen for i in row]])
+
+
+def forward_shapes(
+    lengths: np.ndarray,
+    num_devices: int = 1,
+    *,
+    slots: int = FORWARD_SLOTS,
+    row_length: int = FORWARD_ROW_LENGTH,
+) -> tuple[Shape, Shape]:
+    """The two shapes of `forward_batches` for examples of these lengths: the usual rows, and rows for the longest."""
+    longest = -(-int(lengths.max()) // 64) * 64
+    row_length = min(row_length, longest)
+    is_long = lengths > row_length
+    return (
+        _forward_shape(int(lengths[~is_long].sum()), row_length, num_devices, slots),
+        _forward_shape(int(lengths[is_long].sum()), longest, num_devices, slots),
+    )
 
 
 def _forward_shape(tokens: int, length: int, num_devices: int, slots: int) -> Shape:

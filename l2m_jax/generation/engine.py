@@ -25,6 +25,7 @@ from l2m_jax.types import Params
 _MIN_CACHE, _CACHE_SIZES_PER_OCTAVE = 64, 4
 _CACHE_BYTES = 8 * 2**30
 _MIN_SLOTS, _MAX_SLOTS = 8, 64
+PREFILL_TOKENS = 2048
 
 # Fields of a config that affect only cost, rounding or training: changing them does not discard answers.
 _NOT_IDENTITY = (
@@ -38,6 +39,16 @@ def default_slots(config: DecoderConfig, max_length: int) -> int:
     itemsize = np.dtype(jax.numpy.dtype(config.dtype)).itemsize
     bytes_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
     return min(max(_CACHE_BYTES // (bytes_per_token * max_length), _MIN_SLOTS), _MAX_SLOTS)
+
+
+def choose_slots(config: DecoderConfig, slots: int, max_length: int, answers: int, devices: int) -> int:
+    """Slots on each device: `slots` (0: `default_slots`), and no more than there are answers to generate."""
+    return min(slots or default_slots(config, max_length), -(-answers // devices))
+
+
+def cache_size(config: DecoderConfig, length: int) -> int:
+    """Tokens that a slot has room for when the longest sequence has `length`: one of few sizes."""
+    return min(bucket(length, _CACHE_SIZES_PER_OCTAVE, _MIN_CACHE), config.max_positions)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,7 +94,7 @@ class Engine:
         utilisation: in the last `run`, the share of the slots' steps that made a token of an answer.
     """
 
-    def __init__(self, generator: Generator, rules: SamplingRules, *, prefill_tokens: int = 2048):
+    def __init__(self, generator: Generator, rules: SamplingRules, *, prefill_tokens: int = PREFILL_TOKENS):
         """`prefill_tokens` is about how many tokens of prompts a device prefills at once."""
         self._generator, self._rules, self._prefill_tokens = generator, rules, prefill_tokens
         self._config, self._placement = generator.config, generator.placement
@@ -149,18 +160,18 @@ class Engine:
 
     def _schedule(self, lengths: Sequence[int], seeds: dict[int, list[int]]) -> Schedule:
         new, devices = self._rules.max_new_tokens, self._placement.num_devices
-        slots = self._generator.slots or default_slots(self._config, max(lengths) + new)
+        answers = sum(map(len, seeds.values()))
         return Schedule(
             lengths,
             seeds,
             devices=devices,
-            slots=min(slots, -(-sum(map(len, seeds.values())) // devices)),
+            slots=choose_slots(self._config, self._generator.slots, max(lengths) + new, answers, devices),
             max_new_tokens=new,
             prefill_tokens=self._prefill_tokens,
         )
 
     def _empty_slots(self, slots: int) -> Slots:
-        size = self._cache_size(1)
+        size = cache_size(self._config, 1)
         return self._placement.create(lambda: programs.empty_slots(self._config, slots, size))
 
     def _answer(self, now: Slots, device: int, slot: int) -> tuple[int, ...]:
@@ -180,15 +191,12 @@ class Engine:
         fed = self._placement.feed((tokens_AxPxL, lengths_AxP))
         return self._map(programs.prefill)(self._config, self._generator.params, *fed)
 
-    def _cache_size(self, need: int) -> int:
-        return min(bucket(need, _CACHE_SIZES_PER_OCTAVE, _MIN_CACHE), self._config.max_positions)
-
     def _fit(self, slots: Slots, need: int) -> Slots:
         """Slots with room for `need` tokens: enlarged if necessary, shrunk where that is worth the copy.
 
         A step reads all keys and values that there is room for, so the room follows the longest active sequence.
         """
-        size, have = self._cache_size(need), slots.tokens_BxS.shape[-1]
+        size, have = cache_size(self._config, need), slots.tokens_BxS.shape[-1]
         return self._map(programs.resize)(size, slots) if size > have or size <= have * 2 // 3 else slots
 
 

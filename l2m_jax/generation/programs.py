@@ -68,17 +68,22 @@ def prepare(config: DecoderConfig, params: Params) -> Params:
 def prepare_on_devices(config: DecoderConfig, params: Params, placement: Placement) -> Params:
     """`prepare` of placed parameters. Leaves that it would not change are shared with `params`, not copied."""
 
-    def changes(path, leaf):
-        return is_stacked(path) or leaf.dtype != _dtype_in_use(config, path, leaf)
-
-    # None is an empty subtree: the mapped function never sees the other leaves.
-    changing = jax.tree_util.tree_map_with_path(lambda path, x: x if changes(path, x) else None, params)
-    new = placement.map(prepare)(config, changing)
+    new = placement.map(prepare)(config, changed_by_prepare(config, params))
     outside = {name: tree for name, tree in params.items() if name != "blocks"}
     return new | {
         name: jax.tree.map(lambda old, new: old if new is None else new, tree, new[name])
         for name, tree in outside.items()
     }
+
+
+def changed_by_prepare(config: DecoderConfig, params: Params) -> Params:
+    """The leaves (or their shapes) that `prepare` copies, and None in place of the others."""
+
+    def changes(path, leaf):
+        return is_stacked(path) or leaf.dtype != _dtype_in_use(config, path, leaf)
+
+    # None is an empty subtree: a mapped function never sees the other leaves.
+    return jax.tree_util.tree_map_with_path(lambda path, x: x if changes(path, x) else None, params)
 
 
 def _dtype_in_use(config: DecoderConfig, path: tuple, leaf: jax.Array) -> np.dtype:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from l2m_jax.errors import InputError
 
-_MAX_WAITING = 4  # prefilled batches
+MAX_WAITING = 4  # prefilled batches
 _CALLS_PER_ANSWER, _MAX_STEPS = 16, 32
 _MIN_SLOTS = 8
 
@@ -20,6 +20,12 @@ def bucket(length: int, per_octave: int = 2, smallest: int = 16) -> int:
     octave = max(1 << (length - 1).bit_length() >> 1, smallest)
     step = octave // per_octave
     return max(octave, -(-length // step) * step)
+
+
+def prefill_shape(length: int, prefill_tokens: int) -> tuple[int, int]:
+    """Rows on each device and padded length of a batch of prompts, the longest of which has `length` tokens."""
+    length = bucket(length)
+    return max(1, prefill_tokens // length), length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +101,7 @@ class Schedule:
                 if any(moves):
                     yield batch, moves
             hungry = any(len(running) < self.slots for running in self._running)
-            if not (hungry and self._todo and len(self._waiting) < _MAX_WAITING):
+            if not (hungry and self._todo and len(self._waiting) < MAX_WAITING):
                 return
             batch = self._next_batch()
             self._waiting[batch] = [
@@ -119,14 +125,13 @@ class Schedule:
 
     def _next_batch(self) -> PrefillBatch:
         devices = len(self._running)
-        length = bucket(self._lengths[self._todo[0]])
+        longest = self._lengths[self._todo[0]]
         while True:
-            rows = max(1, self._prefill_tokens // length)
+            rows, length = prefill_shape(longest, self._prefill_tokens)
             taken = min(rows * devices, len(self._todo))
             longest = self._lengths[self._todo[taken - 1]]
             if longest <= length:
                 break
-            length = bucket(longest)
         prompts = [self._todo.popleft() for _ in range(taken)]
         fewest = -(-taken // devices)
         rows = min(rows, 1 << (fewest - 1).bit_length())

@@ -133,6 +133,10 @@ class DecoderConfig:
             )
 
     @property
+    def has_dropout(self) -> bool:
+        return max(self.embedding_dropout, self.attention_dropout, self.residual_dropout) > 0
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """All tokens that end a sequence; empty if the config names none."""
         if self.eos_token_id is None:

@@ -1,50 +1,49 @@
-"""The phases of a run as a plan sees them: what each holds on a device, and how long it takes at best."""
+"""The phases of a run, named as the run names them: what they hold, compile and write, and how long they take at best."""
 
+import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from l2m_jax import methods
-from l2m_jax.config import Training as TrainingSettings
+from l2m_jax.data.batches import forward_shapes
 from l2m_jax.data.packing import Shape
-from l2m_jax.generation import SamplingRules
-from l2m_jax.generation.engine import default_slots
+from l2m_jax.generation.engine import choose_slots
 from l2m_jax.losses import Objective
-from l2m_jax.models import DecoderConfig
-from l2m_jax.plan import programs
+from l2m_jax.models import DecoderConfig, with_dropout
+from l2m_jax.plan import checkpoints, programs
+from l2m_jax.plan.checkpoints import Written
 from l2m_jax.plan.estimate import seconds
-from l2m_jax.plan.programs import Compiler, Decoding, Program, Training, device_bytes
+from l2m_jax.plan.moments import Moment, Moments
+from l2m_jax.plan.programs import Compiler, Decoding, Program, TrainingShapes, share_bytes
 from l2m_jax.plan.targets import Target
-from l2m_jax.plan.workload import Workload, vocabulary_trips
-from l2m_jax.training.optimizer import OptimizerSettings
-from l2m_jax.training.step import StepSettings
+from l2m_jax.plan.workload import Batches, Workload
+from l2m_jax.training.loop import PREFETCHED_BATCHES
+from l2m_jax.training.optimizer import FineTuning
+from l2m_jax.training.step import StepSettings, cross_entropy_pass, hidden_pass
+from l2m_jax.types import Params
 
-_PASS_SLOTS, _PASS_ROW = 8192, 512  # as data.batches.forward_batches
 _UTILISATION = 0.8  # of the decoder's slots
 _SET_ROWS = {"self_inst": 242, "vicuna": 80, "s_ni": 1694, "un_ni": 10_000}
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes on the device that holds most.
-
+class Training:
+    """
     Attributes:
-        parameters, optimizer, gradients: of the model that trains, or the parameters of the one that runs.
-        teacher: its head with the teacher store, all of it when it runs live.
-        loaded: models as they were read, which the run keeps: on the first device, or sharded under "fsdp".
-        activations_and_temporaries: what the program that needs most of it holds besides.
+        updates: of the whole phase.
+        step_seconds: of one update, by the roofline.
+        flops_per_step: of one update, over all devices.
+        written: its checkpoints.
     """
 
-    parameters: float = 0.0
-    optimizer: float = 0.0
-    gradients: float = 0.0
-    teacher: float = 0.0
-    loaded: float = 0.0
-    activations_and_temporaries: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return sum(asdict(self).values())
+    batches: Batches
+    accumulate: Program
+    update: Program
+    updates: int
+    step_seconds: float
+    flops_per_step: float
+    written: Written
 
 
 @dataclass(frozen=True)
@@ -52,182 +51,261 @@ class Phase:
     """
     Attributes:
         seconds: of all of it, by the roofline.
-        step_seconds: of one update, where it trains.
-        flops_per_step: of one update, over all devices.
+        training: None for a phase that trains nothing.
     """
 
     name: str
-    memory: Memory
-    programs: tuple[Program, ...]
-    seconds: float
-    step_seconds: float = 0.0
-    flops_per_step: float = 0.0
+    moments: tuple[Moment, ...]
+    programs: tuple[Program, ...] = ()
+    seconds: float = 0.0
+    training: Training | None = None
+
+    def moment(self, name: str) -> Moment:
+        return next(moment for moment in self.moments if moment.name == name)
+
+    @property
+    def fullest(self) -> Moment:
+        """The moment that needs most on a device."""
+        return max(self.moments, key=lambda moment: moment.device_bytes)
 
 
-@dataclass(frozen=True)
 class Planner:
-    """Compiles the phases of `workload` for `target`; with `dry`, counts only what stays on the devices."""
+    """Plans the phases of `workload` on `target`, with the programs that `compiler` compiles."""
 
-    workload: Workload
-    target: Target
-    compiler: Compiler
-    dry: bool = False
-
-    @property
-    def _devices(self) -> int:
-        return self.compiler.parallel.num_devices
-
-    @property
-    def teacher(self) -> DecoderConfig:
-        return programs.attention_for(self.workload.teacher, self.target.platform)
-
-    @property
-    def student(self) -> DecoderConfig:
-        return programs.attention_for(self.workload.student, self.target.platform)
+    def __init__(self, workload: Workload, target: Target, compiler: Compiler):
+        self._w, self._target, self._compiler = workload, target, compiler
+        self._moments = Moments(compiler, max(1, workload.config.devices.num_processes))
+        self._devices = compiler.placement.num_devices
+        self.teacher = programs.attention_for(workload.teacher, target.platform)
+        self.student = programs.attention_for(workload.student, target.platform)
 
     def phases(self) -> dict[str, Callable[[], Phase]]:
-        """What a run goes through, by name; each is compiled when called."""
-        found: dict[str, Callable[[], Phase]] = {}
-        if self.workload.config.teacher.finetune.epochs:
-            found["teacher fine-tuning"] = self.fine_tuning
-        if self.workload.config.teacher.signal == "store":
-            found["teacher pass"] = self.teacher_pass
-        return found | {"student": self.distillation, "evaluation": self.evaluation}
+        """What a run goes through, by name; each is compiled when it is called."""
+        w, config = self._w, self._w.config
+        chosen = {name: w.method(name) for name in config.method_names}
+        found: dict[str, Callable[[], Phase]] = {
+            "teacher": lambda: self._model("teacher", self.teacher, config.teacher.finetune),
+            "initial student": lambda: self._model("initial student", self.student, config.student.warmup),
+        }
+        if any(methods.needs_ranking(method, config.curriculum) for method in chosen.values()):
+            found["difficulty"] = self._difficulty
+        if any(w.reads_store(method) for method in chosen.values()):
+            found["teacher store"] = self._teacher_store
+        if self._generating(chosen):
+            found["generated responses"] = lambda: self._generated(self._generating(chosen))
+        for name in chosen:
+            phase = "student" if name == config.method else f"student:{name}"
+            found[phase] = lambda phase=phase, name=name: self._distillation(phase, name)
+        return found | {"evaluation": self._evaluation}
 
-    def fine_tuning(self) -> Phase:
-        w, settings = self.workload, StepSettings(self.teacher, None, self.teacher.valid_vocab_size)
-        finetune = w.config.teacher.finetune
-        updates = finetune.epochs * math.ceil(len(w.lengths) / finetune.batch_size)
-        return self._training(
-            "teacher fine-tuning", settings, finetune, Objective(beta=0.0), "none", updates, [self.teacher]
+    def _generating(self, chosen: dict[str, methods.Method]) -> list[tuple[str, DecoderConfig]]:
+        """Whose responses are generated once and trained on."""
+        wanted = chosen.values()
+        found = [("teacher", self.teacher)] * any(method.responses == "teacher" for method in wanted)
+        own = any(method.contrast and not method.on_policy for method in wanted)
+        return found + [("initial student", self.student)] * own
+
+    def _model(self, name: str, model: DecoderConfig, finetune: FineTuning) -> Phase:
+        """A model that is loaded or initialised, fine-tuned if asked for, and saved."""
+        saving = self._moments.saving(model)
+        if not finetune.epochs:
+            return Phase(name, (saving,))
+        model = with_dropout(model, finetune.dropout)
+        settings = StepSettings(model, None, model.valid_vocab_size, self._w.config.chunk_size)
+        shapes = TrainingShapes(settings, finetune)
+        updates = finetune.epochs * math.ceil(len(self._w.lengths) / finetune.batch_size)
+        batches = self._w.fine_tuning_batches(finetune)
+        training = self._training(shapes, (Objective(beta=0.0),), batches, updates, stages=1)
+        return self._trained(name, shapes, training, (saving,))
+
+    def _distillation(self, phase: str, name: str) -> Phase:
+        w, config = self._w, self._w.config
+        method, student = w.method(name), with_dropout(self.student, config.training.dropout)
+        stages, batches = w.stages(method), w.batches(method)
+        vocabulary = min(student.valid_vocab_size, self.teacher.valid_vocab_size)
+        signal = "none"
+        if methods.needs_teacher(method, config.curriculum):
+            signal = "store" if w.reads_store(method) else "live"
+        settings = StepSettings(
+            student, None if signal == "none" else self.teacher, vocabulary, config.chunk_size
+        )
+        shapes = TrainingShapes(settings, config.training, signal, config.teacher.store_dtype)
+        # The last stage but one has everything in its loss: cross-entropy, divergence and mixture.
+        objectives = methods.objectives(method, stages[-2:][0])
+        validations = config.evaluation.validations
+        improvements = validations if config.evaluation.select == "best" else 0
+        training = self._training(shapes, objectives, batches, w.updates(method), len(stages), improvements)
+        params, beside, generating, spent = programs.parameters(student), [], [], 0.0
+        if validations:
+            rows = self._validation_rows
+            found = self._decoding(student, params, rows)
+            beside.append(self._moments.validation(shapes, self._fed(shapes, training), found))
+            generating += found.programs
+            spent += self._decoding_seconds(found, validations * rows * w.response_tokens)
+        if method.on_policy:
+            share = 1.0 if method.contrast else config.rollouts.student_share
+            answers = math.ceil(share * sum(stage.examples for stage in stages))
+            found = self._decoding(student, params, max(1, answers // (method.refreshes * len(stages))))
+            beside.append(self._moments.rollouts(shapes, found))
+            generating += found.programs
+            spent += self._decoding_seconds(found, answers * config.sampling.max_new_tokens)
+        trained = self._trained(phase, shapes, training, (*beside, self._moments.saving(student)))
+        return dataclasses.replace(
+            trained, programs=(*trained.programs, *generating), seconds=trained.seconds + spent
         )
 
-    def distillation(self) -> Phase:
-        w, config = self.workload, self.workload.config
-        vocabulary = min(self.student.valid_vocab_size, self.teacher.valid_vocab_size)
-        settings = StepSettings(self.student, self.teacher, vocabulary, config.chunk_size)
-        method = methods.get(config.method, config)
-        # The last stage but one has everything in its loss: CE, divergence and mixture.
-        objective = methods.objectives(method, config, w.stages[-2:][0])[0]
-        teacher = config.teacher.signal if objective.needs_teacher else "none"
-        loaded = [self.teacher, self.student]
-        return self._training("student", settings, config.training, objective, teacher, w.updates, loaded)
+    def _trained(
+        self, name: str, shapes: TrainingShapes, training: Training, beside: tuple[Moment, ...]
+    ) -> Phase:
+        both = (training.accumulate, training.update)
+        moments = self._moments.training(shapes, self._fed(shapes, training), both)
+        return Phase(name, (*moments, *beside), both, training.step_seconds * training.updates, training)
 
     def _training(
         self,
-        name: str,
-        settings: StepSettings,
-        training: TrainingSettings,
-        objective: Objective,
-        teacher: str,
+        shapes: TrainingShapes,
+        objectives: tuple[Objective, ...],
+        batches: Batches,
         updates: int,
-        loaded: list[DecoderConfig],
-    ) -> Phase:
-        w, devices = self.workload, self._devices
-        optimizer = OptimizerSettings(
-            weight_decay=training.weight_decay, adam_b1=training.adam_b1, adam_b2=training.adam_b2,
-            clip_norm=training.clip_norm,
-        )  # fmt: skip
-        placed = Training.of(self.compiler, settings, optimizer, teacher)
-        held = Memory(
-            parameters=device_bytes(placed.params),
-            optimizer=device_bytes(placed.optimizer),
-            gradients=device_bytes(placed.sums),
-            teacher=device_bytes(placed.teacher),
-            loaded=self._loaded(loaded),
+        stages: int,
+        improvements: int = 0,
+    ) -> Training:
+        """The programs of an update. With several objectives, each runs over the whole batch."""
+        w, objective, largest = self._w, objectives[0], batches.largest
+        model = shapes.settings.student
+
+        def trips(shape):
+            return w.vocabulary_trips(batches, shape, model.vocab_size)
+
+        accumulate = self._compiler.program(
+            "accumulate",
+            f"{largest.rows} × {largest.length} tokens",
+            programs.step.accumulate,
+            shapes.accumulate_arguments(objective, largest),
+            trips(largest),
         )
-        if self.dry:
-            return Phase(name, held, (), 0.0)
-        size, store_dtype = w.largest, w.config.teacher.store_dtype
-        accumulate = programs.accumulate(
-            self.compiler, settings, objective, placed, size, store_dtype, vocabulary_trips(w, size, devices)
+        update = self._compiler.program(
+            "update", "once a step", programs.step.update, shapes.update_arguments()
         )
-        update = programs.update(self.compiler, optimizer, placed)
-        # The other shapes take as much less time as they take fewer operations.
-        flops = {
-            shape: programs.accumulate_flops(
-                settings, objective, placed, shape, vocabulary_trips(w, shape, devices)
+        step = flops = 0.0
+        if not self._compiler.dry:
+            # The other shapes take as much less time as they take fewer operations.
+            flops = len(objectives) * sum(
+                count
+                * programs.share_flops(
+                    programs.step.accumulate, shapes.accumulate_arguments(objective, shape), trips(shape)
+                )
+                for shape, count in batches.micro_batches.items()
             )
-            for shape in w.micro_batches
-        }
-        per_update = sum(count * flops[shape] for shape, count in w.micro_batches.items())
-        step = seconds(accumulate, self.target, devices) * per_update / flops[size]
-        step += seconds(update, self.target, devices)
-        temporaries = max(p.feed + p.temporaries for p in (accumulate, update))
-        return Phase(
-            name,
-            Memory(**asdict(held) | {"activations_and_temporaries": temporaries}),
-            (accumulate, update),
-            step * updates,
-            step,
-            per_update * devices,
-        )
+            step = self._seconds(accumulate) * flops / accumulate.flops + self._seconds(update)
+        minutes = w.config.checkpoint_minutes
+        written = checkpoints.of_training(model, minutes, step * updates, updates, stages, improvements)
+        return Training(batches, accumulate, update, updates, step, flops * self._devices, written)
 
-    def teacher_pass(self) -> Phase:
-        w = self.workload
-        held = self._placed(self.teacher)
-        # Under "fsdp" the model lies on the devices as it was read.
-        copies = self._loaded([self.teacher]) if self.compiler.parallel.mapping == "pmap" else 0.0
-        if self.dry:
-            return Phase("teacher pass", Memory(parameters=held, loaded=copies), (), 0.0)
-        length = min(_PASS_ROW, -(-int(w.lengths.max()) // 64) * 64)
-        shape = Shape(max(1, _PASS_SLOTS // length), length)
-        program = programs.teacher_pass(self.compiler, self.teacher, shape)
-        runs = math.ceil(float(w.lengths.sum()) / (shape.slots * self._devices))
-        return Phase(
-            "teacher pass",
-            Memory(held, loaded=copies, activations_and_temporaries=program.feed + program.temporaries),
-            (program,),
-            runs * seconds(program, self.target, self._devices),
+    def _fed(self, shapes: TrainingShapes, training: Training) -> float:
+        """Bytes of batches on a device: those ahead, the one in hand, and one that waits to be queued."""
+        of_batch = sum(
+            count * share_bytes(shapes.batch(shape))
+            for shape, count in training.batches.micro_batches.items()
         )
+        return (PREFETCHED_BATCHES + 2) * of_batch
 
-    def evaluation(self) -> Phase:
-        """Decoding: the ranking before training, validations during it, and the sets at the end."""
-        w, config = self.workload, self.workload.config
-        kept = self._loaded([self.teacher, self.student, self.student])
-        if self.dry:
-            return Phase("evaluation", Memory(loaded=kept), (), 0.0)
-        student, student_seconds = self._decoding(self.student)
-        teacher, teacher_seconds = self._decoding(self.teacher)
-        e, response, longest = config.evaluation, w.response_tokens, config.sampling.max_new_tokens
-        validations = sum(math.ceil(stage.epochs / e.validation_every) for stage in w.stages)
-        rows = min(e.validation_rows or config.data.validation_rows, config.data.validation_rows)
-        answers = sum(self._rows(source) for source in e.sets) * len(e.seeds)
+    def _difficulty(self) -> Phase:
+        """The initial student's answers to the training prompts, and its cross-entropy of the references."""
+        params, shape = programs.frozen(self.student), self._forward_shape
+        found = self._decoding(self.student, params, len(self._w.lengths))
+        batch = programs.micro_batch(shape)
+        arguments = (self.student, self._w.config.chunk_size, params, batch)
+        forward = self._compiler.program(
+            "cross-entropy", f"{shape.rows} × {shape.length} tokens", cross_entropy_pass, arguments
+        )
         # Before it is trained, a model seldom ends an answer by itself.
-        tokens = len(w.lengths) * longest + answers * longest + (validations * rows + answers) * response
-        total = tokens * student_seconds + answers * response * teacher_seconds
-        largest = max(student, teacher, key=lambda d: d.prepared + d.cache)
-        temporaries = max(largest.decode.temporaries, largest.prefill.feed + largest.prefill.temporaries)
-        return Phase(
+        tokens = len(self._w.lengths) * self._w.config.sampling.max_new_tokens
+        moments = (
+            self._moments.generation("answers", params, found),
+            self._moments.frozen_pass("cross-entropy", params, share_bytes(batch), forward),
+        )
+        spent = self._decoding_seconds(found, tokens) + self._passes * self._seconds(forward)
+        return Phase("difficulty", moments, (*found.programs, forward), spent)
+
+    def _teacher_store(self) -> Phase:
+        params, shape = programs.frozen(self.teacher), self._forward_shape
+        batch = programs.micro_batch(shape)
+        forward = self._compiler.program(
+            "hidden states",
+            f"{shape.rows} × {shape.length} tokens",
+            hidden_pass,
+            (self.teacher, params, batch),
+        )
+        moment = self._moments.frozen_pass("hidden states", params, share_bytes(batch), forward)
+        return Phase("teacher store", (moment,), (forward,), self._passes * self._seconds(forward))
+
+    def _generated(self, chosen: list[tuple[str, DecoderConfig]]) -> Phase:
+        """Responses that methods train on; those of the initial student may exist since the ranking."""
+        answers = len(self._w.lengths)
+        tokens = answers * self._w.response_tokens
+        return self._generation_phase(
+            "generated responses", [(title, model, answers, tokens) for title, model in chosen]
+        )
+
+    def _evaluation(self) -> Phase:
+        e, response = self._w.config.evaluation, self._w.response_tokens
+        answers = max(1, sum(self._set_rows(source) for source in e.sets) * len(e.seeds))
+        longest = self._w.config.sampling.max_new_tokens
+        students = answers * (longest + len(self._w.config.method_names) * response)
+        return self._generation_phase(
             "evaluation",
-            Memory(largest.prepared, loaded=kept, activations_and_temporaries=largest.cache + temporaries),
-            (student.prefill, student.decode, teacher.prefill, teacher.decode),
-            total,
+            [
+                ("teacher", self.teacher, answers, answers * response),
+                ("student", self.student, answers, students),
+            ],
         )
 
-    def _decoding(self, config: DecoderConfig) -> tuple[Decoding, float]:
-        """The programs, and seconds a token over all devices."""
-        w, s = self.workload, self.workload.config.sampling
-        rules = SamplingRules(
-            temperature=s.temperature,
-            top_k=s.top_k,
-            top_p=s.top_p,
-            no_repeat_ngram=s.no_repeat_ngram,
-            max_new_tokens=s.max_new_tokens,
+    def _generation_phase(self, name: str, models: list[tuple[str, DecoderConfig, int, float]]) -> Phase:
+        """Models that generate one after another: title, model, answers, tokens."""
+        moments, listed, spent = [], [], 0.0
+        for title, model, answers, tokens in models:
+            params = programs.frozen(model)
+            found = self._decoding(model, params, answers)
+            moments.append(self._moments.generation(title, params, found))
+            listed += found.programs
+            spent += self._decoding_seconds(found, tokens)
+        return Phase(name, tuple(moments), tuple(listed), spent)
+
+    def _decoding(self, model: DecoderConfig, params: Params, answers: int) -> Decoding:
+        w, rules = self._w, self._w.config.sampling
+        prompt = w.longest_prompt(model)
+        slots = choose_slots(
+            model, w.config.devices.slots, prompt + rules.max_new_tokens, answers, self._devices
         )
-        length = min(w.longest_sequence, config.max_positions)
-        slots = s.slots or default_slots(config, length)
-        found = programs.decoding(self.compiler, config, rules, slots, length)
-        step = seconds(found.decode, self.target, self._devices)
-        return found, step / (slots * self._devices * _UTILISATION)
+        return programs.decoding(self._compiler, model, params, rules, slots, prompt)
 
-    def _rows(self, source: str) -> int:
-        name, limit = source.partition("=")[0], self.workload.config.evaluation.rows
-        rows = _SET_ROWS.get(name, self.workload.config.data.test_rows)
-        return min(rows, limit) if limit else rows
+    def _decoding_seconds(self, found: Decoding, tokens: float) -> float:
+        return self._seconds(found.decode) * tokens / (found.slots * self._devices * _UTILISATION)
 
-    def _placed(self, config: DecoderConfig) -> float:
-        return device_bytes(self.compiler.placed(programs.parameters(config)))
+    @property
+    def _forward_shape(self) -> Shape:
+        """The larger of the shapes in which passes go over the training examples."""
+        usual, long = forward_shapes(self._w.lengths, self._devices)
+        needed = (usual, long) if int(self._w.lengths.max()) > usual.length else (usual,)
+        return max(needed, key=lambda shape: shape.cost)
 
-    def _loaded(self, configs: list[DecoderConfig]) -> float:
-        return sum(self._placed(config) for config in configs)
+    @property
+    def _passes(self) -> int:
+        """Calls of a program that goes over all training examples once."""
+        return math.ceil(float(self._w.lengths.sum()) / (self._forward_shape.slots * self._devices))
+
+    @property
+    def _validation_rows(self) -> int:
+        data, most = self._w.config.data, self._w.config.evaluation.validation_rows
+        rows = data.synthetic.validation if data.source == "synthetic" else data.validation_rows
+        return max(1, min(rows, most) if most else rows)
+
+    def _set_rows(self, source: str) -> int:
+        data, most = self._w.config.data, self._w.config.evaluation.rows
+        test = data.synthetic.test if data.source == "synthetic" else data.test_rows
+        rows = _SET_ROWS.get(source.partition("=")[0], test)
+        return min(rows, most) if most else rows
+
+    def _seconds(self, program: Program) -> float:
+        return 0.0 if self._compiler.dry else seconds(program, self._target, self._devices)

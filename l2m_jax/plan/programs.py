@@ -1,126 +1,126 @@
-"""The programs of a run, compiled ahead of time for devices that need not be there. Only shapes, never an array."""
+"""The programs of a run, compiled ahead of time for devices that need not exist. Only shapes, never an array.
+
+What is compiled are the functions that training and generation map over devices. Their arguments are shapes of one
+device's share; `Compiler` lays them out as a run does.
+"""
 
 import dataclasses
+import inspect
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from l2m_jax import models
 from l2m_jax.data.packing import Shape
 from l2m_jax.generation import SamplingRules
 from l2m_jax.generation import programs as generation
+from l2m_jax.generation.engine import PREFILL_TOKENS, cache_size
+from l2m_jax.generation.schedule import MAX_WAITING, prefill_shape
 from l2m_jax.losses import Objective
 from l2m_jax.models import DecoderConfig
 from l2m_jax.models.attention import why_not_cudnn
-from l2m_jax.parallel import AXIS, Parallel
+from l2m_jax.parallel import Layout, Placement
 from l2m_jax.plan.flops import flops
 from l2m_jax.plan.hlo import Module
 from l2m_jax.training import step
 from l2m_jax.training.optimizer import OptimizerSettings, make_optimizer
-from l2m_jax.training.step import StepSettings, Sums, Teacher, TrainState
+from l2m_jax.training.step import StepSettings, Teacher
 from l2m_jax.types import MicroBatch, Params
 
-# A card that is not there cannot time kernels. Without timing, Triton's matrix products have no tiles for some shapes.
+# A card that is absent cannot time kernels. Without timing, Triton's matrix products have no tiles for some shapes.
 _OPTIONS = {"gpu": {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": "False"}}
-
-_PREFILL_TOKENS, _PROMPT = 2048, 128  # a batch as the decode engine makes them
 
 
 @dataclass(frozen=True)
 class Program:
-    """One compiled program; bytes and operations are one device's.
+    """One compiled program; bytes and operations are those of one device.
 
     Attributes:
         name: what it does.
         size: of what it works on, such as "4 × 512 tokens".
         seconds: to trace, lower and compile it.
-        feed: bytes of its arguments that come with each call, such as a micro-batch.
-        temporaries: bytes it holds besides its arguments, results included unless they take an argument's place.
+        temporaries: bytes it holds besides its arguments and results.
+        results: bytes of its results, except those that take an argument's place.
         flops: of its matrix products.
         module: its optimised text.
     """
 
     name: str
     size: str
-    seconds: float
-    feed: float
-    temporaries: float
-    flops: float
-    module: Module
+    seconds: float = 0.0
+    temporaries: float = 0.0
+    results: float = 0.0
+    flops: float = 0.0
+    module: Module = field(default_factory=lambda: Module({"": {}}, ""))
 
-
-def attention_for(config: DecoderConfig, platform: str) -> DecoderConfig:
-    """ "auto" as the devices of `platform` would take it: what it looks at otherwise is the machine at hand."""
-    if config.attention != "auto":
-        return config
-    fits = platform == "cuda" and why_not_cudnn(config.dtype, 64, config.head_dim) is None
-    return dataclasses.replace(config, attention="cudnn" if fits else "xla")
+    @property
+    def working(self) -> float:
+        """Bytes that a call needs besides its arguments."""
+        return self.temporaries + self.results
 
 
 class Compiler:
-    """Compiles for `parallel`'s devices. Trees of shapes with their sharding stand for arrays on them."""
+    """Compiles mapped functions for the devices of `placement`, each only once. `dry` compiles nothing."""
 
-    def __init__(self, parallel: Parallel):
-        self.parallel = parallel
-        self._options = _OPTIONS.get(parallel.devices[0].platform)
+    def __init__(self, placement: Placement, dry: bool = False):
+        self.placement, self.dry = placement, dry
+        self._options = _OPTIONS.get(placement.devices[0].platform)
+        self._compiled: dict[Any, Program] = {}
 
-    def placed(self, tree: Any) -> Any:
-        """What `Parallel.place` makes of parameters or state."""
+    def program(
+        self, name: str, size: str, function: Callable, arguments: Sequence[Any], trips: float = 1.0
+    ) -> Program:
+        """
+        Args:
+            function: declared with `over_devices`.
+            arguments: static values, and shapes of one device's share of everything else.
+            trips: how often a loop runs whose length depends on the data.
+        """
+        if self.dry:
+            return Program(name, size)
+        leaves, structure = jax.tree.flatten(tuple(arguments))
+        key = (function, structure, tuple(leaves), trips)
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(name, size, function, arguments, trips)
+        return self._compiled[key]
 
-        def place(path, x):
-            if self.parallel.mapping == "fsdp":
-                stacked = "'blocks'" in jax.tree_util.keystr(path)
-                return _abstract(x.shape, x.dtype, self.parallel.sharding(x.shape, stacked=stacked))
-            return self.fed(x)
+    def weights(self, tree: Any) -> float:
+        """Bytes on a device of parameters or state of these shapes."""
+        return device_bytes(self.placement.abstract(tree))
 
-        return jax.tree_util.tree_map_with_path(place, tree)
-
-    def fed(self, tree: Any) -> Any:
-        """What `Parallel.feed` makes of one device's share: a leading device axis, split."""
-        sharding = NamedSharding(self.parallel.mesh, PartitionSpec(AXIS))
-        return jax.tree.map(
-            lambda x: _abstract((self.parallel.num_devices, *x.shape), x.dtype, sharding), tree
-        )
-
-    def everywhere(self, tree: Any) -> Any:
-        """The same value on every device."""
-        sharding = NamedSharding(self.parallel.mesh, PartitionSpec())
-        return jax.tree.map(lambda x: _abstract(x.shape, x.dtype, sharding), tree)
-
-    def compile(
-        self,
-        name: str,
-        size: str,
-        mapped: Callable,
-        arguments: Sequence[Any],
-        *,
-        feed: Any = (),
-        flops: float,
-        trips: float = 1.0,
+    def _compile(
+        self, name: str, size: str, function: Callable, arguments: Sequence[Any], trips: float
     ) -> Program:
         start = time.monotonic()
-        compiled = mapped.lower(*arguments).compile(compiler_options=self._options)  # type: ignore[attr-defined]
+        layout: Layout = function.layout  # pyright: ignore[reportFunctionMemberAccess]
+        names = list(inspect.signature(function).parameters)
+        placed = [self._placed(layout, *pair) for pair in zip(names, arguments, strict=False)]
+        mapped: Any = self.placement.map(function)
+        compiled = mapped.lower(*placed).compile(compiler_options=self._options)
         seconds = time.monotonic() - start
         memory = compiled.memory_analysis()
         return Program(
             name,
             size,
             seconds,
-            device_bytes(feed),
-            memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-            flops,
+            memory.temp_size_in_bytes,
+            memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            share_flops(function, arguments, trips),
             Module.parse(compiled.as_text(), trips),
         )
 
-
-def _abstract(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    def _placed(self, layout: Layout, name: str, argument: Any) -> Any:
+        if name in layout.static or name in layout.replicated:
+            return argument
+        return (self.placement.abstract if name in layout.weights else self.placement.abstract_batch)(
+            argument
+        )
 
 
 def device_bytes(tree: Any) -> float:
@@ -130,12 +130,53 @@ def device_bytes(tree: Any) -> float:
     )
 
 
+def share_bytes(tree: Any) -> float:
+    """Bytes of shapes as they are: of one device's share of a batch, or of a whole tree on the host."""
+    return float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def share_flops(function: Callable, arguments: Sequence[Any], trips: float) -> float:
+    """Of one device's share. Attention counts as plain matrix products, whatever kernel computes it."""
+    layout: Layout = function.layout  # pyright: ignore[reportFunctionMemberAccess]
+    names = list(inspect.signature(function).parameters)
+    static = {n: _plain(a) for n, a in zip(names, arguments, strict=False) if n in layout.static}
+    dynamic = {n: a for n, a in zip(names, arguments, strict=False) if n not in layout.static}
+    return flops(lambda dynamic: function(**static, **dynamic), dynamic, trips=trips)
+
+
+def _plain(static: Any) -> Any:
+    if isinstance(static, DecoderConfig):
+        return dataclasses.replace(static, attention="xla")
+    if isinstance(static, StepSettings):
+        return dataclasses.replace(static, student=_plain(static.student), teacher=_plain(static.teacher))
+    return static
+
+
+def attention_for(config: DecoderConfig, platform: str) -> DecoderConfig:
+    """`config` with "auto" attention decided as on `platform`; otherwise the machine at hand would decide."""
+    if config.attention != "auto":
+        return config
+    fits = platform == "cuda" and why_not_cudnn(config.dtype, 64, config.head_dim) is None
+    return dataclasses.replace(config, attention="cudnn" if fits else "xla")
+
+
 def parameters(config: DecoderConfig) -> Params:
+    """Shapes of a model in training, in `param_dtype`."""
     return jax.eval_shape(lambda: models.init(config, jax.random.key(0)))
 
 
-def micro_batch(shape: Shape, teacher_width: int | None, dtype: str) -> MicroBatch:
-    """Shapes of one device's share; with the teacher's stored hidden states where `teacher_width` is given."""
+def frozen(config: DecoderConfig) -> Params:
+    """Shapes of a model that is not trained, in its compute dtype."""
+
+    def cast(path, leaf):
+        dtype = models.inference_dtype(config, jax.tree_util.keystr(path))
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype))
+
+    return jax.tree_util.tree_map_with_path(cast, parameters(config))
+
+
+def micro_batch(shape: Shape, teacher_width: int | None = None, dtype: str = "float32") -> MicroBatch:
+    """Shapes of one device's share; with the teacher's stored hidden states if `teacher_width` is given."""
     rows, T = jax.ShapeDtypeStruct(shape, jnp.int32), shape.slots
     whole, real = jax.ShapeDtypeStruct((T,), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.float32)
     hidden = None if teacher_width is None else jax.ShapeDtypeStruct((T, teacher_width), jnp.dtype(dtype))
@@ -143,178 +184,125 @@ def micro_batch(shape: Shape, teacher_width: int | None, dtype: str) -> MicroBat
 
 
 @dataclass(frozen=True)
-class Training:
-    """Shapes of what stays on the devices while a model trains, placed."""
+class TrainingShapes:
+    """Shapes of what a training phase computes with.
 
-    params: Params
-    optimizer: Any
-    sums: Sums
-    teacher: Teacher | None
+    Attributes:
+        signal: "none", "store" (the teacher's head alone) or "live".
+        store_dtype: of the stored hidden states.
+    """
 
-    @staticmethod
-    def of(
-        compiler: Compiler, settings: StepSettings, optimizer: OptimizerSettings, teacher: str
-    ) -> "Training":
-        """`teacher`: "none", "store" (its head alone) or "live"."""
-        params = parameters(settings.student)
-        signal = None
-        if teacher != "none":
-            assert settings.teacher is not None
-            of_teacher = parameters(settings.teacher)
-            signal = Teacher(
-                models.head(settings.teacher, of_teacher), of_teacher if teacher == "live" else None
-            )
-        return Training(
-            compiler.placed(params),
-            compiler.placed(jax.eval_shape(make_optimizer(optimizer).init, params)),
-            compiler.placed(jax.eval_shape(step.zero_sums, params)),
-            None if signal is None else compiler.placed(signal),
-        )
+    settings: StepSettings
+    optimizer: OptimizerSettings
+    signal: str = "none"
+    store_dtype: str = "bfloat16"
 
+    @property
+    def state(self) -> step.TrainState:
+        return step.state_shapes(make_optimizer(self.optimizer), self.settings.student)
 
-def accumulate(
-    compiler: Compiler,
-    settings: StepSettings,
-    objective: Objective,
-    training: Training,
-    shape: Shape,
-    store_dtype: str,
-    trips: float,
-) -> Program:
-    """One micro-batch: forward, backward, gradient sums."""
-    store = training.teacher is not None and training.teacher.params is None
-    width = settings.teacher.embed_size if store and settings.teacher is not None else None
-    batch = compiler.fed(micro_batch(shape, width, store_dtype))
-    key = jax.eval_shape(lambda: jax.random.key(0)) if _drops(settings.student) else None
-    mapped = compiler.parallel.map(step.accumulate, static=(0, 1), donate=(3,), broadcast=(6,))
-    arguments = (settings, objective, training.params, training.sums, batch, training.teacher, key)
-    return compiler.compile(
-        "accumulate",
-        f"{shape.rows} × {shape.length} tokens",
-        mapped,
-        arguments,
-        feed=batch,
-        flops=accumulate_flops(settings, objective, training, shape, trips),
-        trips=trips,
-    )
+    @property
+    def sums(self) -> step.Sums:
+        return jax.eval_shape(step.zero_sums, self.state.params)
 
+    @property
+    def teacher(self) -> Teacher | None:
+        if self.signal == "none":
+            return None
+        assert self.settings.teacher is not None
+        params = frozen(self.settings.teacher)
+        return Teacher(models.head(self.settings.teacher, params), params if self.signal == "live" else None)
 
-def accumulate_flops(
-    settings: StepSettings, objective: Objective, training: Training, shape: Shape, trips: float
-) -> float:
-    """Of one device; attention is counted as plain matrix products, whatever kernel computes it."""
-    teacher_config = None if settings.teacher is None else _plain(settings.teacher)
-    plain = dataclasses.replace(settings, student=_plain(settings.student), teacher=teacher_config)
-    params = parameters(settings.student)
-    teacher, width = None, None
-    if training.teacher is not None and settings.teacher is not None:
-        of_teacher = parameters(settings.teacher)
-        live = training.teacher.params is not None
-        teacher = Teacher(models.head(settings.teacher, of_teacher), of_teacher if live else None)
-        width = None if live else settings.teacher.embed_size
+    def batch(self, shape: Shape) -> MicroBatch:
+        if self.signal != "store" or self.settings.teacher is None:
+            return micro_batch(shape)
+        return micro_batch(shape, self.settings.teacher.embed_size, self.store_dtype)
 
-    def function(params, sums, batch, teacher):
-        key = jax.random.key(0) if _drops(settings.student) else None
-        return step.accumulate(plain, objective, params, sums, batch, teacher, key)
+    def accumulate_arguments(self, objective: Objective, shape: Shape) -> tuple:
+        dropout = self.settings.student.has_dropout
+        key = jax.eval_shape(lambda: jax.random.key(0)) if dropout else None
+        params, batch = self.state.params, self.batch(shape)
+        return self.settings, objective, params, self.sums, batch, self.teacher, key
 
-    sums = jax.eval_shape(step.zero_sums, params)
-    return flops(function, params, sums, micro_batch(shape, width, "bfloat16"), teacher, trips=trips)
-
-
-def update(compiler: Compiler, optimizer: OptimizerSettings, training: Training) -> Program:
-    """The sums over all devices, one division, AdamW."""
-    transformation = make_optimizer(optimizer)
-
-    def function(state, sums, learning_rate, *, axis_name):
-        return step.update(transformation, state, sums, learning_rate, axis_name=axis_name)
-
-    mapped = compiler.parallel.map(function, donate=(0, 1), broadcast=(2,))
-    state = TrainState(training.params, training.optimizer)
-    rate = jax.ShapeDtypeStruct((), jnp.float32)
-    return compiler.compile("update", "once a step", mapped, (state, training.sums, rate), flops=0.0)
-
-
-def teacher_pass(compiler: Compiler, config: DecoderConfig, shape: Shape) -> Program:
-    """The teacher's hidden states at the targets of a micro-batch: what the teacher store keeps."""
-
-    def function(params, batch, *, axis_name):
-        del axis_name
-        return step.target_hidden(config, params, batch)
-
-    share = micro_batch(shape, None, "float32")
-    params, batch = parameters(config), compiler.fed(share)
-    return compiler.compile(
-        "teacher pass",
-        f"{shape.rows} × {shape.length} tokens",
-        compiler.parallel.map(function),
-        (compiler.placed(params), batch),
-        feed=batch,
-        flops=flops(lambda p, b: step.target_hidden(_plain(config), p, b), params, share),
-    )
+    def update_arguments(self) -> tuple:
+        rate = jax.ShapeDtypeStruct((), jnp.float32)
+        return make_optimizer(self.optimizer), self.state, self.sums, rate
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """What answers prompts: its programs, and bytes of what they keep on a device.
+    """What generates answers: its programs, and bytes of what they keep on a device.
 
     Attributes:
-        prepared: parameters in the compute type, twice: stacked for prefill, and by layer.
-        cache: keys and values of all slots, and their tokens.
+        copies: of the parameters, as decoding reads them, as far as they are not shared.
+        prefilled: prompts that wait for slots, at most.
+        cache: keys, values and tokens of all slots.
+        smaller_cache: of the size before, which exists beside `cache` while the slots are enlarged.
+        slots: on a device.
     """
 
+    prepare: Program
     prefill: Program
     decode: Program
-    prepared: float
+    copies: float
+    prefilled: float
     cache: float
+    smaller_cache: float
+    slots: int
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        return self.prepare, self.prefill, self.decode
+
+    @property
+    def working(self) -> float:
+        """The most bytes that a call needs besides what is kept; enlarging the slots is one too."""
+        return max(self.prefill.working, self.decode.working, self.smaller_cache)
 
 
 def decoding(
-    compiler: Compiler, config: DecoderConfig, rules: SamplingRules, slots: int, length: int
+    compiler: Compiler,
+    config: DecoderConfig,
+    params: Params,
+    rules: SamplingRules,
+    slots: int,
+    longest_prompt: int,
 ) -> Decoding:
-    """Prefill of a batch of prompts, and one decoding step of `slots` sequences with room for `length` tokens."""
-    parallel = compiler.parallel
-    sharded = parallel.mapping == "fsdp"
-    programs = generation.Programs(parallel.mesh, sharded, parallel.num_devices)
-    stacked, layers = jax.eval_shape(lambda p: generation.prepare(config, p), parameters(config))
-    placed_stacked = compiler.placed(stacked) if sharded else compiler.everywhere(stacked)
-    placed_layers = _layers_placed(compiler, layers) if sharded else compiler.everywhere(layers)
+    """Prefill of the longest prompts, and one decoding step of `slots` sequences of the greatest length.
 
-    prompt = min(_PROMPT, length)
-    prompts = (
-        jax.ShapeDtypeStruct((_PREFILL_TOKENS // prompt, prompt), jnp.int32),
-        jax.ShapeDtypeStruct((_PREFILL_TOKENS // prompt,), jnp.int32),
+    Args:
+        params: shapes of the parameters that generation is given.
+    """
+    changing = generation.changed_by_prepare(config, params)
+    layers = jax.eval_shape(partial(generation.prepare, config), params)
+    copies = compiler.weights(jax.eval_shape(partial(generation.prepare, config), changing))
+    prepare = compiler.program("prepare", "the parameters", generation.prepare, (config, changing))
+
+    rows, length = prefill_shape(longest_prompt, PREFILL_TOKENS)
+    length = min(length, config.max_positions)
+    prompts = (jax.ShapeDtypeStruct((rows, length), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32))
+    size = f"{rows} prompts of {length} tokens"
+    prefill = compiler.program("prefill", size, generation.prefill, (config, params, *prompts))
+    prefilled = jax.eval_shape(partial(generation.prefill, config), params, *prompts)
+
+    longest = longest_prompt + rules.max_new_tokens
+    sizes = sorted({cache_size(config, n) for n in range(1, longest + 1)})
+    smaller, largest = (
+        jax.eval_shape(partial(generation.empty_slots, config, slots, n)) for n in (sizes[-2:] * 2)[-2:]
     )
-    fed = compiler.fed(prompts)
-    prefill = compiler.compile(
-        "prefill",
-        f"{prompts[0].shape[0]} prompts of {prompt} tokens",
-        programs.prefill,
-        (config, placed_stacked, *fed),
-        feed=fed,
-        flops=flops(lambda p, *x: generation.prefill(_plain(config), p, *x), stacked, *prompts),
-    )
-    share = jax.eval_shape(lambda: generation.empty_slots(config, slots, length))
-    cache = compiler.fed(share)
-    eos = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
-    decode = compiler.compile(
+    decode = compiler.program(
         "decode",
-        f"{slots} sequences of {length} tokens",
-        programs.decode,
-        (config, rules, eos, placed_layers, cache, jax.ShapeDtypeStruct((), jnp.int32)),
-        flops=flops(lambda p, s: generation.decode(config, rules, eos, p, s, jnp.int32(1)), layers, share),
+        f"{slots} sequences of {sizes[-1]} tokens",
+        generation.decode,
+        (config, rules, config.eos_token_ids or (0,), layers, largest, jax.ShapeDtypeStruct((), jnp.int32)),
     )
-    prepared = device_bytes(placed_layers) + device_bytes(placed_stacked)
-    return Decoding(prefill, decode, prepared, device_bytes(cache))
-
-
-def _layers_placed(compiler: Compiler, layers: Params) -> Params:
-    """A layer keeps the sharding that its stack had, without the layer axis."""
-    return jax.tree.map(lambda x: _abstract(x.shape, x.dtype, compiler.parallel.sharding(x.shape)), layers)
-
-
-def _plain(config: DecoderConfig) -> DecoderConfig:
-    return dataclasses.replace(config, attention="xla")
-
-
-def _drops(config: DecoderConfig) -> bool:
-    return bool(max(config.embedding_dropout, config.attention_dropout, config.residual_dropout))
+    return Decoding(
+        prepare,
+        prefill,
+        decode,
+        copies,
+        MAX_WAITING * share_bytes(prefilled),
+        share_bytes(largest),
+        share_bytes(smaller) if len(sizes) > 1 else 0.0,
+        slots,
+    )

@@ -13,37 +13,28 @@ _WIDTH_IN_FILES = 160
 
 
 def show(document: dict[str, Any]) -> None:
+    """Prints what `plan.document` returns."""
     d = document
     shown = (
         console if console.is_terminal else Console(width=_WIDTH_IN_FILES, highlight=False, soft_wrap=True)
     )
-    memory = d["bytes_per_device"]
-    total, card = memory["total"] / _GIB, d["memory_of_card"] / _GIB
-    verdict = "fits" if d["fits"] else "does not fit"
+    total, card = d["bytes_per_device"]["total"] / _GIB, d["memory_of_card"] / _GIB
     shown.print(
-        f"{verdict}: {total:.1f} of {card:.1f} GiB on a device ({d['largest_phase']}), "
+        f"{d['verdict']}: {total:.1f} of {card:.1f} GiB on a device ({d['largest_phase']}, {d['largest_moment']}), "
         f"{d['devices']} × {d['target']}, {d['mapping']}"
     )
+    shown.print("  " + _parts(d["bytes_per_device"]))
     if d["needs_larger_memory_fraction"]:
-        shown.print("  set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95: by default jax takes 75 % of a card's memory")
+        shown.print("  by default, JAX preallocates 75% of a GPU's memory")
+    host = d["host"]
+    shown.print(f"host of a process: {_parts(host['bytes'])} ({host['phase']}, {host['moment']})")
     shown.print(_phases(d))
-    collectives, estimate = d["collectives_per_step"], d["estimate"]
-    shown.print(
-        f"a step: {d['flops_per_step'] / 1e12:.3g} TFLOP; {collectives['bytes'] / 1e9:.3g} GB in collectives, "
-        f"{1e3 * collectives['seconds']:.3g} ms of them on the wire; micro-batches {_counts(d)}"
-    )
-    for name, uses in d["attention"].items():
-        how = f"cuDNN ({', '.join(uses['custom_calls'])})" if uses["cudnn"] else f"plain: {uses['why_not']}"
-        shown.print(f"attention of the {name}: {how}")
-    shown.print(
-        "largest buffers of the student's step: "
-        + ", ".join(f"{b['shape']} {b['bytes'] / 2**20:,.0f} MiB" for b in d["largest_buffers"][:5])
-    )
-    if logits := d["largest_logits"]:
-        shown.print(f"largest logits: {logits['shape']}, of {logits['of']} slots in the micro-batch")
+    _checkpoints(d, shown)
+    _step(d, shown)
     shown.print(
         f"compiled in {d['compile_seconds']:.0f} s; a run compiles {d['compilations']['total']} programs"
     )
+    estimate = d["estimate"]
     shown.print(
         f"estimate, {estimate['basis']}:\n  a step {1e3 * estimate['step_seconds']:.3g} ms, "
         f"the run {estimate['hours']:.2g} hours ({d['updates']:,} updates of the student)"
@@ -54,22 +45,63 @@ def show(document: dict[str, Any]) -> None:
         shown.print(_change(change, d["devices"]))
 
 
-def _counts(d: dict[str, Any]) -> str:
-    return ", ".join(f"{count:.2g} of {shape}" for shape, count in d["micro_batches_per_step"].items())
+def _parts(sizes: dict[str, float]) -> str:
+    """The parts of a total, largest first."""
+    parts = sorted(((n, s) for n, s in sizes.items() if n != "total" and s), key=lambda part: -part[1])
+    listed = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in parts)
+    return f"{sizes['total'] / _GIB:.1f} GiB ({listed})" if parts else f"{sizes['total'] / _GIB:.1f} GiB"
 
 
 def _phases(d: dict[str, Any]) -> Table:
-    table = Table(box=box.SIMPLE, title="GiB on a device")
-    columns = list(d["phases"][0]["bytes_per_device"])
-    table.add_column("phase")
-    for name in (*columns, "hours (est.)", "compile s"):
-        table.add_column(name.replace("_", " "), justify="right")
+    """The fullest moment of each phase."""
+    table = Table(box=box.SIMPLE, title="GiB on a device, at the fullest moment of each phase")
+    columns = list(d["bytes_per_device"])
+    for name in ("phase", "moment"):
+        table.add_column(name)
+    for name in (*columns, "host", "hours (est.)"):
+        table.add_column(name, justify="right")
     for phase in d["phases"]:
-        sizes = [f"{phase['bytes_per_device'][name] / _GIB:.2f}" for name in columns]
+        fullest = max(phase["moments"], key=lambda moment: moment["bytes_per_device"]["total"])
+        host = max(moment["host"]["total"] for moment in phase["moments"])
+        sizes = [*fullest["bytes_per_device"].values(), host]
         hours = d["estimate"]["hours_by_phase"][phase["name"]]
-        compiled = sum(p["compile_seconds"] for p in phase["programs"])
-        table.add_row(phase["name"], *sizes, f"{hours:.2g}", f"{compiled:.0f}")
+        listed = [f"{size / _GIB:.2f}" for size in sizes]
+        table.add_row(phase["name"], fullest["name"], *listed, f"{hours:.2g}")
     return table
+
+
+def _checkpoints(d: dict[str, Any], shown: Console) -> None:
+    c = d["checkpoints"]
+    of_phases = ", ".join(
+        f"{name} at most {p['count']} of {p['bytes'] / 1e9:.2f} GB" for name, p in c["phases"].items()
+    )
+    shown.print(
+        f"checkpoints: {of_phases}; {c['bytes_written'] / 1e9:.0f} GB in all, {c['seconds']:.0f} s of writing at "
+        f"{c['disk_rate'] / 1e9:g} GB/s"
+    )
+    store = c["disk"].get("teacher store")
+    shown.print(
+        f"disk: at most {c['peak_bytes_on_disk'] / 1e9:.1f} GB at a time"
+        + (f", {store / 1e9:.2f} GB of it the teacher store" if store else "")
+    )
+
+
+def _step(d: dict[str, Any], shown: Console) -> None:
+    collectives = d["collectives_per_step"]
+    counts = ", ".join(f"{count:.2g} of {shape}" for shape, count in d["micro_batches_per_step"].items())
+    shown.print(
+        f"a step: {d['flops_per_step'] / 1e12:.3g} TFLOP; {collectives['bytes'] / 1e9:.3g} GB in collectives, "
+        f"{1e3 * collectives['seconds']:.3g} ms of them on the wire; micro-batches {counts}"
+    )
+    for name, uses in d["attention"].items():
+        how = f"cuDNN ({', '.join(uses['custom_calls'])})" if uses["cudnn"] else f"plain: {uses['why_not']}"
+        shown.print(f"attention of the {name}: {how}")
+    shown.print(
+        "largest buffers of the student's step: "
+        + ", ".join(f"{b['shape']} {b['bytes'] / 2**20:,.0f} MiB" for b in d["largest_buffers"][:5])
+    )
+    if logits := d["largest_logits"]:
+        shown.print(f"largest logits: {logits['shape']}, of {logits['of']} slots in the micro-batch")
 
 
 def _change(change: dict[str, Any], devices: int) -> str:
@@ -79,6 +111,4 @@ def _change(change: dict[str, Any], devices: int) -> str:
     total = f"{change['total'] / _GIB:.1f} GiB"
     if change["fits"]:
         return f"would fit ({total}): {settings}"
-    return (
-        f"would not fit ({total}{'' if change['compiled'] else ' that stay on a device alone'}): {settings}"
-    )
+    return f"would not fit ({total}{'' if change['compiled'] else ' before any temporaries'}): {settings}"

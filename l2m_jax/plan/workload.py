@@ -1,4 +1,4 @@
-"""What a config asks for, without weights: the models' sizes, the examples' lengths, the shapes of its batches."""
+"""What a config asks for, without weights: the sizes of the models, the lengths of the examples, the shapes of batches."""
 
 import collections
 import dataclasses
@@ -6,19 +6,24 @@ import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from l2m_jax import config as settings
 from l2m_jax import methods, models
+from l2m_jax.config import Config
 from l2m_jax.curriculum import Stage, steps
 from l2m_jax.data.packing import Shape, choose_shapes, pack
 from l2m_jax.errors import InputError
 from l2m_jax.losses.chunks import choose_chunk_size, parts_of_chunk
-from l2m_jax.models import DecoderConfig
+from l2m_jax.methods import Method
+from l2m_jax.models import Compute, DecoderConfig, Model, random_config, with_compute
 from l2m_jax.models.hf.published import PUBLISHED
-from l2m_jax.run import build
+from l2m_jax.run import data as run_data
+from l2m_jax.run.artefacts import Artefact
+from l2m_jax.run.distillation import longest_row
+from l2m_jax.run.responses import longest_prompt
+from l2m_jax.training.optimizer import FineTuning, Training
 
 # Dolly by the paper's rules (at most 1,024 GPT-2 tokens with the prompt): every 32nd part of 11,500 training examples.
 _DOLLY_LENGTHS = (
@@ -30,86 +35,145 @@ _DOLLY_ROWS = 11_500
 _SAMPLED_BATCHES = 64
 
 
-@dataclass(frozen=True)
-class Workload:
-    """
+class Batches(NamedTuple):
+    """How one training phase packs its batches.
+
     Attributes:
-        lengths: tokens of each training example.
-        response_tokens: targets of an example, on average.
+        shapes: of the micro-batches that it may use.
         micro_batches: how many of each shape an update takes, on average.
-        stages: of the student's training.
-        assumptions: sentences on what was not known.
+        size: examples in a batch.
     """
 
-    config: settings.Config
-    teacher: DecoderConfig
-    student: DecoderConfig
-    lengths: np.ndarray
-    response_tokens: float
     shapes: tuple[Shape, ...]
     micro_batches: dict[Shape, float]
-    stages: tuple[Stage, ...]
-    assumptions: tuple[str, ...]
-
-    @property
-    def updates(self) -> int:
-        return steps(self.stages, self.config.training.batch_size)
+    size: int
 
     @property
     def largest(self) -> Shape:
         return max(self.micro_batches, key=lambda shape: shape.cost)
 
+
+@dataclass(frozen=True)
+class Workload:
+    """
+    Attributes:
+        teacher, student: computed as on the target.
+        lengths, prompt_lengths: tokens of each training example, and of its prompt.
+        num_devices: that share the work.
+        assumptions: sentences about what was not known.
+    """
+
+    config: Config
+    teacher: DecoderConfig
+    student: DecoderConfig
+    lengths: np.ndarray
+    prompt_lengths: np.ndarray
+    num_devices: int
+    assumptions: tuple[str, ...]
+
     @property
-    def longest_sequence(self) -> int:
-        """Prompt and answer together, as far as decoding goes."""
-        longest = int(self.lengths.max() * (1 - self.response_tokens / self.lengths.mean()))
-        return min(longest + self.config.sampling.max_new_tokens, self.student.max_positions)
+    def response_tokens(self) -> float:
+        """Targets of an example, on average."""
+        return float((self.lengths - self.prompt_lengths).mean())
+
+    def method(self, name: str) -> Method:
+        c = self.config
+        return methods.get(name, c.overrides, c.rollouts, c.curriculum)
+
+    def stages(self, method: Method) -> tuple[Stage, ...]:
+        order = np.arange(len(self.lengths))
+        return methods.stages(method, self.config.curriculum, order, self.config.student_seed)
+
+    def updates(self, method: Method) -> int:
+        return steps(self.stages(method), self.config.training.batch_size)
+
+    def reads_store(self, method: Method) -> bool:
+        c = self.config
+        stored = c.teacher.signal == "store" and method.on_references_alone
+        return stored and methods.needs_teacher(method, c.curriculum)
+
+    def longest_prompt(self, model: DecoderConfig) -> int:
+        c = self.config
+        room = longest_prompt(model, c.sampling, c.data.max_prompt_length)
+        return max(1, min(int(self.prompt_lengths.max()), room))
+
+    def fine_tuning_batches(self, settings: FineTuning) -> Batches:
+        return self._batches(settings, int(self.lengths.max()))
+
+    def batches(self, method: Method) -> Batches:
+        """Those of a student's training; its rows have room for the responses that the method generates."""
+        c = self.config
+        limit = min(c.data.max_length, self.student.max_positions, self.teacher.max_positions)
+        rules = [] if method.on_references_alone else [c.sampling]
+        return self._batches(c.training, longest_row(self.lengths, self.prompt_lengths, rules, limit))
+
+    def _batches(self, settings: Training, longest: int) -> Batches:
+        size, devices = settings.batch_size, self.num_devices
+        shapes = choose_shapes(
+            self.lengths, size, devices, max_length=longest, max_shapes=self.config.max_shapes
+        )
+        random = np.random.default_rng(0)
+        counts: collections.Counter[Shape] = collections.Counter()
+        for _ in range(_SAMPLED_BATCHES):
+            batch = random.choice(self.lengths, min(size, len(self.lengths)), replace=False)
+            counts.update(packed.shape for packed in pack(batch.tolist(), shapes, devices))
+        used = {shape: counts[shape] / _SAMPLED_BATCHES for shape in shapes if counts[shape]}
+        return Batches(shapes, used, size)
+
+    def vocabulary_trips(self, batches: Batches, shape: Shape, vocab_size: int) -> float:
+        """How often each loop of the loss runs in a micro-batch of `shape` on a device, on average.
+
+        One loop goes over chunks of targets. With a large vocabulary, another goes over parts of one. Both are
+        counted equally often, so that together they do the work of the targets.
+        """
+        slots = sum(s.slots * n for s, n in batches.micro_batches.items()) * self.num_devices
+        targets = self.response_tokens * min(batches.size, len(self.lengths)) / slots * shape.slots
+        chunk_size = choose_chunk_size(shape.slots, self.config.chunk_size)
+        parts = parts_of_chunk(chunk_size, vocab_size)
+        needed = max(1, math.ceil(targets / (chunk_size // parts)))
+        return needed if parts == 1 else needed / (parts + 1)
 
 
-def workload(config: settings.Config, platform: str, num_devices: int) -> Workload:
+def workload(config: Config, platform: str, num_devices: int) -> Workload:
     """
     Args:
-        platform: "cuda", "tpu" or "cpu": decides the compute type where the config leaves it open.
+        platform: "cuda", "tpu" or "cpu": decides the compute dtype where the config leaves it open.
 
     Raises:
         InputError: a model whose architecture is neither here nor known.
     """
     with tempfile.TemporaryDirectory() as folder:
-        lengths, response_tokens, tokenizer, assumptions = _data(config, Path(folder))
+        lengths, prompt_lengths, tokenizer, assumptions = _data(config, Path(folder))
     teacher = _architecture(config.teacher.model, "teacher", tokenizer)
-    student_model = config.student.model
-    if student_model.init == "teacher_layers":
-        student = dataclasses.replace(teacher, num_layers=len(student_model.layers))
+    if config.student.model.init == "teacher_layers":
+        student = dataclasses.replace(teacher, num_layers=len(config.student.model.layers))
     else:
-        student = _architecture(student_model, "student", tokenizer)
-    shapes = choose_shapes(
-        lengths,
-        batch_size=config.training.batch_size,
-        num_devices=num_devices,
-        max_shapes=config.max_shapes,
-    )
-    method = methods.get(config.method, config)
+        student = _architecture(config.student.model, "student", tokenizer)
     return Workload(
-        config=config,
-        teacher=build.computed_as(teacher, config.teacher.model, platform),
-        student=build.computed_as(student, student_model, platform),
-        lengths=lengths,
-        response_tokens=response_tokens,
-        shapes=shapes,
-        micro_batches=_micro_batches(lengths, shapes, config.training.batch_size, num_devices),
-        stages=methods.stages(method, config, np.arange(len(lengths))),
-        assumptions=tuple(assumptions),
+        config,
+        _computed(teacher, config.teacher.compute, platform, tokenizer),
+        _computed(student, config.student.compute, platform, tokenizer),
+        lengths,
+        prompt_lengths,
+        num_devices,
+        assumptions,
     )
 
 
-def _architecture(model: settings.Model, who: str, tokenizer: Any) -> DecoderConfig:
+def _computed(model: DecoderConfig, compute: Compute, platform: str, tokenizer: Any) -> DecoderConfig:
+    tokens = model.valid_vocab_size if tokenizer is None else len(tokenizer)
+    model = dataclasses.replace(model, valid_vocab_size=min(model.valid_vocab_size, tokens))
+    return with_compute(model, compute, platform)
+
+
+def _architecture(model: Model, who: str, tokenizer: Any) -> DecoderConfig:
     if not model.path:
         if tokenizer is None:
             raise InputError(
                 f"config.{who}.model.path: empty, and the size of its vocabulary is not known without a tokenizer; "
                 "set config.data.tokenizer to a folder"
             )
-        return build.architecture(model.architecture, tokenizer)
+        return random_config(model.architecture, tokenizer)
     if model.path in PUBLISHED:
         return PUBLISHED[model.path]
     try:
@@ -120,50 +184,35 @@ def _architecture(model: settings.Model, who: str, tokenizer: Any) -> DecoderCon
         ) from error
 
 
-def _data(config: settings.Config, folder: Path) -> tuple[np.ndarray, float, Any, list[str]]:
-    """Lengths, mean response length, the tokenizer where it is here, and what was assumed."""
+def _data(config: Config, folder: Path) -> tuple[np.ndarray, np.ndarray, Any, tuple[str, ...]]:
+    """Lengths of examples and prompts, the tokenizer if it is on this machine, and what was assumed."""
     data = config.data
-    tokenizer = None
-    source = data.tokenizer or config.teacher.model.path
-    if data.source == "synthetic" or (source and Path(source).exists()):
-        tokenizer = build.build_tokenizer(config, folder / "tokenizer")
+    tokenizer = _tokenizer(config, folder)
     if tokenizer is not None and (data.source == "synthetic" or Path(data.train).is_file()):
-        train = build.build_splits(data, tokenizer, folder).train
-        # Copied, for the files go with the folder.
-        return np.array(train.lengths), float(train.response_lengths.mean()), tokenizer, []
+        train = run_data.make_corpus(
+            Artefact(run_data.corpus_inputs(data, "train", tokenizer), folder / "train")
+        )
+        # Copied, because the files are deleted with the folder.
+        return np.array(train.lengths), np.array(train.prompt_lengths), run_data.load(tokenizer), ()
     rows = data.train_rows or _DOLLY_ROWS
     points = np.linspace(0, len(_DOLLY_LENGTHS) - 1, rows)
     lengths = np.interp(points, np.arange(len(_DOLLY_LENGTHS)), _DOLLY_LENGTHS).round().astype(np.int32)
     lengths = np.minimum(lengths, data.max_length) if data.truncate else lengths[lengths <= data.max_length]
-    response_tokens = _DOLLY_RESPONSE_SHARE * float(lengths.mean())
+    prompt_lengths = (lengths * (1 - _DOLLY_RESPONSE_SHARE)).astype(np.int32)
     assumed = (
-        f"{len(lengths):,} training examples as long as Dolly's ({lengths.mean():.0f} tokens, {response_tokens:.0f} "
-        f"of them response, on average), for {data.train!r} and its tokenizer are not here"
+        f"{len(lengths):,} training examples as long as Dolly's ({lengths.mean():.0f} tokens on average, "
+        f"{100 * _DOLLY_RESPONSE_SHARE:.0f}% of them response), because {data.train!r} and its tokenizer are not on "
+        "this machine"
     )
-    return lengths, response_tokens, tokenizer, [assumed]
+    return lengths, prompt_lengths, None if tokenizer is None else run_data.load(tokenizer), (assumed,)
 
 
-def _micro_batches(
-    lengths: np.ndarray, shapes: tuple[Shape, ...], batch_size: int, num_devices: int
-) -> dict[Shape, float]:
-    random = np.random.default_rng(0)
-    counts: collections.Counter[Shape] = collections.Counter()
-    for _ in range(_SAMPLED_BATCHES):
-        batch = random.choice(lengths, min(batch_size, len(lengths)), replace=False)
-        counts.update(packed.shape for packed in pack(batch.tolist(), shapes, num_devices))
-    return {shape: counts[shape] / _SAMPLED_BATCHES for shape in shapes if counts[shape]}
-
-
-def vocabulary_trips(workload: Workload, shape: Shape, num_devices: int) -> float:
-    """How often each loop of the loss runs in a micro-batch of `shape` on a device, on average.
-
-    One goes over chunks of targets and, with a large vocabulary, another over parts of one. Both are counted equally
-    often, so that together they do the work of the targets.
-    """
-    slots = sum(s.slots * n for s, n in workload.micro_batches.items()) * num_devices
-    tokens = workload.response_tokens * min(workload.config.training.batch_size, len(workload.lengths))
-    targets = tokens / slots * shape.slots
-    chunk_size = choose_chunk_size(shape.slots, workload.config.chunk_size)
-    parts = parts_of_chunk(chunk_size, workload.student.vocab_size)
-    needed = max(1, math.ceil(targets / (chunk_size // parts)))
-    return needed if parts == 1 else needed / (parts + 1)
+def _tokenizer(config: Config, folder: Path) -> run_data.Tokenizer | None:
+    source = config.data.tokenizer or config.teacher.model.path
+    if source:
+        setting = "config.data.tokenizer" if config.data.tokenizer else "config.teacher.model.path"
+        return run_data.tokenizer_source(source, setting) if Path(source).exists() else None
+    synthetic = run_data.relevant_synthetic(config.data)
+    found = Artefact(run_data.TokenizerInputs(synthetic), folder / "tokenizer")
+    run_data.make_tokenizer(found)
+    return found

@@ -1,6 +1,7 @@
 """What can be refused is refused before the first phase: files, models, tokenizers, evaluation sets, room on disk."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -17,11 +18,15 @@ from l2m_jax.multihost import first
 from l2m_jax.progress import console
 from l2m_jax.run import data
 from l2m_jax.run.artefacts import refuse_changed
-from l2m_jax.run.models import initial_config
+from l2m_jax.run.models import ModelInputs, initial_config
 from l2m_jax.run.resolve import Artefacts
 from l2m_jax.run.responses import longest_prompt
-from l2m_jax.training.optimizer import make_optimizer
+from l2m_jax.training.optimizer import OptimizerSettings, make_optimizer
 from l2m_jax.training.step import state_shapes
+
+CHECKPOINTS = ", checkpoints"  # behind the name of a model
+# A checkpoint is written before an older one is deleted: the latest, the best, and the next.
+CHECKPOINTS_AT_ONCE = 3
 
 
 def check_files(config: Config) -> None:
@@ -135,15 +140,30 @@ def bytes_needed(config: Config, artefacts: Artefacts) -> dict[str, int]:
     ):
         if artefact.is_finished:
             continue
-        state = state_shapes(make_optimizer(config.training), model)
-        weights = _bytes(state.params)
-        # A checkpoint is written before an older one is deleted: the latest, the best, and the next.
-        sizes[name] = weights + 3 * _bytes(state) * (artefact.progress is not None)
+        sizes[name], state = state_bytes(model)
+        if not isinstance(artefact.inputs, ModelInputs) or artefact.inputs.finetune is not None:
+            sizes[f"{name}{CHECKPOINTS}"] = CHECKPOINTS_AT_ONCE * state
     if artefacts.store is not None and not artefacts.store.is_finished:
         targets = int(data.open_corpus(artefacts.corpora["train"]).response_lengths.sum())
-        width = 4 if artefacts.store.inputs.dtype == "float32" else 2
-        sizes["teacher store"] = targets * teacher.embed_size * width
+        sizes["teacher store"] = store_bytes(targets, teacher, artefacts.store.inputs.dtype)
     return sizes
+
+
+def state_bytes(model: DecoderConfig) -> tuple[int, int]:
+    """Bytes of a model's float32 weights, and of one checkpoint of its training."""
+    state = state_shapes(make_optimizer(OptimizerSettings()), model)
+    return _bytes(state.params), _bytes(state)
+
+
+def store_bytes(targets: int, teacher: DecoderConfig, dtype: str) -> int:
+    """Bytes of the teacher's hidden states at so many targets."""
+    return targets * teacher.embed_size * (4 if dtype == "float32" else 2)
+
+
+def peak_bytes(sizes: Mapping[str, int]) -> int:
+    """The most bytes on disk at a time, given those of `bytes_needed`: checkpoints go with their finished model."""
+    checkpoints = [size for name, size in sizes.items() if name.endswith(CHECKPOINTS)]
+    return sum(sizes.values()) - sum(checkpoints) + max(checkpoints, default=0)
 
 
 def _bytes(tree) -> int:
@@ -151,10 +171,7 @@ def _bytes(tree) -> int:
 
 
 def _check_room(sizes: dict[str, int], folder: Path) -> None:
-    models = [size for name, size in sizes.items() if name != "teacher store"]
-    # Checkpoints go when their model is finished, so that only the largest are there at a time.
-    needed = sum(models) if len(models) < 2 else sum(models) - sum(sorted(models)[:-1]) * 9 // 10
-    needed += sizes.get("teacher store", 0)
+    needed = peak_bytes(sizes)
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed > free:

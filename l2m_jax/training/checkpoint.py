@@ -90,6 +90,8 @@ class Checkpoints:
         self._kept.best_step = position.best_step
         if self._manager.latest_step() == position.step:
             return
+        # Orbax waits too, but only once a second copy of the state is on the host.
+        self._manager.wait_until_finished()
         replicated = self._placement.mapping == "pmap"
         self._manager.save(
             position.step,

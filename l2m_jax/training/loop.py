@@ -23,6 +23,8 @@ from l2m_jax.training.optimizer import OptimizerSettings, learning_rate_schedule
 from l2m_jax.training.step import StepSettings, Teacher, TrainState
 from l2m_jax.types import MicroBatch, Params
 
+PREFETCHED_BATCHES = 4  # on the devices, ahead of the batch that is trained on
+
 
 @dataclass(frozen=True)
 class Part:
@@ -230,7 +232,9 @@ class Trainer:
                 log.flush()
                 terms = self._data(part, self._state.params)
                 log.restart_clock()
-                yield from prefetch(self._batches(part, terms, self._position.batch), depth=4)
+                yield from prefetch(
+                    self._batches(part, terms, self._position.batch), depth=PREFETCHED_BATCHES
+                )
 
     def _batches(self, part: Part, terms: Sequence[Term], batch: int) -> Iterator["_Batch"]:
         """The batches of `part` from number `batch` of its epoch on."""
@@ -282,8 +286,7 @@ def _next_stage(position: Position) -> Position:
 
 
 def _dropout_key(task: Task, step: int, micro_batch: int) -> jax.Array | None:
-    model = task.settings.student
-    if not max(model.embedding_dropout, model.attention_dropout, model.residual_dropout):
+    if not task.settings.student.has_dropout:
         return None
     key = jax.random.fold_in(jax.random.key(task.seed), step)
     return jax.random.fold_in(key, micro_batch)

@@ -27,6 +27,7 @@ from l2m_jax.config import parse
 from l2m_jax.data.synthetic import synthetic_rows
 from l2m_jax.data.tokenizer import train_tokenizer
 from l2m_jax.run import pipeline
+from l2m_jax.training.checkpoint import Checkpoints
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.tiny import get_config
@@ -82,6 +83,7 @@ class Sampler:
         # A norm's scale has the shape of an embedding's row, say: only what is large tells them apart.
         self._shapes = {shape for shape in shapes if np.prod(shape) >= 1024}
         self.most: dict[str, list[int]] = collections.defaultdict(lambda: [0] * 4)
+        self._lock = threading.Lock()
         self._main, self._stop = threading.main_thread().ident, False
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -94,11 +96,22 @@ class Sampler:
         while not self._stop:
             # An array may be deleted while it is looked at.
             with contextlib.suppress(RuntimeError, ValueError):
-                self._sample()
+                self.sample()
             time.sleep(0.001)
 
-    def _sample(self) -> None:
-        moment = self._moment()
+    def after(self, owner: type, name: str) -> None:
+        """Also samples when a method of the package returns: what it places last may not live longer than a moment."""
+        original = getattr(owner, name)
+
+        def sampled(*arguments):
+            result = original(*arguments)
+            self.sample(MOMENTS[name])
+            return result
+
+        setattr(owner, name, sampled)
+
+    def sample(self, moment: str = "") -> None:
+        moment = self._moment(moment)
         buffers: dict[tuple[int, int], int] = {}  # bytes by device and address: arrays may share a buffer
         for array in jax.live_arrays():
             if array.is_deleted() or not (array.shape in self._shapes or array.shape[1:] in self._shapes):
@@ -106,10 +119,11 @@ class Sampler:
             for shard in array.addressable_shards:
                 buffers[shard.device.id, shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
         held = [sum(size for (on, _), size in buffers.items() if on == device) for device in range(4)]
-        self.most[moment] = [max(pair) for pair in zip(self.most[moment], held, strict=True)]
+        with self._lock:
+            self.most[moment] = [max(pair) for pair in zip(self.most[moment], held, strict=True)]
 
-    def _moment(self) -> str:
-        frame, moment = sys._current_frames().get(self._main), ""
+    def _moment(self, moment: str) -> str:
+        frame = sys._current_frames().get(self._main)
         while frame is not None:
             name, file = frame.f_code.co_name, frame.f_code.co_filename
             if not moment and f"l2m_jax{os.sep}training" in file:
@@ -151,6 +165,8 @@ def main(mapping: str, folder: str, output: str, kill: str = "") -> None:
     paths = {f"{who}.model.path": str(pretrained / who) for who in ("teacher", "student")}
     parsed = config(mapping, **paths)
     sampler, workdir = Sampler(weight_shapes(parsed)), Path(folder) / mapping
+    for name in ("restore_latest", "restore_best"):
+        sampler.after(Checkpoints, name)
 
     def write() -> None:
         Path(output).write_text(json.dumps(sampler.most))

@@ -1,34 +1,12 @@
 """Memory is a contract: what a whole run holds on each of 4 devices, outside activations, at every moment of it."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
-import pytest
 
 from l2m_jax import models
 
-SCRIPT = Path(__file__).with_name("sample_memory.py")
-KILLED_AT = 5  # before the best validation is known, between two checkpoints
 MOMENTS = ("start", "training", "checkpoint", "validation", "resume", "best")
-
-
-@pytest.fixture(scope="module", params=["pmap", "fsdp"])
-def sampled(request, tmp_path_factory):
-    """The mapping, the folder of the pretrained models, and the most bytes of each moment on each device."""
-    folder, mapping = tmp_path_factory.mktemp(request.param), request.param
-    most: dict[str, list[int]] = {}
-    for kill in ([str(KILLED_AT)], []):
-        output = folder / "memory.json"
-        output.unlink(missing_ok=True)
-        command = [sys.executable, str(SCRIPT), mapping, str(folder), str(output), *kill]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        assert output.is_file(), done.stdout + done.stderr
-        for moment, held in json.loads(output.read_text()).items():
-            most[moment] = [max(pair) for pair in zip(held, most.get(moment, held), strict=True)]
-    return mapping, folder / "pretrained", most
 
 
 def _sizes(folder: Path) -> tuple[int, int]:
@@ -41,9 +19,12 @@ def _sizes(folder: Path) -> tuple[int, int]:
 def test_no_device_holds_more_than_the_training_state_and_a_leaf(sampled):
     """16 bytes a parameter (parameters, Adam's two moments, gradient sums), a quarter of it when sharded over 4."""
     mapping, folder, most = sampled
-    (teacher, leaf), (student, _) = _sizes(folder / "teacher"), _sizes(folder / "student")
+    (teacher, leaf), (student, _) = (
+        _sizes(folder / "pretrained" / "teacher"),
+        _sizes(folder / "pretrained" / "student"),
+    )
     share = 4 if mapping == "fsdp" else 1
-    head = 4 * models.load_head(folder / "teacher", dtype="float32").size / share
+    head = 4 * models.load_head(folder / "pretrained" / "teacher", dtype="float32").size / share
     limits = {"teacher": 16 * teacher / share, "student": 16 * student / share + head}
     for name, held in most.items():
         # Elsewhere models are frozen: their weights, and the layers taken apart for decoding.
@@ -60,7 +41,7 @@ def test_every_moment_was_seen(sampled):
 
 def test_the_first_device_is_like_the_others(sampled):
     _, folder, most = sampled
-    _, leaf = _sizes(folder / "teacher")
+    _, leaf = _sizes(folder / "pretrained" / "teacher")
     for name, held in most.items():
         assert max(held) - min(held) <= 4 * leaf + 0.05 * max(held), f"{name}: {held}"
 
@@ -68,5 +49,5 @@ def test_the_first_device_is_like_the_others(sampled):
 def test_a_state_in_training_is_held_whole(sampled):
     """The sampler sees what there is: a contract that nothing is measured against would always hold."""
     mapping, folder, most = sampled
-    student, _ = _sizes(folder / "student")
+    student, _ = _sizes(folder / "pretrained" / "student")
     assert min(most["student: training"]) >= 0.95 * 16 * student / (4 if mapping == "fsdp" else 1)

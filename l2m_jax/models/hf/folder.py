@@ -22,7 +22,7 @@ from l2m_jax.types import Params
 
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 # As in transformers: no reader has to hold more than this at once.
-_SHARD_BYTES = 5_000_000_000
+SHARD_BYTES = 5_000_000_000
 
 
 class _Stored(NamedTuple):
@@ -118,7 +118,7 @@ def save(
     tokenizer: Any = None,
     readme: str | None = None,
     dtype: str = "float32",
-    shard_bytes: int = _SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a folder that `transformers`, and servers that read its format, can load.
 

@@ -1,0 +1,57 @@
+"""What a run writes to disk besides text: checkpoints, models, the teacher store."""
+
+from dataclasses import dataclass
+
+from l2m_jax.models import DecoderConfig
+from l2m_jax.plan.workload import Workload
+from l2m_jax.run import checks
+
+DISK_RATE = 1e9  # bytes/s; an assumption that every figure names
+
+
+@dataclass(frozen=True)
+class Written:
+    """The checkpoints of one training phase.
+
+    Attributes:
+        bytes: of one.
+        count: the most that are written if the phase takes as long as estimated.
+    """
+
+    bytes: int
+    count: int
+
+    @property
+    def total(self) -> int:
+        return self.bytes * self.count
+
+    @property
+    def seconds(self) -> float:
+        """To write them; training goes on meanwhile, unless the next one is due."""
+        return self.total / DISK_RATE
+
+
+def of_training(
+    model: DecoderConfig, minutes: float, seconds: float, updates: int, stages: int, improvements: int
+) -> Written:
+    """One at the end of each stage, one for each better validation, and one each time that `minutes` have passed."""
+    timed = updates if minutes == 0 else int(seconds / 60 / minutes)
+    return Written(checks.state_bytes(model)[1], min(updates, stages + improvements + timed))
+
+
+def disk(w: Workload) -> dict[str, int]:
+    """Bytes by what takes them, as `checks.bytes_needed` counts them for a run."""
+    config, sizes = w.config, {}
+    trained = [
+        ("teacher", w.teacher, config.teacher.finetune.epochs > 0),
+        ("initial student", w.student, config.student.warmup.epochs > 0),
+        *((name, w.student, True) for name in config.method_names),
+    ]
+    for name, model, has_checkpoints in trained:
+        sizes[name], state = checks.state_bytes(model)
+        if has_checkpoints:
+            sizes[name + checks.CHECKPOINTS] = checks.CHECKPOINTS_AT_ONCE * state
+    if any(w.reads_store(w.method(name)) for name in config.method_names):
+        targets = int((w.lengths - w.prompt_lengths).sum())
+        sizes["teacher store"] = checks.store_bytes(targets, w.teacher, config.teacher.store_dtype)
+    return sizes
