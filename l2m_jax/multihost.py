@@ -59,6 +59,7 @@ _LONGEST_WORK = (
     7 * 24 * 3600
 )  # seconds that the first process may work while others wait; it shows signs of life
 _barriers = itertools.count()
+_working = False  # whether the first process is in `first`
 
 
 def start(devices: Devices) -> None:
@@ -123,18 +124,26 @@ def is_first() -> bool:
 def first(work: Callable[[], T]) -> T:
     """`work()` done by the first process alone: its value in all of them, or its exception in all of them.
 
-    The others wait, so that afterwards they find what it wrote. All call it together, and never within `work`.
+    The others wait, so that afterwards they find what it wrote. All of them call it together.
+
+    Raises:
+        RuntimeError: called within `work`, where the others would wait for ever.
     """
-    if jax.process_count() == 1:
-        return work()
+    global _working
+    if _working:
+        raise RuntimeError("first() is called within first(): with several processes it would never return")
     value, error = None, None
     if is_first():
+        _working = True
         try:
             value = work()
         except Exception as raised:
             error = raised
-    _wait()
-    value, error = _from_first((value, error))
+        finally:
+            _working = False
+    if jax.process_count() > 1:
+        _wait()
+        value, error = _from_first((value, error))
     if error is not None:
         raise error
     return value  # type: ignore[return-value]

@@ -4,33 +4,26 @@ import numpy as np
 import pytest
 
 from l2m_jax import methods
-from l2m_jax.config import Config, Overrides, Rollouts, defaults, parse
-from l2m_jax.curriculum import examples_seen
+from l2m_jax.curriculum import Curriculum, examples_seen
 from l2m_jax.errors import InputError
 from l2m_jax.losses import Objective
-
-
-def config(**changes) -> Config:
-    return dataclasses.replace(Config(), **changes)
+from l2m_jax.methods import Overrides, Rollouts
 
 
 def test_all_methods_see_as_many_examples():
     order = np.arange(103)
-    seen = {
-        examples_seen(methods.stages(methods.get(name, config()), config(), order))
-        for name in methods.METHODS
-    }
+    seen = {examples_seen(methods.stages(methods.get(name), Curriculum(), order)) for name in methods.METHODS}
     assert seen == {8 * (26 + 52 + 78 + 103)}
 
 
 def test_objectives_are_those_of_the_table():
-    def first(name):
-        method = methods.get(name, config())
-        stage = methods.stages(method, config(), np.arange(8))[0]
-        return methods.objectives(method, config(), stage)
+    def first(name, **overrides):
+        method = methods.get(name, Overrides(**overrides))
+        return methods.objectives(method, methods.stages(method, Curriculum(), np.arange(8))[0])
 
     assert first("seqkd") == first("sft") == (Objective(beta=0.0, alpha=0.0),)
     assert first("skl_on_policy") == first("skl") == (Objective("skew_kl", alpha=0.5),)
+    assert first("skl", alpha=0.3, beta=0.9, temperature=2.0) == (Objective("skew_kl", 0.3, 0.9, 2.0),)
     # Twice the factors 2 - b and b, for the mean is over the responses of both terms.
     assert first("distillm2") == first("distillm2_on_policy")
     assert first("distillm2") == (
@@ -41,50 +34,59 @@ def test_objectives_are_those_of_the_table():
 
 @pytest.mark.parametrize("name", ["kld", "skl", "rkl", "jsd", "srkl", "tvd", "l2m_no_beta", "skl_on_policy"])
 def test_policy_is_a_setting_of_every_divergence(name):
-    on = methods.get(name, config(overrides=Overrides(policy="on"), rollouts=Rollouts(refreshes=3)))
-    off = methods.get(name, config(overrides=Overrides(policy="off")))
+    on = methods.get(name, Overrides(policy="on"), Rollouts(refreshes=3))
+    off = methods.get(name, Overrides(policy="off"))
     assert (on.on_policy, on.refreshes, on.on_references_alone) == (True, 3, False)
     assert off.on_references_alone
     assert dataclasses.replace(on, on_policy=False, refreshes=off.refreshes) == off
 
 
 def test_skl_on_policy_is_skl_but_for_its_policy():
-    assert methods.get("skl_on_policy", config()) == methods.get(
-        "skl", config(overrides=Overrides(policy="on"))
-    )
+    assert methods.get("skl_on_policy") == methods.get("skl", Overrides(policy="on"))
 
 
 @pytest.mark.parametrize(
     ("name", "overrides", "said"),
     [
-        ("sft", Overrides(policy="on"), "config.overrides.beta: sft takes cross-entropy at beta 0"),
-        ("seqkd", Overrides(policy="on"), "config.overrides.beta: seqkd"),
-        ("l2m", Overrides(policy="on"), "config.curriculum.beta_first: l2m takes cross-entropy at beta 0.7"),
-        ("distillm2", Overrides(beta=0.5), "config.overrides.beta: distillm2"),
-        (
-            "distillm2",
-            Overrides(divergence="jsd"),
-            "config.overrides.divergence: distillm2 is two divergences",
-        ),
+        ("sft", Overrides(policy="on"), "overrides.beta: sft uses cross-entropy at beta 0"),
+        ("seqkd", Overrides(policy="on"), "overrides.beta: seqkd"),
+        ("l2m", Overrides(policy="on"), "curriculum.beta_first: l2m uses cross-entropy at beta 0.7"),
+        ("l2m", Overrides(alpha=0.3), "overrides.alpha: l2m is staged and takes α_i from curriculum.alpha"),
+        ("m2l", Overrides(beta=0.3), "overrides.beta: m2l takes β_i from curriculum.beta_first"),
+        ("distillm2", Overrides(beta=0.5), "overrides.beta: distillm2"),
+        ("distillm2", Overrides(divergence="jsd"), "overrides.divergence: distillm2 is two divergences"),
         ("distilm2", Overrides(), "did you mean 'distillm2'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(name, overrides, said):
     with pytest.raises(InputError, match=said):
-        methods.get(name, config(overrides=overrides))
+        methods.get(name, overrides)
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "said"),
+    ("name", "curriculum", "ranked", "taught"),
     [
-        ("overrides.policy", "maybe", "config.overrides.policy: 'maybe' is none of own, on, off"),
-        ("rollouts.student_share", 0.0, "config.rollouts.student_share: 0.0 must be greater than 0"),
-        ("rollouts.replay_share", 1.5, "config.rollouts.replay_share: 1.5 must lie between 0 and 1"),
-        ("rollouts.refreshes", -1, "config.rollouts.refreshes: -1 must be 0 or more"),
+        ("sft", Curriculum(), False, False),
+        ("kld", Curriculum(), False, True),
+        ("kld", Curriculum(subsets=(1,)), True, True),
+        ("l2m", Curriculum(), True, True),
+        ("l2m", Curriculum(beta_first=0.0, beta_last=0.0), True, False),
+        ("random_order", Curriculum(), False, True),
     ],
 )
-def test_bad_settings_are_named(place, value, said):
-    values = defaults()
-    values.update_from_flattened_dict({place: value})
-    with pytest.raises(InputError, match=said):
-        parse(values)
+def test_what_a_method_needs(name, curriculum, ranked, taught):
+    method = methods.get(name)
+    assert methods.needs_ranking(method, curriculum) == ranked
+    assert methods.needs_teacher(method, curriculum) == taught
+
+
+def test_random_order_fills_the_stages_of_l2m_by_its_seed():
+    order, curriculum = np.arange(40), Curriculum()
+    staged = methods.stages(methods.get("l2m"), curriculum, order)
+    random = [methods.stages(methods.get("random_order"), curriculum, order, seed) for seed in (0, 0, 1)]
+    for found in random:
+        assert [(s.alpha, s.beta, len(s.indices)) for s in found] == [
+            (s.alpha, s.beta, len(s.indices)) for s in staged
+        ]
+    first = [found[0].indices.tolist() for found in random]
+    assert first[0] == first[1] != first[2] and first[0] != staged[0].indices.tolist()

@@ -97,6 +97,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     from l2m_jax import multihost
     from l2m_jax.evaluation.judge import Judge
+    from l2m_jax.evaluation.settings import Evaluation
     from l2m_jax.generation.sampling import SamplingRules
     from l2m_jax.multihost import Devices
     from l2m_jax.progress import console
@@ -108,14 +109,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     try:
         asked = folder.FolderEvaluation(
             model=options.model,
-            output=options.output,
-            sets=tuple(options.sets or ["dolly"]),
-            rules=SamplingRules(
+            evaluation=Evaluation(
+                sets=tuple(options.sets or ["dolly"]), seeds=tuple(options.seeds), rows=options.rows
+            ),
+            sampling=SamplingRules(
                 **{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingRules)}
             ),
-            seeds=tuple(options.seeds),
             tokenizer=options.tokenizer,
-            rows=options.rows,
             max_prompt_length=options.max_prompt_length,
             truncate=options.truncate,
             bos=options.bos,
@@ -125,7 +125,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     except InputError as error:
         raise InputError(f"--{error}") from error
     multihost.start(devices)
-    results = {Path(options.model).name: folder.evaluate_folder(asked, devices)}
+    results = {Path(options.model).name: folder.evaluate_folder(asked, devices, options.output)}
     title = f"Evaluation of {Path(options.model).name}"
     multihost.first(lambda: write_report(options.output, title=title, results=results))
     console.print(results_table(results).markdown())

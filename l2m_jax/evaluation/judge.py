@@ -219,8 +219,9 @@ def _ask(questions: Sequence[Any], judge: Judge, cache: Path, api_key: str | Non
                 reply = _reply(client, judge, question)
                 with lock:
                     replies[key] = reply
-                    file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
-                    file.flush()
+                    if reply.strip():  # an empty reply is no verdict: the next call asks again
+                        file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
+                        file.flush()
                     bar.advance()
 
             futures = [pool.submit(ask, *item) for item in waiting.items()]

@@ -20,7 +20,7 @@ from l2m_jax.errors import InputError
 from l2m_jax.multihost import first
 
 _RECORD = "inputs.json"
-_SHOWN = 3
+_ANOTHER = "another "
 
 Inputs = TypeVar("Inputs")
 
@@ -127,16 +127,20 @@ def refuse_changed(artefacts: Iterable[Artefact]) -> None:
     Raises:
         InputError: which settings differ, old and new, and what to do.
     """
-    found = first(lambda: [message for artefact in artefacts for message in _changes(artefact)])
-    if found:
-        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise InputError(
-            f"{'; '.join(found[:_SHOWN])}{more}. Choose another --workdir (with --shared for what should stay in "
-            "common), or move these away to make them anew"
-        )
+    found = first(lambda: [change for artefact in artefacts if (change := _change(artefact)) is not None])
+    if not found:
+        return
+    reasons = list(dict.fromkeys(reason for _, reasons in found for reason in reasons))
+    # What follows from another artefact is no reason of its own, where there is one.
+    reasons = [reason for reason in reasons if not reason.startswith(_ANOTHER)] or reasons
+    raise InputError(
+        f"what is kept was made with {', '.join(reasons)}. Choose another --workdir (with --shared for what should "
+        f"stay in common), or move these away to make them anew: {', '.join(place for place, _ in found)}"
+    )
 
 
-def _changes(artefact: Artefact) -> list[str]:
+def _change(artefact: Artefact) -> tuple[str, list[str]] | None:
+    """The place with something that was made from other inputs, and how these differ."""
     for place in (artefact.path, artefact.progress):
         if place is None or not place.exists():
             continue
@@ -144,20 +148,17 @@ def _changes(artefact: Artefact) -> list[str]:
         if record is None:
             if place.is_dir() and not any(place.iterdir()):
                 continue
-            return [f"{place} is in the way: it has no record of what it was made from"]
-        if record["key"] == artefact.key:
-            continue
-        differing = list(_differences(record["inputs"], described(artefact.inputs), artefact.settings))
-        # Another artefact among the inputs is reported by itself.
-        if differing:
-            return [f"{place} was made with {', '.join(differing)}"]
-        return [f"{place} was made from another {' and another '.join(_replaced(record, artefact))}"]
-    return []
-
-
-def _replaced(record: dict[str, Any], artefact: Artefact) -> list[str]:
-    new = described(artefact.inputs)
-    return [name.replace("_", " ") for name in new if record["inputs"].get(name) != new[name]]
+            return str(place), [f"no record of its inputs at {place}"]
+        if record["key"] != artefact.key:
+            new = described(artefact.inputs)
+            differing = list(_differences(record["inputs"], new, artefact.settings))
+            replaced = [
+                f"{_ANOTHER}{name.replace('_', ' ')}"
+                for name in new
+                if record["inputs"].get(name) != new[name]
+            ]
+            return str(place), differing or replaced
+    return None
 
 
 def _differences(old: Any, new: Any, settings: Mapping[str, str], name: str = "") -> Iterator[str]:
@@ -165,7 +166,7 @@ def _differences(old: Any, new: Any, settings: Mapping[str, str], name: str = ""
     if isinstance(old, dict) and isinstance(new, dict):
         if {"artefact", "content"} & {*old, *new}:
             if "content" in new and old.get("content") != new["content"]:
-                yield f"another content of {settings.get(name, name)}"
+                yield f"other content of {settings.get(name, name)}"
             return
         for key in dict.fromkeys([*old, *new]):
             inner = f"{name}.{key}" if name else key
@@ -177,4 +178,4 @@ def _differences(old: Any, new: Any, settings: Mapping[str, str], name: str = ""
 
 def _setting(name: str, settings: Mapping[str, str]) -> str:
     head, dot, tail = name.partition(".")
-    return f"{settings[head]}{dot}{tail}" if head in settings else name.replace("_", " ")
+    return f"{settings[head]}{dot}{tail}" if head in settings else name

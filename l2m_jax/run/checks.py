@@ -125,7 +125,8 @@ def check_rows(config: Config, artefacts: Artefacts) -> None:
                 f"config.data.{part}: none of {len(corpus)} prompts has at most {room} tokens; set data.truncate, "
                 "or lower sampling.max_new_tokens to leave them more of the model's positions"
             )
-    first(lambda: _check_room(config, artefacts))
+    needed = bytes_needed(config, artefacts)
+    first(lambda: _check_room(needed, artefacts.teacher.path.parent))
 
 
 def bytes_needed(config: Config, artefacts: Artefacts) -> dict[str, int]:
@@ -169,10 +170,8 @@ def _bytes(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _check_room(config: Config, artefacts: Artefacts) -> None:
-    sizes = bytes_needed(config, artefacts)
+def _check_room(sizes: dict[str, int], folder: Path) -> None:
     needed = peak_bytes(sizes)
-    folder = artefacts.teacher.path.parent
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed > free:

@@ -73,7 +73,7 @@ class Context:
 
 
 def start(config: Config, workdir: Path) -> Context:
-    """The context of a run of `config`, whose settings are written to `workdir`/config.json.
+    """The context of a run of `config`.
 
     Raises:
         InputError: more devices asked for than there are, or not as many on each process.

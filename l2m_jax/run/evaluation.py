@@ -1,22 +1,24 @@
 """The last phase: the answers of a model to the evaluation sets, scored."""
 
+import functools
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from l2m_jax import files
+from l2m_jax.errors import InputError
 from l2m_jax.evaluation.protocol import RESPONSES, RESULTS, Results, evaluate
 from l2m_jax.evaluation.sets import PromptSet, from_corpus, read_set
 from l2m_jax.evaluation.sources import parse_set
 from l2m_jax.generation import Generator, SamplingRules
-from l2m_jax.models import DecoderConfig
-from l2m_jax.models.settings import Compute
+from l2m_jax.models import Compute
 from l2m_jax.multihost import first, is_first
+from l2m_jax.parallel import Placement
 from l2m_jax.run import data
 from l2m_jax.run.artefacts import Artefact, Source
-from l2m_jax.run.context import Context
-from l2m_jax.run.models import load_frozen
+from l2m_jax.run.models import load_frozen, read_config
 from l2m_jax.run.responses import longest_prompt
 
 
@@ -37,7 +39,7 @@ class EvaluationInputs:
         bos: whether prompts begin with the beginning-of-sequence token.
     """
 
-    model: Artefact
+    model: Artefact | Source
     sets: tuple[SetInputs, ...]
     tokenizer: data.Tokenizer
     sampling: SamplingRules
@@ -49,16 +51,29 @@ class EvaluationInputs:
 
 
 def make_evaluation(
-    artefact: Artefact[EvaluationInputs], name: str, compute: Compute, context: Context
+    artefact: Artefact[EvaluationInputs], name: str, compute: Compute, placement: Placement, slots: int
 ) -> Results:
-    """The scores of a model; its answers are kept as they come."""
+    """The scores of a model; its answers are kept as they come.
+
+    Args:
+        slots: sequences decoded at once on a device; 0: chosen from the model's size.
+
+    Raises:
+        InputError: a set that cannot be read, or no room for prompts.
+    """
     inputs = artefact.inputs
     if not artefact.is_finished:
+        config = read_config(inputs.model, compute, inputs.tokenizer)
+        room = longest_prompt(config, inputs.sampling, inputs.max_prompt_length)
+        if room < 1:
+            raise InputError(
+                f"max_new_tokens: {inputs.sampling.max_new_tokens} leaves no room for a prompt within the model's "
+                f"{config.max_positions} positions; lower it"
+            )
         artefact.begin()
-        config, params = load_frozen(inputs.model, compute, inputs.tokenizer, context.placement)
-        tokenizer = data.load(inputs.tokenizer)
-        sets = _sets(inputs, config, context.workdir / "data" / "sets")
-        generator = Generator(config, params, context.placement, tokenizer, context.slots)
+        sets = _sets(inputs, room, artefact.path / "sets")
+        config, params = load_frozen(inputs.model, compute, inputs.tokenizer, placement)
+        generator = Generator(config, params, placement, data.load(inputs.tokenizer), slots)
         evaluate(
             generator,
             sets,
@@ -68,12 +83,13 @@ def make_evaluation(
             key=artefact.key,
             title=name,
         )
+        first(functools.partial(shutil.rmtree, artefact.path / "sets", ignore_errors=True))
         first(artefact.finish)
     return Results.from_json(first(lambda: json.loads((artefact.path / RESULTS).read_text(encoding="utf-8"))))
 
 
-def _sets(inputs: EvaluationInputs, config: DecoderConfig, folder: Path) -> list[PromptSet]:
-    room = longest_prompt(config, inputs.sampling, inputs.max_prompt_length)
+def _sets(inputs: EvaluationInputs, room: int, folder: Path) -> list[PromptSet]:
+    """The prompts of at most `room` tokens; sets are tokenised in `folder`."""
     found = []
     for chosen in inputs.sets:
         if isinstance(chosen.rows, Artefact):

@@ -1,21 +1,22 @@
-"""The evaluation of a model that no run of this package need have made."""
+"""The evaluation of a model that no run of this package need have made, and its comparison with others."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from l2m_jax import files
-from l2m_jax.errors import InputError
+from l2m_jax.errors import InputError, require_at_least
 from l2m_jax.evaluation import protocol
 from l2m_jax.evaluation.judge import Judge, WinRate, read_comparisons, win_rates
 from l2m_jax.evaluation.protocol import Results
-from l2m_jax.evaluation.sets import read_set
-from l2m_jax.generation import Generator, SamplingRules
+from l2m_jax.evaluation.settings import Evaluation
+from l2m_jax.evaluation.sources import parse_set
+from l2m_jax.generation import SamplingRules
 from l2m_jax.models import Compute
 from l2m_jax.multihost import Devices
 from l2m_jax.run import data
+from l2m_jax.run.artefacts import Artefact, refuse_changed
 from l2m_jax.run.context import placement_of
-from l2m_jax.run.models import load_frozen, read_config
-from l2m_jax.run.responses import longest_prompt
+from l2m_jax.run.evaluation import EvaluationInputs, SetInputs, make_evaluation
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,8 @@ class FolderEvaluation:
     """
     Attributes:
         model: a Hugging Face folder, a GGUF file or a hub name.
-        output: takes results.json, responses.jsonl and the sets' tokens.
-        sets: names of `EVALUATION_SETS`, JSON-lines files, or name=file.
-        seeds: one response to each prompt for each seed.
+        evaluation: its sets, seeds and rows.
         tokenizer: a folder or hub name; empty for the model's own.
-        rows: the maximum number of rows of each set; 0 for all.
         max_prompt_length: tokens; 0 for what the model has room for.
         truncate: shorten longer prompts instead of leaving them out.
         bos: begin prompts with the beginning-of-sequence token.
@@ -35,64 +33,43 @@ class FolderEvaluation:
     """
 
     model: str
-    output: Path
-    sets: tuple[str, ...]
-    rules: SamplingRules
-    seeds: tuple[int, ...]
+    evaluation: Evaluation
+    sampling: SamplingRules
     tokenizer: str = ""
-    rows: int = 0
     max_prompt_length: int = 0
     truncate: bool = False
     bos: bool = False
     dtype: str = "auto"
 
     def __post_init__(self):
-        for name in ("rows", "max_prompt_length"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name}: {getattr(self, name)} must be 0 or more")
+        require_at_least(self, 0, "max_prompt_length")
 
 
-def evaluate_folder(asked: FolderEvaluation, devices: Devices) -> Results:
-    """Responses of a model to the prompts of all sets, and their scores. A second call resumes the first.
+def evaluate_folder(asked: FolderEvaluation, devices: Devices, output: Path) -> Results:
+    """Responses of a model to the prompts of all sets, and their scores, in `output`. A second call resumes the first.
 
     Raises:
-        InputError: a model, set or tokenizer that cannot be read, no room for prompts, or too many devices.
+        InputError: a model, set or tokenizer that cannot be read, no room for prompts, too many devices, or another
+            evaluation in `output`.
     """
-    placement = placement_of(devices)
-    given = data.tokenizer_source(
-        asked.tokenizer or asked.model, "--tokenizer" if asked.tokenizer else "--model"
+    placement, e = placement_of(devices), asked.evaluation
+    named = [(source, *parse_set(source)) for source in e.sets]
+    inputs = EvaluationInputs(
+        model=data.given_model(asked.model),
+        sets=tuple(SetInputs(name, data.given(path or source)) for source, name, path in named),
+        tokenizer=data.tokenizer_source(
+            asked.tokenizer or asked.model, "--tokenizer" if asked.tokenizer else "--model"
+        ),
+        sampling=asked.sampling,
+        seeds=e.seeds,
+        rows=e.rows,
+        max_prompt_length=asked.max_prompt_length,
+        truncate=asked.truncate,
+        bos=asked.bos,
     )
-    tokenizer = data.load(given)
-    model, compute = data.given_model(asked.model), Compute(dtype=asked.dtype)
-    config = read_config(model, compute, given)
-    room = longest_prompt(config, asked.rules, asked.max_prompt_length)
-    if room < 1:
-        raise InputError(
-            f"max_new_tokens: {asked.rules.max_new_tokens} leaves no room for a prompt within the model's "
-            f"{config.max_positions} positions; lower it"
-        )
-    sets = [
-        read_set(
-            source,
-            tokenizer,
-            asked.output / "sets",
-            max_prompt_length=room,
-            long_prompt="truncate" if asked.truncate else "drop",
-            bos=asked.bos,
-            rows=asked.rows,
-        )
-        for source in asked.sets
-    ]
-    config, params = load_frozen(model, compute, given, placement)
-    return protocol.evaluate(
-        Generator(config, params, placement, tokenizer),
-        sets,
-        asked.rules,
-        asked.seeds,
-        folder=asked.output,
-        key=files.fingerprint(model, given),
-        title=Path(asked.model).name,
-    )
+    artefact = Artefact(inputs, output)
+    refuse_changed([artefact])
+    return make_evaluation(artefact, Path(asked.model).name, Compute(asked.dtype), placement, devices.slots)
 
 
 def responses_file(baseline: Path) -> Path:

@@ -39,6 +39,7 @@ def run(config: Config, workdir: str | Path, shared: str | Path | None = None) -
     """
     workdir, shared = Path(workdir), Path(shared or workdir)
     context, artefacts = _start(config, workdir, shared)
+    first(lambda: files.write_json(workdir / "config.json", config))
     difficulty = _prepare(config, artefacts, context)
     for name, student in artefacts.students.items():
         phase = "student" if name == config.method else f"student:{name}"
@@ -87,7 +88,6 @@ def _start(config: Config, workdir: Path, shared: Path) -> tuple[Context, Artefa
         checks.refuse_changed([artefacts.tokenizer])
         data.make_tokenizer(artefacts.tokenizer)
     checks.check_models(config, artefacts)
-    first(lambda: files.write_json(workdir / "config.json", config))
     with context.phase("data"):
         for corpus in artefacts.corpora.values():
             data.make_corpus(corpus)
@@ -123,6 +123,6 @@ def _evaluate(
         found = {}
         for name, evaluation in evaluations.items():
             compute = context.teacher if evaluation.inputs.model == artefacts.teacher else context.student
-            found[name] = make_evaluation(evaluation, name, compute, context)
+            found[name] = make_evaluation(evaluation, name, compute, context.placement, context.slots)
     context.metrics.close()
     return found

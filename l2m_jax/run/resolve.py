@@ -114,7 +114,7 @@ class _Resolver:
         given, teacher = self.config.data.tokenizer, self.config.teacher.model.path
         if given or teacher:
             return data.tokenizer_source(
-                given or teacher, "data.tokenizer" if given else "teacher.model.path"
+                given or teacher, "config.data.tokenizer" if given else "config.teacher.model.path"
             )
         synthetic = data.relevant_synthetic(self.config.data)
         inputs = data.TokenizerInputs(synthetic)

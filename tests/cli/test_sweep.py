@@ -87,6 +87,31 @@ def test_a_finished_array_task_trains_nothing(finished):
 
 
 @pytest.mark.parametrize(
+    ("flags", "status", "said"),
+    [
+        # Of the students: each run is refused by itself. Of what they share: the sweep is, before any of them.
+        (("--config.training.learning_rate=0.02",), 1, "training.learning_rate 0.01 (now 0.02)"),
+        (
+            ("--config.training.learning_rate=0.01", "--config.teacher.finetune.learning_rate=0.5"),
+            2,
+            "teacher.finetune.learning_rate 0.0001 (now 0.5)",
+        ),
+    ],
+)
+def test_a_sweep_with_other_settings_leaves_what_is_there(finished, flags, status, said):
+    def content():
+        return {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()}
+
+    before = content()
+    done = sweep(finished.parent, *flags)
+    assert done.returncode == status and said in done.stderr and "Traceback" not in done.stderr
+    after = content()
+    assert {file: after.get(file) for file in before if file.name != "phases.json"} == {
+        file: text for file, text in before.items() if file.name != "phases.json"
+    }
+
+
+@pytest.mark.parametrize(
     ("flag", "said"),
     [
         ("--table", "none of the 4 runs is finished"),

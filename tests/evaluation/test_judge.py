@@ -129,6 +129,16 @@ def test_what_was_judged_is_kept_and_asked_only_once(endpoint, tmp_path):
     assert len(endpoint.requests) == 4
 
 
+def test_an_empty_reply_is_asked_for_again(endpoint, tmp_path):
+    cache = tmp_path / "verdicts.jsonl"
+    endpoint.override = lambda a, b: ""
+    rates = win_rates(comparisons(("ab", "a")), endpoint.judge, cache, api_key=KEY)
+    assert rates["dolly"].unparsed == 1 and not cache.read_text()
+    endpoint.override = lambda a, b: None
+    rates = win_rates(comparisons(("ab", "a")), endpoint.judge, cache, api_key=KEY)
+    assert (rates["dolly"].wins, rates["dolly"].unparsed, len(endpoint.requests)) == (1, 0, 4)
+
+
 def test_a_judge_that_stops_answering_leaves_its_verdicts(endpoint, tmp_path):
     cache = tmp_path / "verdicts.jsonl"
     endpoint.failures = [200, 200, 200, 401, 401, 401, 401, 401]

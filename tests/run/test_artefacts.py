@@ -63,7 +63,7 @@ def test_finished_work_counts_for_its_inputs_alone(tmp_path):
             {"rate": 3e-3},
             r"was made with student\.warmup\.learning_rate 0\.001 \(now 0\.003\)\. Choose another --workdir",
         ),
-        ({"content": "b"}, r"was made with another content of student\.model\.path"),
+        ({"content": "b"}, r"was made with other content of student\.model\.path"),
     ],
 )
 def test_a_changed_setting_is_named_and_destroys_nothing(tmp_path, finished, changes, said):
@@ -84,15 +84,19 @@ def test_the_cause_is_named_and_not_only_its_consequence(tmp_path):
     changed = _artefact(tmp_path / "teacher", rate=3e-3)
     with pytest.raises(InputError) as error:
         refuse_changed([changed, _artefact(tmp_path / "student", teacher=changed)])
-    assert "learning_rate 0.001 (now 0.003); " in str(error.value)
-    assert f"{tmp_path / 'student' / 'model'} was made from another teacher" in str(error.value)
+    places = ", ".join(str(tmp_path / name / "model") for name in ("teacher", "student"))
+    assert "was made with student.warmup.learning_rate 0.001 (now 0.003). Choose" in str(error.value)
+    assert str(error.value).endswith(f"make them anew: {places}")
+    _make(changed)  # as if the teacher alone had been moved away
+    with pytest.raises(InputError, match=r"was made with another teacher\. Choose"):
+        refuse_changed([changed, _artefact(tmp_path / "student", teacher=changed)])
 
 
 def test_what_others_have_put_there_is_left_alone(tmp_path):
     (tmp_path / "model").mkdir()
     refuse_changed([_artefact(tmp_path)])  # empty
     (tmp_path / "model" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="is in the way: it has no record"):
+    with pytest.raises(InputError, match="no record of its inputs at"):
         refuse_changed([_artefact(tmp_path)])
 
 

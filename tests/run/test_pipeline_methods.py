@@ -24,7 +24,7 @@ def _config(tiny: ConfigDict, method: str, baselines: tuple[str, ...] = (), **ch
     config.training.learning_rate = config.teacher.finetune.learning_rate = 1e-2
     config.data.synthetic.update(validation=2, test=2)
     config.sampling.max_new_tokens = 6
-    config.evaluation.update(seeds=(10,), validation_every=5)
+    config.evaluation.update(seeds=(10,), validations=1)
     config.update_from_flattened_dict(changes)
     return parse(config)
 
@@ -67,10 +67,11 @@ def test_fixed_responses_are_generated_once_and_shared(finished):
 
 
 def test_rollouts_are_refreshed_within_the_epoch(finished):
-    checkpoints = finished / "run" / "checkpoints"
     # Three batches an epoch, and up to four refreshes; one for DistiLLM-2, with a response to each prompt.
-    assert len(list((checkpoints / "student" / "rollouts").iterdir())) == 5 * 3
-    files = sorted((checkpoints / "student_distillm2_on_policy" / "rollouts").iterdir())
+    (folder,) = (finished / "run" / "rollouts").glob("student-*")
+    assert len(list(folder.iterdir())) == 5 * 3
+    (folder,) = (finished / "run" / "rollouts").glob("student_distillm2_on_policy-*")
+    files = sorted(folder.iterdir())
     assert len(files) == 5
     first, last = ([json.loads(line) for line in f.read_text().splitlines()] for f in (files[0], files[-1]))
     assert sorted(line["example"] for line in first) == list(range(48))
@@ -131,5 +132,5 @@ def test_an_interrupted_on_policy_run_ends_as_one_that_was_not(tiny, finished, t
 
 
 def _files(workdir: Path) -> dict[str, str]:
-    folder = workdir / "checkpoints" / "student" / "rollouts"
+    (folder,) = (workdir / "rollouts").iterdir()
     return {file.name: file.read_text() for file in folder.iterdir()}

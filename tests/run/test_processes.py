@@ -156,7 +156,7 @@ def test_processes_that_do_not_meet_say_so(tmp_path, rank):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"coordinator": "node1"}, "coordinator: 'node1' is no host:port"),
+        ({"coordinator": "node1"}, "coordinator: 'node1' is not host:port"),
         ({"coordinator": "node1:1", "num_processes": 2, "process_id": 2}, "process_id: 2 is not below"),
     ],
 )
@@ -176,7 +176,7 @@ class _Device:
 @pytest.mark.parametrize(("count", "hosts", "share"), [(0, (4, 4), 4), (4, (4, 4), 2), (6, (3, 3), 3)])
 def test_each_process_has_the_same_share_of_the_devices(monkeypatch, count, hosts, share):
     _fake_hosts(monkeypatch, hosts)
-    found = context.parallel_of(_config(count)).devices
+    found = context.placement_of(_config(count).devices).devices
     assert [device.process_index for device in found] == [0] * share + [1] * share
 
 
@@ -184,7 +184,7 @@ def test_each_process_has_the_same_share_of_the_devices(monkeypatch, count, host
 def test_devices_that_cannot_be_shared_out_are_refused(monkeypatch, count, hosts):
     _fake_hosts(monkeypatch, hosts)
     with pytest.raises(InputError, match=r"config\.devices\.count"):
-        context.parallel_of(_config(count))
+        context.placement_of(_config(count).devices)
 
 
 def _fake_hosts(monkeypatch, hosts: tuple[int, ...]) -> None:

@@ -70,7 +70,7 @@ def test_unknown_methods_and_odd_seeds_are_refused():
         grid(CONFIG, ROWS, [-1])
 
 
-def test_a_second_call_runs_nothing_and_other_settings_run_again(tmp_path, runs):
+def test_a_second_call_runs_nothing_nor_do_other_devices(tmp_path, runs):
     cells = grid(CONFIG, ROWS, [0, 1])
     assert run(cells, tmp_path) == {}
     assert runs.ran == [("sft", 0), ("l2m", 0), ("sft", 1), ("l2m", 1)]
@@ -78,10 +78,8 @@ def test_a_second_call_runs_nothing_and_other_settings_run_again(tmp_path, runs)
     assert not others and shared == tmp_path / "shared"
     assert (config.method, config.baselines, config.student.seed) == ("sft", ("l2m",), -1)
     assert run(cells, tmp_path) == {} and len(runs.ran) == 4 and len(runs.prepared) == 1
-    changed = grid(change(CONFIG, {"training.learning_rate": 1.0}), ROWS, [0, 1])
-    assert all(finished(cell, tmp_path) is None for cell in changed)
-    run(changed, tmp_path)
-    assert len(runs.ran) == 8 and finished(cells[0], tmp_path) is None
+    other_devices = grid(change(CONFIG, {"devices.count": 2, "chunk_size": 64}), ROWS, [0, 1])
+    assert all(finished(cell, tmp_path) is not None for cell in other_devices)
 
 
 def test_a_failing_cell_is_reported_and_does_not_stop_the_others(tmp_path, runs):

@@ -179,3 +179,63 @@ def test_weight_decay_spares_biases_and_norms():
     flat = jax.tree_util.tree_flatten_with_path(decayed(_params()[0]))[0]
     spared = {str(path[-1].key) for path, decay in flat if not decay}
     assert spared == {"bias", "scale"}
+
+
+def _equations(jaxpr):
+    """All equations of a jaxpr, those within loops and called functions too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for item in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(item, "jaxpr", item)
+                if hasattr(inner, "eqns"):
+                    yield from _equations(inner)
+
+
+def _accumulate_jaxpr(student: DecoderConfig, teacher: DecoderConfig, head_dtype: str):
+    params = models.init(student, jax.random.key(0))
+    head = models.head(teacher, models.init(teacher, jax.random.key(1))).astype(head_dtype)
+    examples = _examples()
+
+    def rows(i: int) -> np.ndarray:
+        shape = (examples.lengths[i] - examples.prompt_lengths[i], teacher.embed_size)
+        return np.ones(shape, head_dtype)
+
+    batch = micro_batches(examples, np.arange(4), SHAPES, 1, rows)[0]
+    one = jax.tree.map(lambda x: x[0], batch)
+    settings = StepSettings(student, teacher, 60, chunk_size=8)
+
+    def step_once(params, sums, batch, head):
+        return step.accumulate(settings, OBJECTIVE, params, sums, batch, Teacher(head), None)
+
+    return jax.make_jaxpr(step_once)(params, step.zero_sums(params), one, head).jaxpr
+
+
+def test_targets_are_scattered_back_without_duplicates():
+    """Padded targets would otherwise all add to one row, one after another, in the gather's backward pass."""
+    student = dataclasses.replace(STUDENT, max_positions=40)  # unlike the 32 slots of the micro-batch
+    scatters = [
+        e
+        for e in _equations(_accumulate_jaxpr(student, TEACHER, "float32"))
+        if e.primitive.name.startswith("scatter") and e.outvars[0].aval.shape == (32, student.hidden_size)
+    ]
+    assert scatters and all(e.params["unique_indices"] for e in scatters)
+    for batch in micro_batches(_examples(), np.arange(10), SHAPES, 2):
+        for indices in batch.target_index_T:
+            assert (np.diff(indices) > 0).all()
+
+
+def test_a_teachers_head_multiplies_in_its_own_dtype():
+    """A head in bfloat16 is multiplied at the rate of bfloat16, and accumulates in float32."""
+    student = dataclasses.replace(STUDENT, dtype="bfloat16")
+    teacher = dataclasses.replace(TEACHER, dtype="bfloat16")
+    width = TEACHER.embed_size
+    products = [
+        e
+        for e in _equations(_accumulate_jaxpr(student, teacher, "bfloat16"))
+        if e.primitive.name == "dot_general" and e.invars[1].aval.shape == (61, width)
+    ]
+    assert products
+    for product in products:
+        assert {v.aval.dtype.name for v in product.invars} == {"bfloat16"}
+        assert product.outvars[0].aval.dtype == jnp.float32

@@ -200,3 +200,25 @@ def test_disk_use_is_announced_before_it_is_spent(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage(size))
     build(tmp_path, forward)
     assert f"takes {size / 1e9:.3f} GB on disk" in capsys.readouterr().out
+
+
+def test_devices_compute_a_batch_while_the_one_before_is_written(tmp_path, monkeypatch):
+    """Gathering waits for the devices: each batch is dispatched before the one before it is gathered."""
+    happened, gather = [], Placement.gather
+
+    def forward(batch):
+        happened.append("dispatched")
+        return Forward()(batch)
+
+    def gathered(self, tree):
+        happened.append("gathered")
+        return gather(self, tree)
+
+    monkeypatch.setattr(store, "_BLOCK", COUNT)
+    monkeypatch.setattr(Placement, "gather", gathered)
+    # Small batches, so that there are several.
+    small = functools.partial(store.forward_batches, slots=64, row_length=64)
+    monkeypatch.setattr(store, "forward_batches", small)
+    build(tmp_path, forward)
+    count = happened.count("dispatched")
+    assert count > 2 and happened == ["dispatched", *["dispatched", "gathered"] * (count - 1), "gathered"]

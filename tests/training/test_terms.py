@@ -10,7 +10,6 @@ import optax
 import pytest
 
 from l2m_jax import methods, models
-from l2m_jax.config import Config
 from l2m_jax.curriculum import single_stage
 from l2m_jax.data.batches import AnsweredExamples, ListedExamples, micro_batches
 from l2m_jax.data.packing import Shape
@@ -102,9 +101,7 @@ def _found(placement: Placement, shapes, b: float):
     sums = placement.map(step.zero_sums)(placed)
     signal = Teacher(placement.place(models.head(TEACHER, teacher)), placement.place(teacher))
     (stage,) = single_stage(np.arange(COUNT), COUNT, alpha=ALPHA)
-    for objective, examples in zip(
-        methods.objectives(_method(b), Config(), stage), _responses(), strict=True
-    ):
+    for objective, examples in zip(methods.objectives(_method(b), stage), _responses(), strict=True):
         for batch in micro_batches(
             examples, np.arange(COUNT), shapes, placement.num_devices, equal_examples=True
         ):
@@ -142,7 +139,7 @@ def test_two_terms_make_the_loss_and_the_gradient_of_the_equation(mapping, devic
 def test_a_token_mean_would_be_another_loss():
     """The lengths of this test tell the two reductions apart."""
     (stage,) = single_stage(np.arange(COUNT), COUNT, alpha=ALPHA)
-    objective = methods.objectives(_method(1.0), Config(), stage)[0]
+    objective = methods.objectives(_method(1.0), stage)[0]
     student, teacher = _params()
     signal = Teacher(models.head(TEACHER, teacher), teacher)
 
