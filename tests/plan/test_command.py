@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
+    "teacher.model.architecture.hidden_size": 32,
+    "teacher.model.architecture.num_layers": 2,
     "student.model.architecture.num_layers": 2,
     "student.warmup.epochs": 0,
     "devices.slots": 4,
