@@ -28,6 +28,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error:::l2m_jax")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs take longest: they come first, so that no worker waits for another at the end."""
+    items.sort(key=lambda item: "tests/run/" not in item.nodeid)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_programs():
     """Programs are let go of where they are many: each has memory maps, of which a process may have 65,530."""

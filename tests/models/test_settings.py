@@ -48,7 +48,7 @@ def rates(config):
             "hidden_size: 12 with num_heads 4 must give an even head size",
         ),
         (Model, {"init": "scratch"}, "init: 'scratch' is not one of pretrained, random, teacher_layers"),
-        (Model, {"init": "teacher_layers"}, "layers: empty; name the teacher's layers to keep"),
+        (Model, {"init": "teacher_layers"}, "layers: empty; with init 'teacher_layers', name the layers to keep"),
         (Model, {"init": "teacher_layers", "layers": (0, -1)}, "layers: -1 must be 0 or more"),
         (Compute, {"dtype": "float16"}, "dtype: 'float16' is not one of auto, float32, bfloat16"),
         (Compute, {"remat": "full"}, "remat: 'full' is not one of none, block, dots"),
