@@ -63,7 +63,7 @@ def test_finished_work_counts_for_its_inputs_alone(tmp_path):
             {"rate": 3e-3},
             r"was made with student\.warmup\.learning_rate 0\.001 \(now 0\.003\)\. Choose another --workdir",
         ),
-        ({"content": "b"}, r"was made with another content of student\.model\.path"),
+        ({"content": "b"}, r"was made with other content of student\.model\.path"),
     ],
 )
 def test_a_changed_setting_is_named_and_destroys_nothing(tmp_path, finished, changes, said):
@@ -88,6 +88,14 @@ def test_the_cause_is_named_and_not_only_its_consequence(tmp_path):
     assert f"{tmp_path / 'student' / 'model'} was made from another teacher" in str(error.value)
 
 
+def test_a_setting_keeps_its_name(tmp_path):
+    artefact = _artefact(tmp_path)
+    _make(artefact)
+    changed = replace(_artefact(tmp_path, rate=3e-3), settings={})
+    with pytest.raises(InputError, match=r"was made with training\.learning_rate 0\.001 \(now 0\.003\)"):
+        refuse_changed([changed])
+
+
 def test_what_others_have_put_there_is_left_alone(tmp_path):
     (tmp_path / "model").mkdir()
     refuse_changed([_artefact(tmp_path)])  # empty
@@ -100,7 +108,8 @@ def test_a_torn_record_is_said_in_a_sentence(tmp_path):
     artefact = _artefact(tmp_path)
     _make(artefact)
     (tmp_path / "model" / "inputs.json").write_text('{"key": "')
-    with pytest.raises(InputError, match=r"inputs\.json: cannot be read .* Delete .*model to make it anew"):
+    said = r"inputs\.json: cannot read what .*model was made from .* delete .*model to make it again"
+    with pytest.raises(InputError, match=said):
         refuse_changed([artefact])
 
 
