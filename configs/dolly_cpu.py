@@ -1,12 +1,12 @@
 """Real Dolly rows and the GPT-2 tokenizer, with models small enough for two CPU cores.
 
-    uv run train.py --config configs/dolly_cpu.py --workdir runs/dolly \
+    uv run l2m train --config configs/dolly_cpu.py --workdir runs/dolly \
         --config.data.train=dolly/train.jsonl --config.data.validation=dolly/dev.jsonl \
         --config.data.test=dolly/test.jsonl --config.data.tokenizer=tokenizers/gpt2
 
-A step takes a second or more, most of it in the heads of 50,257 entries: count on an hour or two. `:smoke` takes a few
-hundred rows and ends within five minutes. The models start from random weights, so they learn the
-form of the answers and some words, and not to answer: this is a check of the machinery on real text.
+A step takes a second or more, mostly in the heads with 50,257 entries: expect an hour or two. `:smoke` uses a few
+hundred rows and ends within five minutes. The models start from random weights, so they learn the form of the answers
+and some words, but not to answer: this checks the pipeline on real text.
 """
 
 from l2m_jax.config import defaults

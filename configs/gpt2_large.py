@@ -1,18 +1,18 @@
 """The paper's GPT-2 experiment: 1.5B into 760M, on Dolly.
 
-    uv run train.py --config configs/gpt2_large.py --workdir runs/gpt2_large
+    uv run l2m train --config configs/gpt2_large.py --workdir runs/gpt2_large
 
-Fetches gpt2-xl, gpt2-large and Dolly from the hub; without a network, give folders and files:
+Downloads gpt2-xl, gpt2-large and Dolly from the hub. Without a network, give folders and files:
 
     --config.teacher.model.path=FOLDER --config.student.model.path=FOLDER --config.data.train=FILE
 
-By `l2m plan`, for cards of 80 GB (hours are a roofline estimate):
+According to `l2m plan`, on 80 GB devices (hours are a roofline estimate):
 
-    4 × A100, pmap   35 GiB on a device (teacher fine-tuning), about 1.3 h
-    4 × A100, fsdp   14 GiB on a device (student), about 1.1 h
-    1 × H100         48 GiB on a device (student), about 3.0 h
+    4 × A100, pmap   35 GiB per device (teacher fine-tuning), about 1.3 h
+    4 × A100, fsdp   14 GiB per device (student), about 1.1 h
+    1 × H100         48 GiB per device (student), about 3.0 h
 
-`:minillm` takes MiniLLM's lengths and sampling rules in place of the paper's.
+`:minillm` uses MiniLLM's lengths and sampling rules instead of the paper's.
 """
 
 from l2m_jax.config import PRESETS, defaults

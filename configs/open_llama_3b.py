@@ -1,18 +1,19 @@
 """The paper's OpenLLaMA experiment: 7B into 3B, on Dolly.
 
-    uv run train.py --config configs/open_llama_3b.py --workdir runs/open_llama_3b
+    uv run l2m train --config configs/open_llama_3b.py --workdir runs/open_llama_3b
 
-Fetches openlm-research/open_llama_7b_v2, openlm-research/open_llama_3b_v2 and Dolly from the hub; without a network, give folders and files:
+Downloads openlm-research/open_llama_7b_v2, openlm-research/open_llama_3b_v2 and Dolly from the hub. Without a network,
+give folders and files:
 
     --config.teacher.model.path=FOLDER --config.student.model.path=FOLDER --config.data.train=FILE
 
-By `l2m plan`, for cards of 80 GB (hours are a roofline estimate):
+According to `l2m plan`, on 80 GB devices (hours are a roofline estimate):
 
-    4 × A100, pmap   does not fit: 151 GiB on a device (teacher fine-tuning)
-    4 × A100, fsdp   39 GiB on a device (teacher fine-tuning), about 4.2 h
-    1 × H100         does not fit: 152 GiB on a device (teacher fine-tuning)
+    4 × A100, pmap   does not fit: 151 GiB per device (teacher fine-tuning)
+    4 × A100, fsdp   39 GiB per device (teacher fine-tuning), about 4.2 h
+    1 × H100         does not fit: 152 GiB per device (teacher fine-tuning)
 
-`:minillm` takes MiniLLM's lengths and sampling rules in place of the paper's.
+`:minillm` uses MiniLLM's lengths and sampling rules instead of the paper's.
 """
 
 from l2m_jax.config import PRESETS, defaults
@@ -28,7 +29,7 @@ def get_config(variant: str = ""):
     config.teacher.finetune.update(epochs=10, learning_rate=5e-5)
     config.student.model.path = "openlm-research/open_llama_3b_v2"
     config.student.compute.remat = "block"
-    config.devices.mapping = "fsdp"  # the teacher's fine-tuning outgrows one card
+    config.devices.mapping = "fsdp"  # fine-tuning the teacher needs more than one device's memory
     config.curriculum.alpha = 0.15
     config.evaluation.sets = ("test", "self_inst", "vicuna", "s_ni", "un_ni")
     return config

@@ -1,18 +1,18 @@
 """The paper's OPT experiment: 2.7B into 350M, on Dolly.
 
-    uv run train.py --config configs/opt_350m.py --workdir runs/opt_350m
+    uv run l2m train --config configs/opt_350m.py --workdir runs/opt_350m
 
-Fetches facebook/opt-2.7b, facebook/opt-350m and Dolly from the hub; without a network, give folders and files:
+Downloads facebook/opt-2.7b, facebook/opt-350m and Dolly from the hub. Without a network, give folders and files:
 
     --config.teacher.model.path=FOLDER --config.student.model.path=FOLDER --config.data.train=FILE
 
-By `l2m plan`, for cards of 80 GB (hours are a roofline estimate):
+According to `l2m plan`, on 80 GB devices (hours are a roofline estimate):
 
-    4 × A100, pmap   60 GiB on a device (teacher fine-tuning), about 0.9 h
-    4 × A100, fsdp   15 GiB on a device (teacher fine-tuning), about 0.7 h
-    1 × H100         60 GiB on a device (teacher fine-tuning), about 1.7 h
+    4 × A100, pmap   60 GiB per device (teacher fine-tuning), about 0.9 h
+    4 × A100, fsdp   15 GiB per device (teacher fine-tuning), about 0.7 h
+    1 × H100         60 GiB per device (teacher fine-tuning), about 1.7 h
 
-`:minillm` takes MiniLLM's lengths and sampling rules in place of the paper's.
+`:minillm` uses MiniLLM's lengths and sampling rules instead of the paper's.
 """
 
 from l2m_jax.config import PRESETS, defaults

@@ -1,9 +1,9 @@
-"""A small GPT-2 distilled on synthetic tasks, from nothing, on two CPU cores.
+"""A small GPT-2, from random weights, distilled on synthetic tasks on two CPU cores.
 
-    uv run train.py --config configs/quickstart.py --workdir runs/quickstart
-    uv run train.py --config configs/quickstart.py:compare --workdir runs/compare
+    uv run l2m train --config configs/quickstart.py --workdir runs/quickstart
+    uv run l2m train --config configs/quickstart.py:compare --workdir runs/compare
 
-`:compare` also trains SFT and KLD students on the same budget.
+`:compare` also trains SFT and KL baselines on the same budget.
 """
 
 from l2m_jax.config import defaults
@@ -20,7 +20,7 @@ def get_config(variant: str = ""):
     config.teacher.finetune.update(epochs=12, batch_size=64, learning_rate=3e-3, dropout=0.0)
 
     config.student.model.architecture.update(num_layers=2, num_heads=4, hidden_size=64, max_positions=64)
-    # A few passes before the ranking, so that its answers say something about difficulty.
+    # Some training before the ranking: the answers of an untrained student say nothing about difficulty.
     config.student.warmup.update(epochs=3, batch_size=64, learning_rate=3e-3, dropout=0.0)
 
     config.curriculum.epochs_per_stage = 4

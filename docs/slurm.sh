@@ -4,31 +4,31 @@
 #SBATCH --ntasks-per-node=1         # one process a host, which takes all of its GPUs
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=32
-#SBATCH --mem=0                     # the host's whole memory
+#SBATCH --mem=0                     # all memory of the host
 #SBATCH --time=24:00:00
-#SBATCH --requeue                   # after a host failed, or a preemption
-#SBATCH --signal=B:USR1@180         # three minutes before the time is up: see the trap
+#SBATCH --requeue                   # after a host failure or a preemption
+#SBATCH --signal=B:USR1@180         # three minutes before the time limit: see the trap
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
 # sbatch docs/slurm.sh configs/gpt2_small.py /shared/runs/gpt2_small [--config.SETTING=VALUE ...]
-# The work directory lies on a file system that all hosts see. A job that starts again goes on there.
+# The work directory must be on a file system that all hosts see. A requeued job resumes from its last checkpoint there.
 
 config=$1
 workdir=$2
 shift 2
 
-# Processes talk to each other directly; gRPC would send even that through a proxy.
+# The processes connect to each other directly, but gRPC would send even these connections through a proxy.
 unset http_proxy https_proxy HTTP_PROXY HTTPS_PROXY
 
 trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
 
-# In the background, since bash runs a trap only between commands.
+# In the background, because bash runs a trap only between commands.
 srun --kill-on-bad-exit=1 --label python -u train.py --config="$config" --workdir="$workdir" "$@" &
 wait $!
 status=$?
 
-# 2 is input that a restart does not put right.
+# Status 2 is bad input, which a restart would not fix.
 if [ "$status" -ne 0 ] && [ "$status" -ne 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 5 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

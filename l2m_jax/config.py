@@ -1,7 +1,7 @@
-"""All settings of a run: the dataclasses that components own, nested.
+"""All settings of a run: the nested settings dataclasses of the components.
 
-A file in `configs/` starts from `defaults()`, changes what it needs and returns the ConfigDict; `parse` turns
-that into a validated `Config`. Nothing else in the package sees a ConfigDict.
+A file in `configs/` starts from `defaults()`, changes what it needs and returns the ConfigDict. `parse` turns that into
+a validated `Config`, which the rest of the package uses.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ STORE_DTYPES = ("float32", "bfloat16", "float16")
 class Teacher:
     model: Model = field(default_factory=Model)
     compute: Compute = field(default_factory=Compute)
-    finetune: FineTuning = field(default_factory=FineTuning)  # epochs = 0: used as it is
+    finetune: FineTuning = field(default_factory=FineTuning)  # epochs = 0: no fine-tuning
     signal: str = "store"  # "store" (hidden states computed once) or "live"
     store_dtype: str = "bfloat16"
 
@@ -48,9 +48,9 @@ class Teacher:
 class Student:
     model: Model = field(default_factory=Model)
     compute: Compute = field(default_factory=Compute)
-    # Before the ranking, for random weights.
+    # Before the ranking; random weights need it.
     warmup: FineTuning = field(default_factory=lambda: FineTuning(epochs=0))
-    seed: int = -1  # of distillation alone: order of examples, dropout, random subsets, rollouts (-1: seed)
+    seed: int = -1  # only of distillation: order of examples, dropout, random subsets, rollouts (-1: as seed)
 
     def __post_init__(self):
         require_at_least(self, -1, "seed")
@@ -60,20 +60,20 @@ class Student:
 class Config:
     seed: int = 42
     method: str = "l2m"
-    baselines: tuple[str, ...] = ()  # trained as well, on the same budget, and added to the table
+    baselines: tuple[str, ...] = ()  # methods to train as well, on the same budget
     data: Data = field(default_factory=Data)
     teacher: Teacher = field(default_factory=Teacher)
     student: Student = field(default_factory=Student)
     curriculum: Curriculum = field(default_factory=Curriculum)
     overrides: Overrides = field(default_factory=Overrides)
-    training: Training = field(default_factory=Training)  # of the student, in every stage
+    training: Training = field(default_factory=Training)  # of the student, in each stage
     rollouts: Rollouts = field(default_factory=Rollouts)
     sampling: SamplingRules = field(default_factory=SamplingRules)
     evaluation: Evaluation = field(default_factory=Evaluation)
     devices: Devices = field(default_factory=Devices)
-    max_shapes: int = 4  # compiled shapes of packed rows in a phase
+    max_shapes: int = 4  # maximum number of compiled shapes of packed rows in a phase
     chunk_size: int = 512  # tokens whose logits are held at once
-    checkpoint_minutes: float = 10.0  # between checkpoints within a stage; 0: after each step
+    checkpoint_minutes: float = 10.0  # minutes between checkpoints within a stage; 0: after each step
     tensorboard: bool = False  # also write TensorBoard events (extra: tracking)
 
     def __post_init__(self):
@@ -93,11 +93,11 @@ class Config:
 
     @property
     def student_seed(self) -> int:
-        """Of everything that is random in distilling the student."""
+        """The seed of everything random in the distillation."""
         return self.seed if self.student.seed < 0 else self.student.seed
 
 
-# What changes cost or rounding alone: it is in no artefact's key (docs/settings.md lists what is in which).
+# What changes only cost or rounding, and is in no artefact's key (see docs/settings.md).
 COST_ONLY = (
     "devices",
     "teacher.compute",
@@ -110,9 +110,9 @@ COST_ONLY = (
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The paper's protocol: drop examples over 1,024 tokens, top-k 50, at most 512 new tokens.
+    # The paper's protocol: at most 1,024 tokens (longer examples are dropped), top-k 50, at most 512 new tokens.
     "paper": {},
-    # MiniLLM's: prompt at most 256, 512 in all, 256 new tokens, no repeated 6-gram, whole vocabulary.
+    # MiniLLM's: at most 256 prompt tokens, 512 in total, 256 new ones, no repeated 6-gram, the whole vocabulary.
     "minillm": {
         "data.max_length": 512,
         "data.max_prompt_length": 256,
@@ -142,21 +142,21 @@ def parse(config: ConfigDict | dict[str, Any]) -> Config:
     """The validated settings.
 
     Raises:
-        InputError: an unknown key, a value of the wrong type, or one out of range; the key is named.
+        InputError: names an unknown setting, a value of the wrong type, or one out of range.
     """
     values = config.to_dict() if isinstance(config, ConfigDict) else config
     return _build(Config, values, "config")
 
 
 def change(config: Config, changes: Mapping[str, Any]) -> Config:
-    """`config` with some settings changed, as in `{"curriculum.alpha": 0.3}`."""
+    """`config` with changed settings, as in `{"curriculum.alpha": 0.3}`."""
     changed = ConfigDict(to_dict(config))
     changed.update_from_flattened_dict(changes)
     return parse(changed)
 
 
 def without_cost(config: Config) -> Config:
-    """`config` with the settings that change cost or rounding alone at their defaults."""
+    """`config` with the settings that change only cost or rounding at their defaults."""
     defaults = Config()
     changes = {name: getattr(defaults, name) for name in COST_ONLY if "." not in name}
     for name in ("teacher", "student"):

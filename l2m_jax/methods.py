@@ -1,4 +1,4 @@
-"""Every row of the paper's tables by name: objective, data and curriculum of a method.
+"""The rows of the paper's tables by name: objective, data and curriculum of each method.
 
 p is the teacher, q the student.
 
@@ -17,7 +17,7 @@ p is the teacher, q the student.
 | m2l | the same with α_i falling | reference | the same |
 | random_order | as l2m | reference | the same stages, subsets drawn at random |
 
-`overrides.policy` puts any method with a teacher on- or off-policy, as `skl_on_policy` is skl with "on".
+`overrides.policy` makes any method with a teacher on- or off-policy: `skl_on_policy` is skl with "on".
 """
 
 import dataclasses
@@ -39,14 +39,14 @@ from l2m_jax.losses import DIVERGENCE_NAMES, Objective
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a named method fixes, to be changed by hand (empty or negative: the method's own).
+    """Changes to what a method fixes (empty or negative: the method's own value).
 
     Raises:
         InputError: a value outside its range.
     """
 
     divergence: str = ""
-    alpha: float = -1.0  # of single-stage methods; `curriculum.alpha` is that of staged ones
+    alpha: float = -1.0  # of single-stage methods; staged ones use `curriculum.alpha`
     beta: float = -1.0  # of methods with a constant β
     temperature: float = 1.0
     policy: str = "own"  # "on" (with responses of the current student, see `Rollouts`) or "off"
@@ -62,19 +62,15 @@ class Overrides:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Responses that the student generates as it learns: what on-policy methods train on.
+    """Responses that the student generates as it learns, for on-policy methods to train on.
 
     Raises:
         InputError: a value outside its range.
     """
 
-    student_share: float = (
-        0.5  # of the examples; the others keep their response (DistiLLM-2 has both of each)
-    )
-    refreshes: int = 0  # times an epoch that responses are sampled anew; 0: the method's own number
-    replay_share: float = (
-        0.0  # of the student's responses, those taken from an earlier epoch if there are any
-    )
+    student_share: float = 0.5  # of the examples; the others keep their response (DistiLLM-2 uses both)
+    refreshes: int = 0  # how often per epoch responses are sampled anew; 0: the method's own number
+    replay_share: float = 0.0  # of the student's responses: taken from an earlier epoch, if there are any
 
     def __post_init__(self):
         require_positive(self, "student_share")
@@ -88,18 +84,18 @@ class Method:
     Attributes:
         divergence: one of `losses.DIVERGENCE_NAMES`.
         alpha: skew of a single-stage method; staged methods take theirs from the curriculum's settings.
-        beta: weight of the divergence against cross-entropy: 0 is cross-entropy alone.
-        staged: Baby-Step stages instead of one pass over everything.
-        adaptive_beta: β_i from the curriculum's settings; else `beta` throughout.
-        falling_alpha: α_i from α down to 0 instead of up.
+        beta: weight of the divergence against cross-entropy; 0 is cross-entropy alone.
+        staged: Baby-Step stages instead of a single stage with all data.
+        adaptive_beta: β_i from the curriculum's settings instead of `beta` in all stages.
+        falling_alpha: α_i falls from α to 0 instead of rising.
         ranking: overrides the curriculum's ranking.
-        responses: "reference", or "teacher": generated once.
-        on_policy: the current student's responses, in place of some of these or, with `contrast`, beside them.
-        refreshes: how many times an epoch an on-policy method samples responses anew.
-        temperature: of both sides' logits in the divergence.
+        responses: "reference", or "teacher" (generated once).
+        on_policy: use the current student's responses instead of some of these or, with `contrast`, in addition.
+        refreshes: how often per epoch an on-policy method samples responses anew.
+        temperature: of both models' logits in the divergence.
         contrast: b of DistiLLM-2 (Ko et al., 2025): (2-b)·mean D on `responses` + b·mean D_2 on the student's own
             (the initial one's off-policy), where D_2 is KL(q‖(1-α)p+α·stop_gradient(q)) and each mean is over
-            tokens, then over responses. 0: D alone.
+            tokens, then over responses. 0: only D.
     """
 
     divergence: str = "skew_kl"
@@ -148,10 +144,10 @@ def get(
     rollouts: Rollouts = _ROLLOUTS,
     curriculum: Curriculum = _CURRICULUM,
 ) -> Method:
-    """The method of that name with its overrides.
+    """The method `name` with overrides.
 
     Raises:
-        InputError: no such method; the known ones are listed. Or overrides that make no sense with it.
+        InputError: no such method, or overrides that do not apply to it.
     """
     require(name, "method")
     method = METHODS[name]
@@ -176,7 +172,7 @@ def get(
 
 
 def require(name: str, setting: str) -> None:
-    """Raises InputError, which begins with `setting`, unless there is a method of that name."""
+    """Raises InputError, beginning with `setting`, unless there is a method `name`."""
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -184,10 +180,10 @@ def require(name: str, setting: str) -> None:
 
 
 def _refuse_unused(name: str, method: Method, overrides: Overrides) -> None:
-    """An override without an effect is a mistake that nobody would notice."""
+    """Refuses overrides without an effect, which would go unnoticed."""
     if overrides.divergence and method.contrast:
         raise InputError(
-            f"overrides.divergence: {name} is two divergences, skew_kl and skew_reverse_kl_fixed_mixture; "
+            f"overrides.divergence: {name} has two divergences, skew_kl and skew_reverse_kl_fixed_mixture; "
             "leave it empty"
         )
     if overrides.alpha >= 0 and method.staged:
@@ -199,13 +195,11 @@ def _refuse_unused(name: str, method: Method, overrides: Overrides) -> None:
 
 
 def stages(method: Method, curriculum: Curriculum, order: np.ndarray, seed: int = 0) -> tuple[Stage, ...]:
-    """What the method trains on.
-
-    All methods see the same number of examples: a single-stage method as many as the staged ones.
+    """The stages of a method. A single-stage method sees as many examples in total as the staged ones.
 
     Args:
-        order: the training examples, easiest first.
-        seed: of the subsets of a method that fills its stages at random.
+        order: indices of the training examples, easiest first.
+        seed: for the subsets of a method with random stages.
     """
     c = curriculum
     if method.ranking == "random":
@@ -225,11 +219,11 @@ def stages(method: Method, curriculum: Curriculum, order: np.ndarray, seed: int 
 
 
 def objectives(method: Method, stage: Stage) -> tuple[Objective, ...]:
-    """The static objectives of a stage: that on `method.responses` and, with `contrast`, that on the student's."""
+    """The static objectives of a stage: on `method.responses` and, with `contrast`, on the student's responses."""
     objective = Objective(method.divergence, stage.alpha, stage.beta, method.temperature)
     if not method.contrast:
         return (objective,)
-    # The mean over the responses of both terms, which are as many in each, is half the sum of the terms' means.
+    # Both terms have equally many responses, so the mean over all is half the sum of the two means.
     first, second = (2 * factor for factor in (2 - method.contrast, method.contrast))
     student = "skew_reverse_kl_fixed_mixture"
     return (
@@ -239,10 +233,10 @@ def objectives(method: Method, stage: Stage) -> tuple[Objective, ...]:
 
 
 def needs_teacher(method: Method, curriculum: Curriculum) -> bool:
-    """Whether any stage has a divergence from the teacher in its loss."""
+    """Whether the loss of any stage includes a divergence from the teacher."""
     return max(curriculum.beta_first, curriculum.beta_last) > 0 if method.adaptive_beta else method.beta > 0
 
 
 def needs_ranking(method: Method, curriculum: Curriculum) -> bool:
-    """Whether it depends on the examples' difficulty what the method trains on, or when."""
+    """Whether the examples' difficulty decides what the method trains on, or when."""
     return method.ranking != "random" and (method.staged or bool(curriculum.subsets))

@@ -1,7 +1,7 @@
-"""Several processes, one a host: how they find each other, and what the first one does for all.
+"""Several processes, one per host: how they find each other, and what the first one does for all.
 
-All of them run the same program on the same files. What is written is written by the first, and what depends on
-a file that is being written (is this artefact finished?) is decided by the first: `first` does both.
+All run the same program on the same files. The first process writes, and decides what depends on files that are being
+written (is this artefact finished?). `first` does both.
 """
 
 import itertools
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Devices:
-    """The devices of a run, and how its processes find each other. Changes cost and rounding, never the result.
+    """The devices of a run, and how its processes find each other. Changes only cost and rounding.
 
     Raises:
         InputError: a value outside its range.
@@ -33,7 +33,7 @@ class Devices:
 
     mapping: str = "pmap"  # "pmap" (replicated) or "fsdp" (sharded parameters)
     count: int = 0  # 0: all
-    slots: int = 0  # sequences decoded at once on a device; 0: chosen from the model's size
+    slots: int = 0  # sequences decoded at once on each device; 0: chosen from the model's size
     coordinator: str = ""  # host:port of process 0; empty: from the environment, or one process
     num_processes: int = (
         0  # 0: from the environment (SLURM, Open MPI, Kubernetes, TPU pods); 1: only this one
@@ -54,23 +54,23 @@ class Devices:
             )
 
 
-_SILENCE = 100  # seconds without a sign of life from a process until the others end: JAX's default
+_SILENCE = 100  # seconds without a heartbeat from a process until the others end: JAX's default
 _LONGEST_WORK = (
     7 * 24 * 3600
-)  # seconds that the first process may work while others wait; it shows signs of life
+)  # seconds that the others wait for the first process, which sends heartbeats meanwhile
 _barriers = itertools.count()
 _working = False  # whether the first process is in `first`
 
 
 def start(devices: Devices) -> None:
-    """Joins the processes of this run, if it has several. Comes before anything that touches a device.
+    """Joins the processes of this run, if it has several. Call it before anything that uses a device.
 
-    Address, count and rank come from `devices`, or from what started the processes, as JAX finds it: SLURM, Open
-    MPI, Kubernetes (with the package `kubernetes`), a TPU pod. Without either this is the only process.
+    Address, count and rank come from `devices`, or from the environment as JAX detects it: SLURM, Open MPI, Kubernetes
+    (with the package `kubernetes`), a TPU pod. Without either, this is the only process.
 
     Raises:
-        InputError: settings that do not fit together. Where the others cannot be reached within
-            `devices.timeout` seconds the process ends with a message: JAX itself would abort.
+        InputError: settings that do not fit together. If the others cannot be reached within `devices.timeout` seconds,
+            the process ends with a message, where JAX would abort.
     """
     address = devices.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     if devices.num_processes == 1 or jax.distributed.is_initialized():
@@ -84,7 +84,7 @@ def start(devices: Devices) -> None:
             address,
             devices.num_processes or None,
             devices.process_id if devices.process_id >= 0 else None,
-            # JAX would give a task of SLURM or Open MPI one device of its host. Ours has the host to itself.
+            # JAX would give a task of SLURM or Open MPI only one device. Here it has the whole host.
             local_device_ids=None if "JAX_LOCAL_DEVICE_IDS" in os.environ else (),
             initialization_timeout=devices.timeout + 60,
             heartbeat_timeout_seconds=silence,
@@ -93,7 +93,7 @@ def start(devices: Devices) -> None:
     except (ValueError, RuntimeError) as error:
         asked = address is not None or devices.num_processes or devices.process_id >= 0
         if not asked and "coordinator_address" in str(error):
-            return  # nothing in the environment speaks of other processes
+            return  # the environment mentions no other processes
         raise InputError(
             f"config.devices: {str(error).rstrip('.')}; set coordinator (host:port), num_processes and process_id, or "
             "num_processes=1 for a single process"
@@ -107,8 +107,8 @@ def start(devices: Devices) -> None:
 def _give_up(address: str | None, seconds: int) -> None:
     print(
         f"error: config.devices.coordinator: the processes of this run did not all meet at "
-        f"{repr(address) if address else 'the address that the environment gives'} within {seconds} s; check the "
-        "address, that every process was started, and that no firewall or proxy (http_proxy) lies between, or raise "
+        f"{repr(address) if address else 'the address from the environment'} within {seconds} s; check the address, "
+        "that every process was started, and that no firewall or proxy (http_proxy) is in between, or raise "
         "config.devices.timeout",
         file=sys.stderr,
         flush=True,
@@ -117,17 +117,17 @@ def _give_up(address: str | None, seconds: int) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process writes what there is to write."""
+    """Whether this is the first process, which writes for all."""
     return jax.process_index() == 0
 
 
 def first(work: Callable[[], T]) -> T:
-    """`work()` done by the first process alone: its value in all of them, or its exception in all of them.
+    """Runs `work()` in the first process only. Returns its value, or raises its exception, in all processes.
 
-    The others wait, so that afterwards they find what it wrote. All of them call it together.
+    All processes call it together. The others wait, so that afterwards they find what the first one wrote.
 
     Raises:
-        RuntimeError: called within `work`, where the others would wait for ever.
+        RuntimeError: called within `work`, where the others would wait forever.
     """
     global _working
     if _working:
@@ -150,7 +150,7 @@ def first(work: Callable[[], T]) -> T:
 
 
 def _wait() -> None:
-    """Until all processes are here. Not by a collective of the devices, which gives up after half a minute."""
+    """Waits until all processes are here. A device collective would time out after half a minute."""
     import orbax.checkpoint as ocp
 
     barrier = ocp.multihost.get_barrier_sync_fn()
@@ -158,7 +158,7 @@ def _wait() -> None:
 
 
 def _from_first(value: Any) -> Any:
-    """The first process's `value`, in all."""
+    """The first process's `value`, in all processes."""
     data = np.frombuffer(pickle.dumps(value), np.uint8) if is_first() else np.zeros(0, np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     padded = np.zeros(1 << (size - 1).bit_length(), np.uint8)  # few sizes, so few compilations

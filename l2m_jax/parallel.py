@@ -1,20 +1,20 @@
 """Placement: which devices a run uses, and how functions and arrays are laid out over them.
 
-No other module maps functions over devices, places arrays or gathers them. There are two mappings of the same functions:
+No other module maps functions over devices, places arrays or gathers them. The same functions have two mappings:
 
-- "pmap": `jax.pmap`. Parameters and state are replicated. Placed arrays carry a leading device axis, and a
-  function sees one device's copy.
+- "pmap": `jax.pmap`. Parameters and state are replicated. Placed arrays have a leading device axis, and a function sees
+  one device's copy.
 - "fsdp": `jax.jit` over a mesh. Parameters and state are global arrays, each sharded along its largest axis that the
-  devices divide. What is fed to devices keeps its leading device axis, which is sharded.
+  devices divide. Batches keep their leading device axis, which is sharded.
 
-A function says once, where it is defined, what its arguments are (`over_devices`):
+A function declares the kinds of its arguments once, where it is defined (`over_devices`):
 
 - static: hashable values that the program is compiled for;
 - weights: placed parameters or state;
 - replicated: plain values, equal on all devices, such as a learning rate;
-- everything else is a batch: one share a device.
+- all others are batches: one share per device.
 
-With several processes, the device axis under "pmap" is that of this process's devices alone.
+With several processes, the device axis under "pmap" covers only the devices of this process.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """How the arguments and results of a function lie on devices; see `over_devices`."""
+    """How a function's arguments and results are laid out over devices; see `over_devices`."""
 
     static: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
@@ -60,17 +60,17 @@ def over_devices(
     one_device: bool = False,
     split_rows: bool = True,
 ) -> Callable[[F], F]:
-    """Declares how `Placement.map` lays out a function's arguments, by their names.
+    """Declares how `Placement.map` lays out a function's arguments, by name.
 
     Args:
-        static, weights, replicated: kinds of arguments (see the module); all others are batches.
-        donate: arguments whose buffers the results may take over.
-        returns: "weights" where the results are parameters or state, "batch" where they are one share a device.
+        static, weights, replicated: kinds of arguments (see the module docstring); all others are batches.
+        donate: arguments whose buffers the results may reuse.
+        returns: "weights" for parameters or state, "batch" for one share per device.
         one_device: under "fsdp" the function sees one device's share at a time, without the device axis.
             Otherwise it must accept the leading device axis of its batches, and sum over it.
-        split_rows: under "fsdp", keep activations with their rows. Not worth it for one token a row.
+        split_rows: under "fsdp", shard activations by rows. Not worth it for one token per row.
 
-    A function with a keyword argument `axis_name` gets the name of the device axis under "pmap", else None.
+    A function with a keyword argument `axis_name` gets the name of the device axis under "pmap", otherwise None.
     """
     layout = Layout(
         tuple(static), tuple(weights), tuple(replicated), tuple(donate), returns, one_device, split_rows
@@ -85,7 +85,7 @@ def over_devices(
 
 @dataclass(frozen=True)
 class Placement:
-    """A mapping ("pmap" or "fsdp") over `devices`: those of all processes, one process after another."""
+    """A mapping ("pmap" or "fsdp") over `devices`, those of all processes, grouped by process."""
 
     mapping: str
     devices: tuple[jax.Device, ...]  # pyright: ignore[reportInvalidTypeForm]
@@ -100,24 +100,24 @@ class Placement:
 
     @functools.cached_property
     def local(self) -> range:
-        """Which of `devices` are this process's."""
+        """The indices of this process's devices in `devices`."""
         own = [i for i, device in enumerate(self.devices) if device.process_index == jax.process_index()]
         return range(own[0], own[-1] + 1)
 
     @property
     def _by_device(self) -> NamedSharding:
-        """One entry of the first axis on each device: on each of this process's under "pmap"."""
+        """One entry of the first axis on each device (under "pmap": of this process)."""
         mesh = self.mesh.local_mesh if self.mapping == "pmap" else self.mesh
         return NamedSharding(mesh, PartitionSpec(AXIS))
 
     # Functions
 
     def map(self, function: Callable) -> Callable:
-        """`function`, declared with `over_devices`, compiled for all devices. Arguments are positional."""
+        """`function`, declared with `over_devices`, mapped over all devices. Arguments are positional."""
         return _mapped(self, function)
 
     def create(self, function: Callable[[], Any]) -> Any:
-        """One share of `function()` on each device, made there."""
+        """One share of `function()` per device, computed on that device."""
 
         def stacked():
             return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (self._axis_size, *x.shape)), function())
@@ -125,7 +125,7 @@ class Placement:
         return jax.jit(stacked, out_shardings=self._by_device)()
 
     def initialise(self, function: Callable[[], Any]) -> Any:
-        """Weights that `function()` computes, placed. Under "fsdp" no device ever holds all of them."""
+        """Computes and places the weights that `function()` returns. Under "fsdp" no device ever holds all of them."""
         if self.mapping == "pmap":
             return self.place(jax.jit(function)())
         return jax.jit(lambda: self._constrain(function()))()
@@ -137,10 +137,9 @@ class Placement:
     # Weights
 
     def sharding(self, shape: tuple[int, ...], *, stacked: bool = False) -> NamedSharding:
-        """Along the largest axis that the devices divide; replicated where none does.
+        """Sharding along the largest axis that the devices divide; replicated if there is none.
 
-        `stacked` spares the leading layer axis: a scan over a sharded axis would fetch every layer from
-        one device.
+        `stacked` excludes the leading layer axis: a scan over a sharded axis would fetch every layer from one device.
         """
         first = 1 if stacked else 0
         axes = [i for i in range(first, len(shape)) if shape[i] and shape[i] % self.num_devices == 0]
@@ -152,10 +151,10 @@ class Placement:
     def put(
         self, shape: tuple[int, ...], read: Callable[[Index], np.ndarray], *, stacked: bool = False
     ) -> jax.Array:
-        """One leaf of the weights, placed; `read` gives a piece of it on the host.
+        """Places one leaf of the weights; `read` returns a piece of it on the host.
 
-        Under "fsdp" only the pieces of this process's devices are read. What is placed has buffers of its own: views
-        of other arrays are copied; an array that owns its memory is taken over.
+        Under "fsdp" only the pieces of this process's devices are read. The placed leaf has its own buffers: views of
+        other arrays are copied, and an array that owns its memory is taken over.
         """
 
         def read_own(index: Any) -> np.ndarray:
@@ -168,7 +167,7 @@ class Placement:
         return jax.make_array_from_single_device_arrays((len(shards), *shape), self._by_device, shards)
 
     def place(self, tree: Any) -> Any:
-        """Parameters or state onto all devices, leaf by leaf, into buffers of their own, which a step may donate."""
+        """Places parameters or state on all devices, leaf by leaf, in their own buffers, which a step may donate."""
 
         def place(path, x):
             host = np.asarray(x)
@@ -177,7 +176,7 @@ class Placement:
         return jax.tree_util.tree_map_with_path(place, tree)
 
     def abstract(self, tree: Any) -> Any:
-        """Shapes (of `jax.eval_shape`, say) as `place` would lay out such arrays."""
+        """Shapes, such as from `jax.eval_shape`, with the layout that `place` gives such arrays."""
 
         def abstract(path, x):
             if self.mapping == "fsdp":
@@ -188,7 +187,7 @@ class Placement:
         return jax.tree_util.tree_map_with_path(abstract, tree)
 
     def to_host(self, tree: Any) -> Any:
-        """Copies of placed weights as NumPy arrays, whole in every process, leaf by leaf."""
+        """Copies placed weights to NumPy arrays, leaf by leaf, complete in every process."""
 
         def fetch(x):
             if self.mapping == "pmap":
@@ -206,7 +205,7 @@ class Placement:
     # Batches and results
 
     def feed(self, tree: Any) -> Any:
-        """Host arrays with a leading axis of all devices: each share onto its device, if that is this process's."""
+        """Puts the shares of host arrays, along a leading axis of all devices, on this process's devices."""
 
         def put(x):
             if self.mapping == "pmap":
@@ -216,14 +215,14 @@ class Placement:
         return jax.tree.map(put, tree)
 
     def abstract_batch(self, tree: Any) -> Any:
-        """Shapes of one device's share as `feed` would lay out such arrays."""
+        """Shapes of one device's share, with the layout that `feed` gives such arrays."""
         sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((self.num_devices, *x.shape), x.dtype, sharding=sharding), tree
         )
 
     def gather(self, tree: Any) -> Any:
-        """Results with their leading axis of all devices, as NumPy arrays, in every process. Waits for them."""
+        """Results as NumPy arrays with a leading axis of all devices, in every process. Waits for them."""
         return multihost_utils.process_allgather(tree, tiled=True)
 
     def read(self, tree: Any) -> Any:
@@ -232,7 +231,7 @@ class Placement:
 
 
 def is_stacked(path: Sequence[Any]) -> bool:
-    """Whether a leaf lies under "blocks" and carries a leading layer axis (`unstack_layers` takes that away)."""
+    """Whether a leaf under "blocks" has a leading layer axis (`unstack_layers` removes it)."""
     names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
     return any(
         name == "blocks" and not isinstance(after, jax.tree_util.SequenceKey)
@@ -265,7 +264,7 @@ def _mapped(placement: Placement, function: Callable) -> Callable:
     batched = [name not in (*layout.static, *layout.weights, *layout.replicated) for name in names]
 
     def sharded(*arguments):
-        # Where devices are a mapped axis, their rows are not split further.
+        # If the device axis is mapped, rows are not split further.
         rows = NamedSharding(placement.mesh, PartitionSpec() if layout.one_device else PartitionSpec(AXIS))
         with rows_split_as(rows) if layout.split_rows else contextlib.nullcontext():
             called = functools.partial(function, axis_name=None) if takes_axis_name else function
@@ -301,10 +300,10 @@ _ROWS: contextvars.ContextVar[NamedSharding | None] = contextvars.ContextVar("ro
 
 @contextlib.contextmanager
 def rows_split_as(sharding: NamedSharding) -> Iterator[None]:
-    """While a function is traced in here, `split_rows` gives arrays this sharding, which names their first axis.
+    """While a function is traced in this context, `split_rows` gives arrays `sharding`, which names their first axis.
 
-    Left to itself, the compiler splits some activations as the parameters are: over heads, say, which the cuDNN
-    kernel refuses beside a mask that is split over rows.
+    Left to itself, the compiler splits some activations like the parameters, for instance over heads, which the cuDNN
+    kernel refuses together with a mask that is split over rows.
     """
     token = _ROWS.set(sharding)
     try:
@@ -314,6 +313,6 @@ def rows_split_as(sharding: NamedSharding) -> Iterator[None]:
 
 
 def split_rows(x: jax.Array) -> jax.Array:
-    """`x`, whose first axis is the batch, sharded as `rows_split_as` says; unchanged outside of it."""
+    """`x`, whose first axis is the batch, with the sharding of `rows_split_as`; unchanged outside that context."""
     sharding = _ROWS.get()
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)

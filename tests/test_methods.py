@@ -54,7 +54,7 @@ def test_skl_on_policy_is_skl_but_for_its_policy():
         ("l2m", Overrides(alpha=0.3), "overrides.alpha: l2m is staged and takes α_i from curriculum.alpha"),
         ("m2l", Overrides(beta=0.3), "overrides.beta: m2l takes β_i from curriculum.beta_first"),
         ("distillm2", Overrides(beta=0.5), "overrides.beta: distillm2"),
-        ("distillm2", Overrides(divergence="jsd"), "overrides.divergence: distillm2 is two divergences"),
+        ("distillm2", Overrides(divergence="jsd"), "overrides.divergence: distillm2 has two divergences"),
         ("distilm2", Overrides(), "did you mean 'distillm2'"),
     ],
 )

@@ -1,6 +1,6 @@
 """The curriculum of L2M-KD: ranking, partition, Baby-Step stages and schedules.
 
-All of it is pure and needs neither JAX nor a model.
+Pure functions that need neither JAX nor a model.
 """
 
 from l2m_jax.curriculum.difficulty import RANKINGS, Difficulty, rank

@@ -1,4 +1,4 @@
-"""From two scores a training example to its place between easy and hard, and the file that keeps it."""
+"""The difficulty of training examples: from two scores each to their ranks, and the file of both."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ _FUSION_CONSTANT = 60
 
 
 def _standing(difficulty_N: np.ndarray) -> np.ndarray:
-    """1 + the number of examples that are strictly easier, so that equal scores count the same."""
+    """1 + the number of strictly easier examples. Equal scores give equal standings."""
     return 1 + np.searchsorted(np.sort(difficulty_N), difficulty_N)
 
 
@@ -34,13 +34,13 @@ def rank(
     Methods:
         fusion: reciprocal rank fusion. An example scores 1/(60 + r_rouge) + 1/(60 + r_ce), where r is 1 + the
             number of examples that are strictly easier by that measure; the highest score is the easiest.
-        rouge: falling Rouge-L.
-        rouge_then_cross_entropy: falling Rouge-L, where equal rising cross-entropy.
-        random: a permutation drawn from `seed`, whatever the scores.
+        rouge: descending Rouge-L.
+        rouge_then_cross_entropy: descending Rouge-L, with ties in ascending cross-entropy.
+        random: a permutation from `seed`, independent of the scores.
 
     Args:
-        rouge_l_N: Rouge-L of the student's own output against the reference; a high one is easy.
-        cross_entropy_N: mean cross-entropy of the reference response; a low one is easy.
+        rouge_l_N: Rouge-L of the student's own output against the reference; high is easy.
+        cross_entropy_N: mean cross-entropy of the reference response; low is easy.
 
     Returns:
         order_N: int64, indices of the examples, easiest first.
@@ -50,9 +50,11 @@ def rank(
     """
     rouge_l_N, cross_entropy_N = np.asarray(rouge_l_N, np.float64), np.asarray(cross_entropy_N, np.float64)
     if rouge_l_N.shape != cross_entropy_N.shape or rouge_l_N.ndim != 1:
-        raise ValueError(f"one score of each kind an example: {rouge_l_N.shape} and {cross_entropy_N.shape}")
+        raise ValueError(
+            f"expected one score of each kind per example, got {rouge_l_N.shape} and {cross_entropy_N.shape}"
+        )
     if method not in RANKINGS:
-        raise InputError(f"ranking method '{method}' is not known: choose one of {', '.join(RANKINGS)}")
+        raise InputError(f"unknown ranking method '{method}': choose one of {', '.join(RANKINGS)}")
     if method == "random":
         return np.random.default_rng(seed).permutation(len(rouge_l_N)).astype(np.int64)
     for name, scores in (("Rouge-L", rouge_l_N), ("cross-entropy", cross_entropy_N)):
@@ -60,7 +62,7 @@ def rank(
             example = int(np.flatnonzero(~np.isfinite(scores))[0])
             raise InputError(
                 f"the {name} of training example {example} is {scores[example]}: "
-                "check the weights of the model that ranks the samples"
+                "check the weights of the model that ranks the examples"
             )
     if method == "fusion":
         by_rouge, by_cross_entropy = _standing(-rouge_l_N), _standing(cross_entropy_N)
@@ -73,14 +75,14 @@ def rank(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Difficulty:
-    """How hard each training example is. Arrays have one entry an example, in the order of the corpus.
+    """The difficulty of each training example. Arrays have one entry per example, in the order of the corpus.
 
     Attributes:
         ids: the examples' ids.
-        rouge_l: float64 in [0, 1], the student's own output against the reference.
+        rouge_l: float64 in [0, 1], of the student's own output against the reference.
         cross_entropy: float64, mean over the response's tokens, in nats.
         rank: int64, 0 for the easiest example.
-        subset: int64, 1 for the easiest subset, which stage 1 trains on.
+        subset: int64, 1 for the easiest subset (that of stage 1).
     """
 
     ids: tuple[str, ...]
@@ -100,7 +102,7 @@ class Difficulty:
         method: str = "fusion",
         seed: int = 0,
     ) -> "Difficulty":
-        """Ranks the examples by `method` and cuts them into `subsets` (see `rank` and `partition`)."""
+        """Ranks the examples by `method` and divides them into `subsets` (see `rank` and `partition`)."""
         order = rank(rouge_l_N, cross_entropy_N, method, seed=seed)
         rank_N, subset_N = np.empty_like(order), np.empty_like(order)
         rank_N[order] = np.arange(len(order))
@@ -122,7 +124,7 @@ class Difficulty:
         return tuple(order[self.subset[order] == number] for number in np.unique(self.subset))
 
     def write(self, path: Path) -> None:
-        """Writes one row an example, in the order of the corpus; a reader never sees part of the file."""
+        """Writes one row per example, in the order of the corpus. A reader never sees an incomplete file."""
         table = pa.table(
             {
                 "id": pa.array(self.ids, pa.string()),
@@ -142,7 +144,7 @@ class Difficulty:
         """Reads what `write` wrote.
 
         Raises:
-            InputError: no such file, or not one row an example with the five columns.
+            InputError: the file is missing, cannot be read, or lacks one of the five columns.
         """
         names = ("rouge_l", "cross_entropy", "rank", "subset")
         try:
@@ -150,5 +152,5 @@ class Difficulty:
             return cls(tuple(table["id"].to_pylist()), *(table[name].to_numpy() for name in names))
         except (OSError, pa.ArrowException, KeyError) as error:
             raise InputError(
-                f"{path}: cannot be read as a difficulty file ({error}); delete it and rank the samples again"
+                f"{path}: cannot be read as a difficulty file ({error}); delete it and rank the examples again"
             ) from error

@@ -14,7 +14,7 @@ from l2m_jax.errors import (
 
 @dataclass(frozen=True)
 class Curriculum:
-    """How training examples are ranked, and the stages that they are learnt in. Defaults are the paper's.
+    """How training examples are ranked, and the stages in which they are learnt. Defaults are the paper's.
 
     Raises:
         InputError: a value outside its range.
@@ -24,12 +24,12 @@ class Curriculum:
     epochs_per_stage: int = 8  # on cumulative quarters: 20 epochs' worth, which single-stage methods also get
     ranking: str = "fusion"  # one of `difficulty.RANKINGS`
     ranking_model: str = ""  # folder of the student that ranks; empty: the student's initial weights
-    subsets: tuple[int, ...] = ()  # which of the subsets are trained on, 1 the easiest (empty: all)
+    subsets: tuple[int, ...] = ()  # the subsets to train on; 1 is the easiest (empty: all)
     alpha: float = 0.1  # α_n of Eq. 6
     beta_first: float = 0.7  # β_1 and β_n of Eq. 7
     beta_last: float = 1.0
     restart_optimizer: bool = True  # a new schedule and optimiser state in each stage
-    patience: int = 0  # end a stage after so many validations without a better Rouge-L (0: never)
+    patience: int = 0  # end a stage after this many validations without a better Rouge-L (0: never)
 
     def __post_init__(self):
         require_positive(self, "stages", "epochs_per_stage")

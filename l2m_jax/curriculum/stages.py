@@ -11,15 +11,15 @@ from l2m_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage of training: which examples, for how long, with which objective.
+    """One stage of training: its examples, its length and its objective.
 
     Attributes:
-        index: i, counted from 1.
+        index: i, starting at 1.
         alpha: α_i, the teacher's share in the skew mixture (Eq. 6).
         beta: β_i, the weight of the divergence against cross-entropy (Eq. 7).
-        indices: int64, the examples of this stage, easiest subset first. Takes no part in == and hash.
-        epochs: passes over `indices`, the last of which may be cut short.
-        examples: the number of examples trained on in all, at most epochs · len(indices).
+        indices: int64, the examples of this stage, easiest subset first. Ignored by == and hash.
+        epochs: passes over `indices`; the last one may be incomplete.
+        examples: the total number of examples seen, at most epochs · len(indices).
     """
 
     index: int
@@ -30,17 +30,17 @@ class Stage:
     examples: int
 
     def examples_in_epoch(self, epoch: int) -> int:
-        """How many examples epoch 0, 1, ... takes, from the front of that epoch's order."""
+        """The number of examples in an epoch (0, 1, ...): the first ones of that epoch's order."""
         return max(0, min(len(self.indices), self.examples - epoch * len(self.indices)))
 
 
 def partition(order: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, ...]:
-    """Cuts `order` (easiest first) into n consecutive subsets d_1 ... d_n whose sizes differ by at most one.
+    """Divides `order` (easiest first) into n consecutive subsets d_1 ... d_n whose sizes differ by at most one.
 
-    The remainder goes to the easiest subsets, one example each: 10 examples in 4 subsets are 3, 3, 2, 2.
+    The easiest subsets get one more each if needed: 10 examples in 4 subsets are 3, 3, 2, 2.
 
     Raises:
-        InputError: n is below 1 or above the number of examples.
+        InputError: n is less than 1 or greater than the number of examples.
     """
     order = np.asarray(order, np.int64)
     if n < 1:
@@ -56,14 +56,14 @@ def partition(order: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, ..
 def _linear(i: int, n: int, first: float, last: float) -> float:
     if not 1 <= i <= n:
         raise ValueError(f"stage {i} of {n}: stages count from 1 to n")
-    # The ends are exact, and so is a schedule that stands still: they decide which objective is compiled.
+    # The ends of a schedule, and a constant schedule, must be exact: these values decide what is compiled.
     return last if i == n else first + (last - first) * (i - 1) / (n - 1)
 
 
 def alpha_at(i: int, n: int, alpha_first: float = 0.0, alpha_last: float = 0.1) -> float:
     """α_i = α·(i−1)/(n−1) of Eq. 6, for i = 1 ... n, or any other straight line from `alpha_first`.
 
-    With n = 1 the only stage sees all the data, as the last of several does, and gets `alpha_last`.
+    With n = 1, the only stage gets `alpha_last`: like the last of several, it sees all data.
     """
     return _linear(i, n, alpha_first, alpha_last)
 
@@ -84,7 +84,7 @@ def baby_steps(
 
     Args:
         subsets: d_1 ... d_n, from `partition`.
-        epochs: epochs of each stage.
+        epochs: of each stage.
         alpha: α of the first and of the last stage.
         beta: β of the first and of the last stage.
     """
@@ -116,23 +116,23 @@ def baby_step_examples(size: int, n: int, epochs: int) -> int:
 def single_stage(
     indices: Sequence[int] | np.ndarray, examples: int, *, alpha: float = 0.0, beta: float = 1.0
 ) -> tuple[Stage, ...]:
-    """What a method without a curriculum trains on: all the data at once, `examples` examples in all.
+    """The only stage of a method without a curriculum: all data at once, `examples` examples in total.
 
-    Given `baby_step_examples(...)` or `examples_seen(stages)`, it sees exactly as many as the staged run.
+    With `baby_step_examples(...)` or `examples_seen(stages)`, it sees exactly as many as the staged run.
     """
     indices = np.asarray(indices, np.int64)
     if len(indices) == 0 or examples < 1:
-        raise InputError(f"{examples} examples to train on out of {len(indices)}: both must be at least 1")
+        raise InputError(f"{examples} examples to train on, out of {len(indices)}: both must be at least 1")
     return (Stage(1, alpha, beta, indices, math.ceil(examples / len(indices)), examples),)
 
 
 def examples_seen(stages: Iterable[Stage]) -> int:
-    """Examples trained on over all stages, each counted as often as it is seen."""
+    """The number of examples seen over all stages, with repetitions."""
     return sum(stage.examples for stage in stages)
 
 
 def steps(stages: Iterable[Stage], batch_size: int) -> int:
-    """Updates over all stages. A batch never spans two epochs, so an epoch's last one may be smaller."""
+    """The number of updates over all stages. A batch never spans two epochs, so an epoch's last batch may be smaller."""
     return sum(
         math.ceil(stage.examples_in_epoch(epoch) / batch_size)
         for stage in stages

@@ -79,7 +79,7 @@ def encode_rows(
     """Encodes the rows that fit, in order, and updates `counts` along the way.
 
     Tokens are encode(prompt + response) without special tokens, then the end of sequence. The prompt's tokens are
-    always those of the prompt alone, since generation starts from these. If the tokens of the whole text do not
+    always those of the prompt alone, because generation starts from these. If the tokens of the whole text do not
     begin with them, the response is tokenised separately: a line break at its start can merge with the prompt's
     last one.
 

@@ -1,4 +1,4 @@
-"""Rows of text, read from JSON-lines files and from data sets of the hub."""
+"""Rows of text, read from JSON-lines files and from data sets on the hub."""
 
 import functools
 import json
@@ -25,18 +25,18 @@ class Row(NamedTuple):
 
 
 def is_hub_name(source: str | Path) -> bool:
-    """Whether `source` means a data set of the hub ("owner/name") and not a file."""
+    """Whether `source` is a data set on the hub ("owner/name") and not a file."""
     path, text = Path(source), str(source)
     looks_like_a_name = text.count("/") == 1 and not path.suffix and not text.startswith((".", "/"))
     return looks_like_a_name and not path.is_file()
 
 
 def read_rows(source: str | Path, use: str = "train") -> Iterator[Row]:
-    """The rows of a JSON-lines file or of a data set of the hub ("owner/name"), read as they are asked for.
+    """The rows of a JSON-lines file or of a data set on the hub ("owner/name"), read lazily.
 
     Args:
         source: path or name.
-        use: "train" or "evaluation", which selects the split of a data set of the hub.
+        use: "train" or "evaluation", which selects the split of a data set on the hub.
 
     Raises:
         InputError: as in `read_jsonl`; or the hub cannot be reached.
@@ -47,20 +47,20 @@ def read_rows(source: str | Path, use: str = "train") -> Iterator[Row]:
 
 
 def check_rows(source: str | Path) -> None:
-    """Raises InputError if `source` is a file that is missing or whose first row does not parse. Asks no hub."""
+    """Raises InputError if the file `source` is missing, or its first row does not parse. Does not use the hub."""
     if not is_hub_name(source):
         next(read_jsonl(source))
 
 
 def read_jsonl(path: str | Path) -> Iterator[Row]:
-    """Rows of a file in either of Dolly's forms, one JSON object a line.
+    """Rows of a file in either of Dolly's forms, one JSON object per line.
 
     The fields are `instruction`; `input` or `context`, which may be missing or empty; `output` or `response`, a
     string or a list of equally correct strings; and optionally `category` or `topic`. Other fields are ignored,
     including `prompt`, which is made from the first two. A row without an `id` is called "file/line".
 
     Raises:
-        InputError: the file does not exist, holds no rows, or has a line that is not of this form.
+        InputError: the file does not exist, has no rows, or has a line that is not of this form.
     """
     path = Path(path)
     if not path.is_file():
@@ -82,7 +82,7 @@ def _read_lines(path: Path) -> Iterator[Row]:
             yield _row(value, f"{path.stem}/{number}", place)
             empty = False
     if empty:
-        raise InputError(f"{path} holds no rows ({ROW_FORM})")
+        raise InputError(f"{path} has no rows ({ROW_FORM})")
 
 
 @functools.lru_cache(maxsize=1)  # a split reads its source several times; the rows themselves stay on disk

@@ -1,8 +1,8 @@
-"""Which rows are for training, validation and test.
+"""The split into training, validation and test rows.
 
-Rows that no file is given for are split off the training source. The order in which they are drawn depends on the
-source and `split_seed` alone: the test rows come first, then the validation rows, and the rest is for training. How many
-training rows are used therefore changes none of the others, and never turns a test row into a training row.
+Parts without a file of their own are split off the training source. The order in which rows are drawn depends only on
+the source and `split_seed`: test rows come first, then validation rows, and the rest is for training. The number of
+training rows therefore does not affect the other parts, and never turns a test row into a training row.
 """
 
 from collections.abc import Iterator
@@ -24,13 +24,13 @@ Part = Literal["train", "validation", "test"]
 
 
 def token_limits(data: Data, part: Part) -> TokenLimits:
-    """The limits of a part. They differ in whether rows begin with the beginning-of-sequence token."""
-    use = "training" if part == "train" else "evaluation"  # validation and test rows are only answered
+    """The limits of a part. Parts differ in whether rows begin with the beginning-of-sequence token."""
+    use = "training" if part == "train" else "evaluation"  # only training rows are trained on
     return _limits(data, bos=data.bos in (use, "both"))
 
 
 def check_sources(data: Data) -> None:
-    """Checks that every file exists and that its first row parses; asks no hub.
+    """Checks that every file exists and that its first row parses. Does not use the hub.
 
     Raises:
         InputError: naming the setting, as in "data.train: no such file ...".
@@ -46,10 +46,10 @@ def check_sources(data: Data) -> None:
 
 
 def part_rows(data: Data, part: Part, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Row]:
-    """The rows of one part, read as they are asked for. The three parts share none.
+    """The rows of one part, read lazily. The three parts have no rows in common.
 
-    Rows that are split off fit into the limits, with a beginning-of-sequence token if any part has one, so that
-    the parts have the sizes asked for whatever their own limits are. Other rows are not filtered: `write_corpus`
+    Rows that are split off fit into the limits, with a beginning-of-sequence token if any part has one, so that the
+    parts have the requested sizes whatever their own limits are. Other rows are not filtered: `write_corpus`
     drops and counts those that are too long.
 
     Raises:
@@ -80,7 +80,7 @@ def _limits(data: Data, bos: bool) -> TokenLimits:
 def _split_rows(data: Data, part: Part, tokenizer: Any) -> Iterator[Row]:
     """Validation and test rows in the order of the draw; training rows in the order of the source.
 
-    The source is read several times: only the numbers of rows, and the chosen validation or test rows, are held.
+    The source is read several times: only row numbers, and the chosen validation or test rows, are kept in memory.
     """
     size = sum(1 for _ in read_rows(data.train))
     # numpy guarantees the same raw random bits in every version, but not the same permutations.
@@ -111,7 +111,7 @@ def _split_limits(data: Data) -> TokenLimits:
 
 
 def _fitting(data: Data, tokenizer: Any, order: np.ndarray, count: int) -> list[int]:
-    """The first `count` row numbers in `order` whose rows fit into the limits. Tokenises few others."""
+    """The first `count` row numbers in `order` whose rows fit into the limits. Tokenises few other rows."""
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     found: list[int] = []

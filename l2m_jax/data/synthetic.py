@@ -1,4 +1,4 @@
-"""Instruction tasks of graded difficulty, generated from a seed, for runs without downloads."""
+"""Synthetic instruction tasks of graded difficulty, generated from a seed, for runs without downloads."""
 
 # Words are easier to read in a string than in a list.
 # ruff: noqa: SIM905
@@ -11,7 +11,7 @@ import numpy as np
 
 from l2m_jax.data.sources import Row
 
-# Each word occurs once, and none is a colour: the tasks depend on that.
+# The tasks need distinct words, none of which is a colour.
 _WORDS = (
     "apple bird boat book bread cake car cat chair city cloud coat corn cow cup dog door duck farm fish flag "
     "frog game gate gift goat hand hat hill horse house ice ink jar key king kite lake lamp leaf "
@@ -118,7 +118,7 @@ _TASKS: tuple[tuple[Callable[[list[str], np.random.Generator], tuple[str, str, s
 
 
 def synthetic_rows(seed: int, train: int, validation: int, test: int) -> SyntheticRows:
-    """Rows of thirteen kinds in turn, named by `category`. No two rows are equal, within or across the parts.
+    """Rows of thirteen kinds in turn (`category` names the kind). All rows are distinct, within and across parts.
 
     The first rows of a part do not depend on its size.
     """
@@ -150,4 +150,4 @@ def _rows(rng: np.random.Generator, count: int, seen: set[tuple[str, str]]) -> l
                 kind = task.__name__.strip("_").replace("_", " ")
                 rows.append(Row("", instruction, given, (answer,), kind))
                 break
-    raise AssertionError("unreachable: the kinds repeat for ever")
+    raise AssertionError("unreachable: the kinds repeat forever")

@@ -1,8 +1,8 @@
 """Win rate by an LLM judge: pairs of answers, both orders (Zheng et al., 2023), any OpenAI-compatible endpoint.
 
-An answer wins where the judge prefers it in both orders, and loses where it prefers the other in both; all else is
-a tie. Verdicts are kept on disk as they come, so that nothing is asked twice. The key is passed on to the client and
-written nowhere.
+An answer wins if the judge prefers it in both orders, and loses if the judge prefers the other one in both. Everything
+else is a tie. Verdicts are kept on disk as they come, so that nothing is asked twice. The key is passed to the client
+and never written.
 """
 
 import concurrent.futures
@@ -39,7 +39,7 @@ _RESAMPLES = 10_000
 
 
 class Comparison(NamedTuple):
-    """A prompt with the answer to be judged and the baseline's. Seeds of one prompt share its `id`."""
+    """A prompt with the answer to be judged and the baseline's answer. All seeds of a prompt share its `id`."""
 
     set: str
     id: str
@@ -50,15 +50,15 @@ class Comparison(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """Which judge is asked, and how.
+    """Settings of a judge.
 
     Attributes:
-        model: its name at the endpoint.
-        base_url: the endpoint; None takes OPENAI_BASE_URL, or OpenAI's own.
-        temperature: None leaves it to the endpoint.
-        retries: how often a request is repeated after a failure that may pass, with growing pauses.
-        timeout: seconds until a request without an answer counts as failed.
-        at_once: requests in flight.
+        model: the judge's name at the endpoint.
+        base_url: the endpoint; None for OPENAI_BASE_URL, or OpenAI's.
+        temperature: None for the endpoint's default.
+        retries: how often a request is repeated after a temporary failure, with increasing pauses.
+        timeout: seconds until a request without an answer fails.
+        at_once: the maximum number of requests in flight.
     """
 
     model: str
@@ -75,8 +75,8 @@ class WinRate:
 
     Attributes:
         wins, ties, losses: comparisons.
-        unparsed: comparisons with a verdict that could not be read in either order; they count nowhere else.
-        rate: 100 · (wins + ties / 2) / (wins + ties + losses); NaN where nothing could be read.
+        unparsed: comparisons with an unreadable verdict in at least one order; not counted elsewhere.
+        rate: 100 · (wins + ties / 2) / (wins + ties + losses); NaN if no verdict could be read.
         low, high: 95% bootstrap interval of `rate`, drawn over prompts.
     """
 
@@ -99,13 +99,13 @@ def read_comparisons(answers: Path, baseline: Path) -> list[Comparison]:
     """Pairs the lines of two `responses.jsonl` by set, id and seed.
 
     Raises:
-        InputError: a file is missing, or the two do not hold answers to the same prompts.
+        InputError: a file is missing, or the two do not contain answers to the same prompts.
     """
     ours, theirs = _read_responses(answers), _read_responses(baseline)
     if ours.keys() != theirs.keys():
         missing = sorted(ours.keys() ^ theirs.keys())[0]
         raise InputError(
-            f"{answers} and {baseline} hold answers to different prompts (such as set, id and seed {missing}): "
+            f"{answers} and {baseline} contain answers to different prompts (such as set, id and seed {missing}): "
             "evaluate both models on the same sets, rows and seeds"
         )
     return [
@@ -134,12 +134,12 @@ def win_rates(
     """The win rate of each set.
 
     Args:
-        cache: JSON lines with the verdicts, read first and added to.
-        api_key: None takes OPENAI_API_KEY; an endpoint that needs none may do without.
+        cache: JSON lines with the verdicts; read first, then appended to.
+        api_key: None for OPENAI_API_KEY, which may be unset if `base_url` needs no key.
 
     Raises:
-        InputError: the `openai` package or the key is missing, or the judge does not answer. Verdicts that were
-            given are in `cache` then.
+        InputError: the `openai` package or the key is missing, or the judge does not answer. Verdicts received until
+            then are in `cache`.
     """
     asked = [
         question
@@ -155,20 +155,20 @@ def win_rates(
 
 
 def read_verdict(reply: str) -> str | None:
-    """ "A", "B" or "C" (a tie); None where the reply holds no verdict, or different ones."""
+    """ "A", "B" or "C" (a tie); None if the reply contains no verdict, or different ones."""
     found = set(_VERDICT.findall(reply))
     return found.pop() if len(found) == 1 else None
 
 
 def score(answer_first: str | None, answer_second: str | None) -> float | None:
-    """1 for a win, 0 for a loss, ½ for a tie, from the verdicts with the answer as A and as B."""
+    """1 for a win, 0 for a loss, ½ for a tie: from the verdicts with the answer as A, and as B."""
     if answer_first is None or answer_second is None:
         return None
     return {("A", "B"): 1.0, ("B", "A"): 0.0}.get((answer_first, answer_second), 0.5)
 
 
 def summarise(scores: Iterable[tuple[str, float | None]], *, seed: int = 0) -> WinRate:
-    """The win rate of scored comparisons (prompt's id, and what `score` gave)."""
+    """The win rate of scored comparisons: pairs of a prompt's id and the result of `score`."""
     scores = list(scores)
     by_id: dict[str, list[float]] = defaultdict(list)
     for id, value in scores:
@@ -178,7 +178,7 @@ def summarise(scores: Iterable[tuple[str, float | None]], *, seed: int = 0) -> W
     unparsed = len(scores) - len(values)
     if len(values) == 0:
         return WinRate(0, 0, 0, unparsed, *[float("nan")] * 3)
-    # Answers to one prompt are alike, so whole prompts are drawn.
+    # Answers to the same prompt are correlated, so whole prompts are resampled.
     sums, counts = np.array([(sum(group), len(group)) for group in by_id.values()]).T
     generator = np.random.default_rng(seed)
     drawn = (generator.integers(len(sums), size=len(sums)) for _ in range(_RESAMPLES))
@@ -267,7 +267,7 @@ def _reply(client: "openai.OpenAI", judge: Judge, messages: Any) -> str:
     try:
         answer = client.chat.completions.create(model=judge.model, messages=messages, **options)
     except (openai.OpenAIError, ValueError) as error:
-        # An endpoint may quote the key that it refuses.
+        # An endpoint may quote the key that it rejects.
         reason = str(error).replace(client.api_key, "***").strip() or type(error).__name__
         raise _NoAnswer(reason.splitlines()[0][:300]) from None
     try:
@@ -284,7 +284,7 @@ def _read_cache(path: Path) -> dict[str, str]:
     replies: dict[str, str] = {}
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
-            # A kill may have cut the last line short: that verdict is asked for again.
+            # An incomplete last line, after a kill: this verdict is asked for again.
             with contextlib.suppress(json.JSONDecodeError):
                 entry = json.loads(line)
                 replies[entry["key"]] = entry["reply"]

@@ -1,7 +1,7 @@
-"""Rouge-L, to the last bit as the `rouge-score` package computes it, but fast; and exact match.
+"""Rouge-L, bit for bit equal to that of the `rouge-score` package but faster; and exact match.
 
-The time of `rouge-score` goes into stemming the same words again and into a longest common subsequence in Python.
-Here stems are remembered, and `rapidfuzz` finds the subsequence with bit-parallel arithmetic.
+`rouge-score` spends its time on stemming the same words repeatedly, and on the longest common subsequence in Python.
+Here stems are cached, and `rapidfuzz` finds the subsequence with bit-parallel arithmetic.
 """
 
 import concurrent.futures
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from rapidfuzz.distance import LCSseq
 
-# One process scores about 20 million characters a second, another needs about a second to start.
+# A process scores about 20 million characters per second, and takes about a second to start.
 _CHARACTERS_WORTH_A_POOL = 50_000_000
 
 _words = re.compile(r"[a-z0-9]+").findall
@@ -36,7 +36,7 @@ def _stem(word: str) -> str:
 
 
 def forget_stems() -> None:
-    """Makes the next call stem every word again, as in a fresh process."""
+    """Clears the cached stems, as in a new process."""
     _stem.cache_clear()
 
 
@@ -58,7 +58,7 @@ def rouge_l(prediction: str, references: str | Sequence[str]) -> float:
     `RougeScorer(["rougeL"], use_stemmer=True).score_multi(references, prediction)["rougeL"].fmeasure`.
 
     Returns:
-        A number in [0, 1]; 0 where either text has no words. The paper's tables show 100 times this.
+        A number in [0, 1]; 0 if either text has no words. The paper's tables show 100 times this.
 
     Raises:
         ValueError: `references` is empty.
@@ -84,9 +84,9 @@ def rouge_l_many(
     """`rouge_l` of each pair, in order.
 
     Args:
-        predictions: one text a pair.
+        predictions: one text per pair.
         references: a text, or several, for each prediction.
-        processes: None takes all cores where there is enough text to pay for their start, otherwise one.
+        processes: None for all cores if there is enough text to be worth starting them, otherwise one.
     """
     pairs = list(zip(predictions, references, strict=True))
     if processes is None:
@@ -109,8 +109,8 @@ def cores() -> int:
 
 
 def _in_another_process(pairs: list[tuple[str, str | Sequence[str]]]) -> list[float]:
-    # Not multiprocessing: a fork of a process where JAX runs threads can hang, and a spawned worker would first
-    # run the caller's script again up to this point unless that guards against it.
+    # Not multiprocessing: forking a process with JAX's threads can hang, and a spawned worker would run the caller's
+    # script again unless the script guards against it.
     done = subprocess.run(
         [sys.executable, "-c", f"from {__name__} import _answer_parent; _answer_parent()"],
         input=pickle.dumps(pairs),
@@ -122,7 +122,7 @@ def _in_another_process(pairs: list[tuple[str, str | Sequence[str]]]) -> list[fl
 
 
 def _answer_parent() -> None:
-    # nltk imports SciPy for seconds where it is there, and stems as well without it.
+    # nltk would spend seconds on importing SciPy, which stemming does not need.
     sys.modules.setdefault("scipy", None)  # pyright: ignore[reportArgumentType]
     pickle.dump([rouge_l(*pair) for pair in pickle.load(sys.stdin.buffer)], sys.stdout.buffer)
 

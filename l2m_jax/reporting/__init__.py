@@ -1,1 +1,1 @@
-"""What a run leaves to read: report, figures, tables and model cards."""
+"""Report, figures, tables and model cards."""

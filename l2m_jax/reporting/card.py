@@ -8,18 +8,18 @@ from huggingface_hub import EvalResult, ModelCardData
 
 @dataclasses.dataclass(frozen=True)
 class ModelCard:
-    """What a reader of the hub should know about a student.
+    """Facts about a student, for readers on the hub.
 
     Attributes:
-        name: of the model.
-        student: what it started from, a hub name or a description.
-        teacher: hub name or description.
+        name: the model's name.
+        student: what the student started from, a hub name or a description.
+        teacher: a hub name or a description.
         method: such as "l2m" or "skl".
         alpha, beta: the value of each stage.
-        data: what it was trained on, hub names or descriptions.
-        rouge_l: set -> mean Rouge-L, 0 to 100.
-        license: as the hub spells it.
-        language: two letters.
+        data: the training data, hub names or descriptions.
+        rouge_l: mean Rouge-L of each set, 0 to 100.
+        license: in the hub's spelling.
+        language: a two-letter code.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The figures of a run's report, drawn from metric lines and difficulties to PNG files."""
+"""The figures of a run's report, as PNG files, from metric lines and difficulties."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ from l2m_jax.curriculum import Difficulty
 
 Metrics = Sequence[Mapping[str, Any]]
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too light for lines.
+# Okabe and Ito's palette for colour-blind readers, without its yellow, which is too light for lines.
 _BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 _LINES = (_BLUE, _ORANGE, _GREEN, _PURPLE, _RED, _SKY)
 _GREY = "#6B6B6B"
@@ -60,12 +60,12 @@ def training(
     phase: str = "student",
     teacher_phase: str = "teacher",
 ) -> None:
-    """Loss over `phase`'s steps, and validation Rouge-L of it and of its baselines ("student:sft", ...).
+    """Loss over the steps of `phase`, and validation Rouge-L of `phase` and its baselines ("student:sft", ...).
 
     Args:
-        metrics: lines of metrics.jsonl. Nothing is drawn of a measure that no line has.
-        label: what the line of `phase` is called.
-        teacher_phase: its best validation Rouge-L is drawn as a level.
+        metrics: lines of metrics.jsonl. Measures without a line are left out.
+        label: the name of the line of `phase`.
+        teacher_phase: its best validation Rouge-L is drawn as a horizontal line.
     """
     phases = list(dict.fromkeys(m["phase"] for m in metrics))
     compared = [p for p in phases if p == phase] + [p for p in phases if p.startswith(f"{phase}:")]
@@ -103,7 +103,7 @@ def _losses(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
     ends = []
     for name, colour in (("loss", _BLUE), ("cross_entropy", _ORANGE), ("divergence", _GREEN)):
         values = np.array([m.get(name, np.nan) for m in lines], float)
-        # A measure that was not computed is written as 0 throughout (the divergence without a teacher).
+        # A measure that was not computed, such as the divergence without a teacher, is 0 throughout.
         if len(values) == 0 or not np.isfinite(values).all() or not values.any():
             continue
         smooth = _running_mean(values, max(1, len(values) // 60))
@@ -121,7 +121,7 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _annotate_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Names lines (height, text, colour) at the right border, pushed apart where they would overlap."""
+    """Labels lines (height, text, colour) at the right border, moved apart so that labels don't overlap."""
     low, high = axes.get_ylim()
     apart = (high - low) * 0.08
     ends = sorted(ends)
@@ -165,7 +165,7 @@ def _mark_stages(panels: Sequence[Axes], lines: Sequence[Mapping[str, Any]]) -> 
 
 
 def stage_spans(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, int, float, float]]:
-    """(stage, first step, last step, α, β) of each stage that the training lines of a phase went through."""
+    """(stage, first step, last step, α, β) of each stage in the training lines of a phase."""
     spans = []
     for stage, group in itertools.groupby(lines, key=lambda m: m.get("stage", 1)):
         of_stage = list(group)
@@ -175,7 +175,7 @@ def stage_spans(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, int,
 
 
 def schedule(path: Path, metrics: Metrics, *, phase: str = "student") -> None:
-    """α_i and β_i over the steps of `phase`, each stage's value written on its line."""
+    """α_i and β_i over the steps of `phase`, with the value of each stage on its line."""
     spans = stage_spans(steps_of(metrics, phase))
     with _figure(path, 7.2, 3.2) as figure:
         pair = figure.subplots(2, 1, sharex=True)
@@ -256,7 +256,7 @@ def difficulty(path: Path, graded: Difficulty) -> None:
 
 @contextlib.contextmanager
 def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure to draw on, which replaces `path` in one step once the block ends without an error."""
+    """A figure to draw on. It replaces `path` atomically if the block ends without an error."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure

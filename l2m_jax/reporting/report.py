@@ -1,4 +1,4 @@
-"""report.md: what a run did and what came of it, with its figures."""
+"""report.md: what a run did, and its results, with figures."""
 
 import datetime
 import html
@@ -22,7 +22,7 @@ _MOST_CATEGORIES_SHOWN = 12
 
 
 def extremes(graded: Difficulty, count: int = 5) -> tuple[list[int], list[int]]:
-    """Indices of the `count` easiest and of the `count` hardest examples, each from easier to harder."""
+    """Indices of the `count` easiest and the `count` hardest examples, each from easier to harder."""
     order = graded.order.tolist()
     return order[:count], order[max(count, len(order) - count) :]
 
@@ -44,20 +44,20 @@ def write_report(
 ) -> None:
     """Writes `folder`/report.md and the PNG files that it shows into `folder`/figures.
 
-    Sections without their input are left out.
+    Sections without input are left out.
 
     Args:
         title: the heading, such as the method's name.
-        results: what `evaluate` gave for each model, in the order of the table's rows.
-        teacher: the row of `results` that the others are compared with.
-        facts: what else to say about the run: method, data, models, hardware.
-        metrics: the lines of metrics.jsonl; the student's phase is "student", its baselines' "student:NAME", and
+        results: what `evaluate` returned for each model, in the order of the table's rows.
+        teacher: the model in `results` that the others are compared with.
+        facts: further facts about the run, such as method, data, models and hardware.
+        metrics: the lines of metrics.jsonl. The student's phase is "student", those of baselines "student:NAME";
             `validation_rouge_l` is × 100.
-        stages, batch_size: what the student was to train on.
-        seconds: how long each phase took; a phase of `metrics` goes by the same name.
-        difficulty: of the training examples.
-        rows: the text of the examples that `extremes` names, by index.
-        files: what lies where, each path relative to `folder`.
+        stages, batch_size: the student's planned training.
+        seconds: the time of each phase, under the same names as in `metrics`.
+        difficulty: that of the training examples.
+        rows: the text of the examples from `extremes`, by index.
+        files: descriptions of files by path, relative to `folder`.
     """
     sections = [f"# {title}\n", _facts(facts or {}), _results(results, teacher)]
     shown = folder / "figures"
@@ -71,7 +71,7 @@ def write_report(
         sections += [_difficulty(difficulty, rows or {})]
     if files:
         listed = "\n".join(f"- [`{path}`]({path}): {what}" for path, what in files.items())
-        sections += [f"## Where things lie\n\n{listed}\n"]
+        sections += [f"## Files\n\n{listed}\n"]
     write_text(folder / "report.md", "\n".join(section for section in sections if section))
 
 
@@ -123,7 +123,7 @@ def _with_categories(results: Mapping[str, Results]) -> list[str]:
 
 
 def _categories(results: Mapping[str, Results], title: str) -> str:
-    """Categories by models for one set, folded away."""
+    """Scores by category and model for one set, collapsed."""
     groups = {
         model: found.categories
         for model, result in results.items()
@@ -162,9 +162,9 @@ def _training(metrics: Metrics, stages: Sequence[Stage], batch_size: int) -> str
     ]
     taken = figures.steps_of(metrics, "student")[-1]["step"]
     planned = steps(stages, batch_size)
-    total = f"In all {planned:,} steps of {batch_size} examples, {examples_seen(stages):,} examples seen"
+    total = f"{planned:,} steps of {batch_size} examples in total, {examples_seen(stages):,} examples seen"
     if taken != planned:
-        total += f"; {taken:,} steps were taken"
+        total += f"; {taken:,} steps were made"
     heading = ("stage", "α", "β", "examples", "epochs", "examples seen", "steps")
     return f"{text}\n{_table(heading, rows)}\n{total}.\n"
 
@@ -232,7 +232,7 @@ def _difficulty(graded: Difficulty, rows: Mapping[int, Row]) -> str:
 
 
 def _text(text: str) -> str:
-    """On one line, at most 160 characters, and read as text by Markdown."""
+    """`text` on one line, shortened to 160 characters and escaped for Markdown."""
     text = " ".join(text.split())
     text = text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 1] + "…"
     text = html.escape(text, quote=False)
@@ -242,7 +242,7 @@ def _text(text: str) -> str:
 def _table(
     heading: Sequence[str], rows: Iterable[Sequence[Any]], *, left: int = 1, right: int | None = None
 ) -> str:
-    """A Markdown table: the first `left` columns to the left, or only the first `right` ones to the right."""
+    """A Markdown table. The first `left` columns are left-aligned, or all but the first `right` ones."""
     count = len(heading)
     aligned = ["---"] * left + ["---:"] * (count - left)
     if right is not None:

@@ -14,7 +14,7 @@ AVERAGE = "Avg."
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """A mean, and the sample standard deviation of the values behind it; None where there is one value."""
+    """A mean and the sample standard deviation of its values; None for a single value."""
 
     mean: float
     std: float | None = None
@@ -41,9 +41,9 @@ class Table:
     Attributes:
         values: for each row (method or model) and column (set), the values to average: Rouge-L × 100 of several
             training runs or sampling seeds. A missing entry is shown as a dash.
-        teacher: the row that the others are compared with. It comes first and is never marked as the best.
+        teacher: the row that the others are compared with. It comes first and is never marked as best.
         unreportable: columns that must not be reported. They carry a dagger and are left out of the average.
-        plain: only the numbers, without an average or a best.
+        plain: only numbers, without an average and without marking the best.
     """
 
     values: Mapping[str, Mapping[str, Sequence[float]]]
@@ -57,12 +57,12 @@ class Table:
 
     @property
     def sets(self) -> list[str]:
-        """The columns, in the order of their first appearance."""
+        """The sets, in the order of their first appearance."""
         return list(dict.fromkeys(name for row in self.values.values() for name in row))
 
     @property
     def columns(self) -> list[str]:
-        """The sets, and their average where there are several to take it over."""
+        """The sets, and their average if there are several."""
         return self.sets + [AVERAGE] * (len(self._averaged) > 1 and not self.plain)
 
     @property
@@ -70,9 +70,9 @@ class Table:
         return [name for name in self.sets if name not in self.unreportable]
 
     def spread(self, row: str, column: str) -> Spread | None:
-        """The cell's mean and deviation; None where a value is missing.
+        """The cell's mean and deviation; None if a value is missing.
 
-        The average's deviation is that of the runs' averages, where every set has as many runs.
+        The average's deviation is that of the runs' averages; None unless all sets have equally many runs.
         """
         found = self.values[row]
         if column != AVERAGE:
@@ -87,7 +87,7 @@ class Table:
     def _rows(self) -> Iterable[tuple[str, list[_Cell]]]:
         others = [name for name in self.values if name != self.teacher]
         spreads = {name: [self.spread(name, column) for column in self.columns] for name in self.values}
-        # As shown: what reads the same is equally good.
+        # Rounded as shown, so that scores that look equal are equally good.
         shown = {name: [None if s is None else round(s.mean, 1) for s in spreads[name]] for name in spreads}
         best = [
             max((value for name in others if (value := shown[name][i]) is not None), default=None)
@@ -112,11 +112,11 @@ class Table:
         """What the marks in the table mean."""
         notes = []
         if len(self.values) - (self.teacher is not None) > 1 and not self.plain:
-            notes.append("Bold: the best, the teacher aside.")
+            notes.append("Bold: the best, except for the teacher.")
         if self.teacher is not None:
             notes.append("*: better than the teacher.")
         if not self.unreportable.isdisjoint(self.sets):
-            notes.append("†: not the paper's set, never to report; left out of the average.")
+            notes.append("†: not the paper's set and not to be reported; left out of the average.")
         return notes
 
     def markdown(self) -> str:
@@ -135,7 +135,7 @@ class Table:
         return "\n".join(lines) + "\n" + (f"\n{notes}\n" if notes else "")
 
     def csv(self) -> str:
-        """One line a row; each column's mean and standard deviation at full precision, and no marks."""
+        """One line per row, with each column's mean and standard deviation at full precision, without marks."""
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["", *(heading for c in self.columns for heading in (c, f"{c} std"))])
@@ -175,7 +175,7 @@ class Table:
 
 
 def results_table(results: Mapping[str, Results], *, teacher: str | None = None) -> Table:
-    """Models by sets; `teacher` names the row that the others are compared with."""
+    """A table of models by sets; `teacher` is the row that the others are compared with."""
     values = {
         model: {found.title: found.rouge_l.per_seed for found in result.sets}
         for model, result in results.items()

@@ -1,1 +1,1 @@
-"""A run: its context, its artefacts, and one module a phase."""
+"""A run: its context, its artefacts, and one module for each phase."""

@@ -1,8 +1,8 @@
-"""What a run makes: artefacts, each known by the inputs that it is made from.
+"""Artefacts: what a run makes, each identified by its inputs.
 
-The inputs of a phase are a frozen dataclass of exactly what changes its result: settings, other artefacts, and
-given files by their content. Their hash is the artefact's key. What changes cost or rounding alone is in the
-`Context` and in no key.
+The inputs of a phase are a frozen dataclass of exactly what changes its result: settings, other artefacts, and the
+content of given files. Their hash is the artefact's key. What changes only cost or rounding is in the `Context`, and
+in no key.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ Inputs = TypeVar("Inputs")
 
 @dataclass(frozen=True)
 class Source:
-    """Something given to a run, known by its content.
+    """Something given to a run, identified by its content.
 
     Attributes:
         path: a file, a folder, or a hub name.
-        content: hash of what is there; of a hub name, the name.
+        content: hash of the file or folder; for a hub name, the name.
     """
 
     path: str = field(compare=False)
@@ -43,10 +43,10 @@ class Artefact(Generic[Inputs]):
     """A folder or file that a phase makes.
 
     Attributes:
-        inputs: what it is made from: a frozen dataclass.
+        inputs: what it is made from, a frozen dataclass.
         path: where it is kept.
-        progress: a folder with unfinished work, such as checkpoints; it is deleted with the finished artefact.
-        settings: the config's names of fields of `inputs`, for messages.
+        progress: a folder for unfinished work, such as checkpoints; deleted when the artefact is finished.
+        settings: maps fields of `inputs` to the config's names, for messages.
     """
 
     inputs: Inputs
@@ -61,7 +61,7 @@ class Artefact(Generic[Inputs]):
 
     @property
     def is_finished(self) -> bool:
-        """Whether it is there, made from these inputs; the first process looks, for all."""
+        """Whether it exists, complete and made from these inputs. The first process looks, for all."""
         return first(self._is_finished)
 
     def _is_finished(self) -> bool:
@@ -69,16 +69,16 @@ class Artefact(Generic[Inputs]):
         return found is not None and found["finished"] and found["key"] == self.key and self.path.exists()
 
     def begin(self) -> None:
-        """Marks the place of unfinished work as this artefact's."""
+        """Records that the unfinished work belongs to this artefact."""
         first(lambda: self._write_record(_record_of(self.progress or self.path), finished=False))
 
     def finish(self) -> None:
-        """Marks what lies at `path` as complete."""
+        """Records that what is at `path` is complete."""
         self._write_record(_record_of(self.path), finished=True)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Path]:
-        """A folder to write into, in the first process; it becomes `path` when the block ends without an error."""
+        """For the first process: a folder to write into, which becomes `path` if the block ends without an error."""
         with files.writing(self.path) as folder:
             yield folder
             self._write_record(folder / _RECORD, finished=True)
@@ -90,7 +90,7 @@ class Artefact(Generic[Inputs]):
 
 
 def _record_of(place: Path) -> Path:
-    """Within a folder; beside a file, which has a suffix."""
+    """Within a folder, or beside a file (a path with a suffix)."""
     return place.with_name(f".{place.name}.{_RECORD}") if place.suffix else place / _RECORD
 
 
@@ -103,7 +103,7 @@ def _read_record(place: Path) -> dict[str, Any] | None:
         return {name: found[name] for name in ("key", "finished", "inputs")}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{file}: cannot be read ({error}); it says what {place} was made from. Delete {place} to make it anew"
+            f"{file}: cannot read what {place} was made from ({error}); delete {place} to make it again"
         ) from error
 
 
@@ -122,16 +122,16 @@ def described(value: Any) -> Any:
 
 
 def refuse_changed(artefacts: Iterable[Artefact]) -> None:
-    """Refuses to continue where something is kept that was made from other inputs. Nothing is touched.
+    """Refuses to continue if something exists that was made from other inputs. Changes nothing.
 
     Raises:
-        InputError: which settings differ, old and new, and what to do.
+        InputError: says which settings differ, old and new, and what to do.
     """
     found = first(lambda: [change for artefact in artefacts if (change := _change(artefact)) is not None])
     if not found:
         return
     reasons = list(dict.fromkeys(reason for _, reasons in found for reason in reasons))
-    # What follows from another artefact is no reason of its own, where there is one.
+    # A change of an artefact among the inputs is reported for that artefact.
     reasons = [reason for reason in reasons if not reason.startswith(_ANOTHER)] or reasons
     raise InputError(
         f"what is kept was made with {', '.join(reasons)}. Choose another --workdir (with --shared for what should "
@@ -162,7 +162,7 @@ def _change(artefact: Artefact) -> tuple[str, list[str]] | None:
 
 
 def _differences(old: Any, new: Any, settings: Mapping[str, str], name: str = "") -> Iterator[str]:
-    """ "training.batch_size 16 (now 32)" for each setting that differs; given files and artefacts are left out."""
+    """Such as "training.batch_size 16 (now 32)", for each setting that differs. Artefacts are left out."""
     if isinstance(old, dict) and isinstance(new, dict):
         if {"artefact", "content"} & {*old, *new}:
             if "content" in new and old.get("content") != new["content"]:

@@ -1,4 +1,4 @@
-"""What can be refused is refused before the first phase: files, models, tokenizers, evaluation sets, room on disk."""
+"""Checks before the first phase: files, models, tokenizers, evaluation sets, rows and room on the disk."""
 
 import shutil
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ CHECKPOINTS_AT_ONCE = 3
 
 
 def check_files(config: Config) -> None:
-    """Data files and evaluation sets: that they are there, and that their first rows can be read.
+    """Checks that data files and evaluation sets exist, and that their first rows can be read.
 
     Raises:
         InputError: naming the setting.
@@ -52,7 +52,7 @@ def _check_files(config: Config) -> None:
 
 
 def check_models(config: Config, artefacts: Artefacts) -> None:
-    """The architectures of teacher and student, their tokenizers, and the room that answers have in them.
+    """Checks the architectures of teacher and student, their tokenizers, and that they have room for answers.
 
     Raises:
         InputError: naming the model.
@@ -89,7 +89,7 @@ def _architectures(config: Config, artefacts: Artefacts) -> tuple[DecoderConfig,
 
 
 def _check_tokenizers(config: Config, tokenizer: data.Tokenizer) -> None:
-    """A pretrained teacher or student whose tokenizer gives other ids than the run's learns nothing of use."""
+    """A pretrained model is useless with a tokenizer that produces other ids than its own."""
     for who, model in (("teacher", config.teacher.model), ("student", config.student.model)):
         if not model.path or model.init != "pretrained" or model.path.endswith(".gguf"):
             continue
@@ -97,18 +97,18 @@ def _check_tokenizers(config: Config, tokenizer: data.Tokenizer) -> None:
         if folder.is_dir() and not any(
             (folder / name).is_file() for name in ("tokenizer.json", "vocab.json")
         ):
-            continue  # a folder of weights alone says nothing about its tokenizer
+            continue  # weights without a tokenizer
         if tokenizer_fingerprint(data.read_tokenizer(model.path)) != tokenizer_fingerprint(
             data.load(tokenizer)
         ):
             raise InputError(
-                f"config.{who}.model.path: the tokenizer of '{model.path}' gives other ids than the run's "
+                f"config.{who}.model.path: the tokenizer of '{model.path}' produces other ids than the run's "
                 f"('{config.data.tokenizer or config.teacher.model.path}'); teacher and student must share one"
             )
 
 
 def check_rows(config: Config, artefacts: Artefacts) -> None:
-    """That the tokenised rows suffice: for the subsets, for the prompts of validations, for the disk.
+    """Checks that there are enough rows for the subsets, prompts that leave room for answers, and room on the disk.
 
     Raises:
         InputError: naming the setting.
@@ -130,7 +130,7 @@ def check_rows(config: Config, artefacts: Artefacts) -> None:
 
 
 def bytes_needed(config: Config, artefacts: Artefacts) -> dict[str, int]:
-    """Bytes that the run still writes, by what takes them. Answers and reports are small beside these."""
+    """Bytes that the run has yet to write, by artefact. Answers and reports are negligible."""
     teacher, student = _architectures(config, artefacts)
     sizes = {}
     for name, artefact, model in (

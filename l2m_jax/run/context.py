@@ -1,4 +1,4 @@
-"""What all phases of a run share and that changes cost or rounding alone, never the result."""
+"""What all phases of a run share. It changes only cost or rounding, never the result."""
 
 import contextlib
 import json
@@ -26,13 +26,13 @@ _SECONDS = "phases.json"
 class Context:
     """
     Attributes:
-        slots: sequences decoded at once on a device; 0: chosen from the model's size.
+        slots: sequences decoded at once on each device; 0: chosen from the model's size.
         chunk_size: tokens whose logits are held at once.
-        max_shapes: compiled shapes of packed rows in a phase.
-        checkpoint_minutes: between checkpoints within a stage.
-        teacher, student: how these models are computed.
-        workdir: takes metrics.jsonl and phases.json.
-        seconds: that each phase has taken, over all starts.
+        max_shapes: the maximum number of compiled shapes of packed rows in a phase.
+        checkpoint_minutes: minutes between checkpoints within a stage.
+        teacher, student: compute dtype and remat of these models.
+        workdir: the folder of metrics.jsonl and phases.json.
+        seconds: the time that each phase has taken, over all starts.
     """
 
     placement: Placement
@@ -48,7 +48,7 @@ class Context:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Names a phase on screen, and adds its time to `phases.json`, also when it is interrupted."""
+        """Shows the name of a phase, and adds its time to `phases.json` even if it is interrupted."""
         console.rule(name, align="left")
         start = time.monotonic()
         try:
@@ -59,7 +59,7 @@ class Context:
                 files.write_json(self.workdir / _SECONDS, self.seconds)
 
     def shapes(self, lengths, batch_size: int, max_length: int | None = None) -> tuple[Shape, ...]:
-        """The micro-batch shapes in which random batches of examples of `lengths` tokens cost least."""
+        """The micro-batch shapes in which random batches of examples with `lengths` tokens cost least."""
         shapes = choose_shapes(
             lengths,
             batch_size=batch_size,
@@ -73,10 +73,10 @@ class Context:
 
 
 def start(config: Config, workdir: Path) -> Context:
-    """The context of a run of `config`.
+    """The context of a run of `config` in `workdir`, which is created.
 
     Raises:
-        InputError: more devices asked for than there are, or not as many on each process.
+        InputError: more devices than there are, or a number that the processes cannot share evenly.
     """
     placement = placement_of(config.devices)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def start(config: Config, workdir: Path) -> Context:
 
 
 def _use_compilation_cache() -> None:
-    """A restart compiles nothing again. The user's own setting, if any, stands."""
+    """Lets a restart find its compiled programs. A setting of the user's takes precedence."""
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "l2m_jax" / "xla"))
 
@@ -108,20 +108,20 @@ def placement_of(devices: Devices) -> Placement:
     """The placement that the settings ask for, over the devices of all processes.
 
     Raises:
-        InputError: too many devices asked for, or a number that the processes cannot share evenly.
+        InputError: more devices than there are, or a number that the processes cannot share evenly.
     """
     hosts = [jax.local_devices(process_index=process) for process in range(jax.process_count())]
     found = sum(map(len, hosts))
     count = devices.count or found
     if count > found:
         raise InputError(
-            f"config.devices.count: {count} devices asked for, {found} found ({hosts[0][0].platform})"
+            f"config.devices.count: {count} devices requested, {found} found ({hosts[0][0].platform})"
         )
     share, rest = divmod(count, len(hosts))
     if rest or any(len(own) < share for own in hosts):
         raise InputError(
             f"config.devices.count: {count} devices cannot be shared evenly by {len(hosts)} processes, which "
-            f"have {', '.join(str(len(own)) for own in hosts)}; set it to a multiple of {len(hosts)} of which "
-            "each process has its share"
+            f"have {', '.join(str(len(own)) for own in hosts)}; set it to a multiple of {len(hosts)} that "
+            "leaves no process short"
         )
     return Placement(devices.mapping, tuple(device for own in hosts for device in own[:share]))

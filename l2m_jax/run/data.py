@@ -1,4 +1,4 @@
-"""The phase that everything starts from: a tokenizer, and the tokenised training, validation and test rows."""
+"""The first phase: a tokenizer, and the tokenised training, validation and test rows."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ class CorpusInputs:
 
     Attributes:
         data: the settings that matter to this part; the others, and all paths, are at their defaults.
-        source: the file or hub name that its rows come from; None for synthetic tasks.
+        source: the file or hub name of its rows; None for synthetic tasks.
         split: whether the part is split off the training rows.
     """
 
@@ -55,10 +55,10 @@ def read_tokenizer(source: str) -> Any:
 
 
 def tokenizer_source(path: str, setting: str) -> Source:
-    """A given tokenizer; equal for tokenizers that give the same ids.
+    """A given tokenizer. Tokenizers that produce the same ids are equal.
 
     Raises:
-        InputError: there is none; `setting` (or a flag) is named.
+        InputError: there is no tokenizer; the message begins with `setting` (a setting or flag).
     """
     try:
         return Source(path, tokenizer_fingerprint(read_tokenizer(path)))
@@ -113,7 +113,7 @@ def corpus_inputs(data: Data, part: Part, tokenizer: Tokenizer) -> CorpusInputs:
 
 
 def _bos(data: Data, part: Part) -> str:
-    """ "both" or "none", as this part is concerned."""
+    """The setting as it affects this part: "both" or "none"."""
     return "both" if data.bos in ("both", "training" if part == "train" else "evaluation") else "none"
 
 
@@ -126,26 +126,26 @@ def given(path: str, patterns: tuple[str, ...] | None = None) -> Source:
 
 
 def given_model(path: str) -> Source:
-    """A model's folder, GGUF file or hub name, by what decides its weights."""
+    """A model's folder, GGUF file or hub name, by its config and weights."""
     return given(path, ("config.json", "*.safetensors", "*.safetensors.index.json"))
 
 
 def relevant_synthetic(data: Data) -> SyntheticData:
-    """What the tokenizer is trained on.
+    """The synthetic tasks that the tokenizer is trained on.
 
     Raises:
-        InputError: there is neither a tokenizer nor a task to train one on.
+        InputError: there is neither a tokenizer nor synthetic tasks to train one on.
     """
     if data.source != "synthetic":
         raise InputError(
-            "config.data.tokenizer: empty, and the teacher has no path to take it from; give a folder or a hub name"
+            "config.data.tokenizer: empty, and there is no config.teacher.model.path to take one from; give a folder or a hub name"
         )
     s = data.synthetic
     return SyntheticData(train=s.train, seed=s.seed, tokenizer_size=s.tokenizer_size)
 
 
 def make_corpus(artefact: Artefact[CorpusInputs]) -> Corpus:
-    """The tokenised rows of a part; prints how many were kept and why others were dropped."""
+    """The tokenised rows of a part. Prints how many were kept, and why others were dropped."""
     inputs = artefact.inputs
 
     def make() -> None:

@@ -1,4 +1,4 @@
-"""The phase that a run is for: a student trained by one method."""
+"""The phase that trains a student by one method."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,11 +32,11 @@ from l2m_jax.types import Params
 
 @dataclass(frozen=True)
 class ValidationInputs:
-    """Validations, where they decide what the student becomes.
+    """Validations that affect the student (its best checkpoint, or early ends of stages).
 
     Attributes:
         count: validations over the whole training, evenly spaced.
-        rows: the most rows used of `corpus` (0: all).
+        rows: the maximum number of rows of `corpus` (0: all).
     """
 
     corpus: Artefact
@@ -53,15 +53,15 @@ class StudentInputs:
     """
     Attributes:
         method: with its overrides.
-        curriculum: what matters of it to this method.
-        ranking: None for a method that does not depend on it.
-        teacher: None for a method that does without it.
-        store: None where the teacher runs live.
-        generated: responses that are generated once and trained on, by the model's name.
-        rollouts: of an on-policy method.
+        curriculum: with the settings that this method ignores at their defaults.
+        ranking: None for a method that ignores difficulty.
+        teacher: None for a method without a teacher's signal.
+        store: None if the teacher runs live.
+        generated: responses generated once to train on, with the name of their model.
+        rollouts: None unless the method is on-policy.
         sampling: how rollouts are sampled.
-        max_length: the most tokens of an example with a generated response.
-        validation: None where it decides nothing.
+        max_length: the maximum number of tokens of an example with a generated response.
+        validation: None if it does not affect the student.
     """
 
     method: Method
@@ -82,7 +82,7 @@ class StudentInputs:
 
 
 def relevant_curriculum(method: Method, curriculum: Curriculum) -> Curriculum:
-    """`curriculum` with what does not matter to the method at its default; the ranking is an artefact of its own."""
+    """`curriculum` with the settings that the method ignores at their defaults. The ranking is a separate artefact."""
     kept = ["stages", "epochs_per_stage", "subsets", "patience"]
     if method.staged:
         kept += ["alpha", "restart_optimizer"]
@@ -92,7 +92,7 @@ def relevant_curriculum(method: Method, curriculum: Curriculum) -> Curriculum:
 
 
 def stages_of(inputs: StudentInputs) -> tuple[Stage, ...]:
-    """What the student trains on; its ranking must be finished."""
+    """The stages of the student's training. Its ranking must be finished."""
     size = len(data.open_corpus(inputs.train))
     order = np.arange(size) if inputs.ranking is None else Difficulty.read(inputs.ranking.path).order
     return methods.stages(inputs.method, inputs.curriculum, order, inputs.seed)
@@ -109,7 +109,7 @@ def make_student(
 
     Args:
         phase: its name in metrics.jsonl and on screen.
-        monitored: the validations to make; those of `artefact.inputs` where they decide something.
+        monitored: the validations to make, whether or not they affect the student.
         readme: its model card.
     """
     if artefact.is_finished:
@@ -121,7 +121,7 @@ def make_student(
 
 
 class Student:
-    """One training: from the artefacts that it reads to the parameters of the student."""
+    """One training of a student, from the artefacts that it reads to its parameters."""
 
     def __init__(
         self, artefact: Artefact[StudentInputs], phase: str, monitored: ValidationInputs, context: Context
@@ -179,7 +179,7 @@ class Student:
         )
 
     def _teacher(self) -> tuple[DecoderConfig | None, Teacher | None]:
-        """The teacher in its compute dtype: its head alone where its hidden states are stored."""
+        """The teacher in its compute dtype; only its head if its hidden states are stored."""
         inputs, context = self._inputs, self._context
         if inputs.teacher is None:
             return None, None
@@ -224,7 +224,7 @@ class Student:
             return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
         assert self._artefact.progress is not None
-        # By the key, for they outlive the checkpoints: other settings must not read them.
+        # The key is in the name because rollouts outlive the checkpoints: a run with other settings must not read them.
         name = f"{self._artefact.progress.name}-{self._artefact.key[:8]}"
         folder = self._artefact.progress.parent.parent / "rollouts" / name
         return rollouts.Rollouts(inputs.rollouts, self._references, sampler, decode, folder)
@@ -238,7 +238,7 @@ class Student:
         return min(self._inputs.max_length or positions[0], *positions)
 
     def _shapes(self) -> tuple[Shape, ...]:
-        """Rows are long enough for what may be generated."""
+        """Micro-batch shapes whose rows can hold any generated response."""
         train, inputs = self._references, self._inputs
         rules = [generated.inputs.sampling for _, generated in inputs.generated]
         rules += [inputs.sampling] if inputs.sampling is not None else []

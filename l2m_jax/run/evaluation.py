@@ -1,4 +1,4 @@
-"""The last phase: the answers of a model to the evaluation sets, scored."""
+"""The last phase: scores a model's answers to the evaluation sets."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ from l2m_jax.run.responses import longest_prompt
 
 @dataclass(frozen=True)
 class SetInputs:
-    """An evaluation set: the test rows of the data, a known set, or a file that holds one."""
+    """An evaluation set: the test rows of the data, a known set, or a file."""
 
     name: str
     rows: Artefact | Source
@@ -34,9 +34,9 @@ class SetInputs:
 class EvaluationInputs:
     """
     Attributes:
-        rows: the most rows of each set (0: all).
-        truncate: long prompts are truncated, not left out.
-        bos: whether prompts begin with the beginning-of-sequence token.
+        rows: the maximum number of rows of each set (0: all).
+        truncate: truncate long prompts instead of leaving them out.
+        bos: begin prompts with the beginning-of-sequence token.
     """
 
     model: Artefact | Source
@@ -53,7 +53,7 @@ class EvaluationInputs:
 def make_evaluation(
     artefact: Artefact[EvaluationInputs], name: str, compute: Compute, placement: Placement, slots: int
 ) -> Results:
-    """The scores of a model; its answers are kept as they come.
+    """The scores of a model. Its answers are kept as they come, so an interrupted evaluation resumes.
 
     Args:
         slots: sequences decoded at once on a device; 0: chosen from the model's size.
@@ -112,7 +112,7 @@ def _sets(inputs: EvaluationInputs, room: int, folder: Path) -> list[PromptSet]:
 
 
 def set_inputs(source: str, test: Artefact) -> SetInputs:
-    """A set as `config.evaluation.sets` names it: "test", a known name, a file, or name=file."""
+    """A set by its name in `config.evaluation.sets`: "test", a known name, a file, or name=file."""
     if source == "test":
         return SetInputs(source, test)
     name, path = parse_set(source)
@@ -120,7 +120,7 @@ def set_inputs(source: str, test: Artefact) -> SetInputs:
 
 
 def write_summary(workdir: Path, results: Mapping[str, Results], folders: Mapping[str, Path]) -> None:
-    """Scores and answers of all models, in one file each."""
+    """Writes the scores of all models into one file, and their answers into another."""
     if is_first():
         summary = workdir / "evaluation"
         files.write_json(summary / RESULTS, results)

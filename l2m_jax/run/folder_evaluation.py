@@ -1,4 +1,4 @@
-"""The evaluation of a model that no run of this package need have made, and its comparison with others."""
+"""Evaluation of a model folder, whether or not this package made it."""
 
 from dataclasses import dataclass
 from pathlib import Path

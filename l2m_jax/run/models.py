@@ -1,4 +1,4 @@
-"""The phases that make a model: the teacher, and the student before distillation."""
+"""The phases that make the teacher, and the student before distillation."""
 
 import dataclasses
 import functools
@@ -29,12 +29,12 @@ from l2m_jax.types import Params
 class ModelInputs:
     """
     Attributes:
-        model: the settings that matter; its path is empty, for `weights` stands for it.
-        weights: a folder, a GGUF file or a hub name; None for random weights and for layers of the teacher.
-        teacher: whose layers a student takes.
-        finetune: None for a model that is used as it is.
-        train: the rows that it is fine-tuned on.
-        seed: of random weights and of fine-tuning; None where neither is done.
+        model: with the settings that don't matter at their defaults; `weights` replaces its path.
+        weights: a folder, a GGUF file or a hub name; None for a random architecture or the teacher's layers.
+        teacher: the model whose layers the student takes; None unless it takes some.
+        finetune: None for no fine-tuning.
+        train: the rows to fine-tune on.
+        seed: for random weights and fine-tuning; None without either.
     """
 
     model: Model
@@ -54,7 +54,7 @@ def model_inputs(
     seed: int,
     teacher: Artefact | None = None,
 ) -> ModelInputs:
-    """The inputs of a model: only what matters."""
+    """The inputs of a model: only what changes its weights."""
     takes_layers = model.init == "teacher_layers"
     weights = None
     if model.path and not takes_layers:
@@ -79,14 +79,14 @@ def model_inputs(
 
 
 def read_config(model: Artefact | Source, compute: Compute, tokenizer: data.Tokenizer) -> DecoderConfig:
-    """The architecture of a model, computed as `compute` says; entries past the tokenizer's are no tokens."""
+    """The config of a model, with `compute`. Vocabulary entries beyond the tokenizer's are not valid tokens."""
     return _completed(models.read_config(str(model.path)), compute, tokenizer)
 
 
 def load_frozen(
     model: Artefact | Source, compute: Compute, tokenizer: data.Tokenizer, placement: Placement
 ) -> tuple[DecoderConfig, Params]:
-    """A model that is not trained, placed, in its compute dtype."""
+    """The config and placed parameters of a model that is not trained, in its compute dtype."""
     config = read_config(model, compute, tokenizer)
     _, params = models.load(str(model.path), dtype=config.dtype, frozen=True, put=placement.put)
     return config, params
@@ -101,18 +101,18 @@ def _completed(config: DecoderConfig, compute: Compute, tokenizer: data.Tokenize
     tokens = len(data.load(tokenizer))
     if tokens > config.vocab_size:
         raise InputError(
-            f"the tokenizer has {tokens} tokens and the model's vocabulary {config.vocab_size} entries: they do not "
-            "belong together; set config.data.tokenizer to the model's own"
+            f"the tokenizer has {tokens} tokens, but the model's vocabulary only {config.vocab_size} entries; set "
+            "config.data.tokenizer to the model's own"
         )
     config = dataclasses.replace(config, valid_vocab_size=min(config.valid_vocab_size, tokens))
     return with_compute(config, compute)
 
 
 def initial_config(inputs: ModelInputs, compute: Compute) -> DecoderConfig:
-    """The architecture of the model that `inputs` describe, before it exists.
+    """The config of the model that `inputs` describe, before the model exists.
 
     Raises:
-        InputError: a model that cannot be read, or another vocabulary than the tokenizer's.
+        InputError: a model that cannot be read, or whose vocabulary is smaller than the tokenizer's.
     """
     if inputs.teacher is not None:
         teacher = initial_config(inputs.teacher.inputs, compute)
@@ -128,7 +128,7 @@ def initial_config(inputs: ModelInputs, compute: Compute) -> DecoderConfig:
 
 
 def make_model(artefact: Artefact[ModelInputs], name: str, compute: Compute, context: Context) -> None:
-    """Loads or initialises a model, fine-tunes it if asked for, and saves it as a Hugging Face folder."""
+    """Loads or initialises a model, fine-tunes it if requested, and saves it as a Hugging Face folder."""
     if artefact.is_finished:
         console.print(f"  already there: {artefact.path}")
         return

@@ -1,6 +1,6 @@
 """The phases of a run, in order: data, teacher, initial student, ranking, teacher store, students, evaluation.
 
-Each leaves an artefact that is known by its inputs, and is skipped when that artefact is there.
+Each makes an artefact that is identified by its inputs, and is skipped if that artefact is finished.
 """
 
 import functools
@@ -24,18 +24,18 @@ from l2m_jax.run.store import make_store
 
 
 def run(config: Config, workdir: str | Path, shared: str | Path | None = None) -> dict[str, Results]:
-    """Distils a student and leaves everything in `workdir`; a second call resumes.
+    """Distils a student and keeps everything in `workdir`. A second call resumes.
 
     Args:
-        shared: where data, teacher, initial student, ranking and teacher store are kept, so that several runs
-            can have them in common; None: `workdir`.
+        shared: the folder of data, teacher, initial student, ranking and teacher store, for several runs to share;
+            None: `workdir`.
 
     Returns:
         The evaluation of each model: teacher, student before, student after, baselines.
 
     Raises:
-        InputError: settings, files or models that do not fit together, or that are not those which finished work
-            was made with. Nothing is changed then.
+        InputError: settings, files or models that do not fit together, or that differ from those of earlier work
+            in these folders. That work is left unchanged.
     """
     workdir, shared = Path(workdir), Path(shared or workdir)
     context, artefacts = _start(config, workdir, shared)
@@ -63,9 +63,9 @@ def run(config: Config, workdir: str | Path, shared: str | Path | None = None) -
 
 
 def prepare(config: Config, shared: str | Path) -> dict[str, Results]:
-    """Leaves in `shared` what `run` needs besides the students of the config, teacher and initial student evaluated.
+    """Makes in `shared` everything that `run` needs besides the students, and evaluates teacher and initial student.
 
-    After that, several `run` at the same time only read it.
+    Afterwards several calls of `run` may read it at the same time.
 
     Returns:
         The evaluation of teacher and student before.
@@ -80,7 +80,7 @@ def prepare(config: Config, shared: str | Path) -> dict[str, Results]:
 
 
 def _start(config: Config, workdir: Path, shared: Path) -> tuple[Context, Artefacts]:
-    """Refuses what can be refused before the first phase; then the tokenizer and the rows."""
+    """All checks, and between them the tokenizer and the rows, which the last check needs."""
     checks.check_files(config)
     context = start(config, workdir)
     artefacts = resolve(config, workdir, shared)
@@ -96,7 +96,7 @@ def _start(config: Config, workdir: Path, shared: Path) -> tuple[Context, Artefa
 
 
 def _prepare(config: Config, artefacts: Artefacts, context: Context) -> Difficulty | None:
-    """The phases that do not depend on how the student is trained."""
+    """The phases before the students' training."""
     with context.phase("teacher"):
         make_model(artefacts.teacher, "teacher", config.teacher.compute, context)
     with context.phase("initial student"):

@@ -1,4 +1,4 @@
-"""The phases that rank the training examples: a student's own answers to their prompts, and their difficulty."""
+"""The phase that ranks the training examples by difficulty, from a student's own answers and cross-entropy."""
 
 from dataclasses import dataclass
 
@@ -19,11 +19,11 @@ from l2m_jax.run.models import load_frozen
 class RankingInputs:
     """
     Attributes:
-        model: the student that ranks.
+        model: the student whose answers and cross-entropy measure difficulty.
         answers: its answers to the training prompts.
         ranking: one of `curriculum.RANKINGS`.
-        stages: subsets that the examples are divided into.
-        seed: of a random ranking; None for the others.
+        stages: the number of subsets.
+        seed: for a random ranking; None for the others.
     """
 
     model: Artefact | Source
@@ -66,7 +66,7 @@ def make_ranking(artefact: Artefact[RankingInputs], context: Context) -> Difficu
 
 
 def _scores(artefact: Artefact[RankingInputs], context: Context) -> tuple[np.ndarray, np.ndarray]:
-    """Rouge-L in [0, 1] and cross-entropy in nats a token, [n] each. A prompt without room for an answer scores 0."""
+    """Rouge-L in [0, 1] and cross-entropy in nats per token, [n] each. Prompts without room for an answer score 0."""
     inputs = artefact.inputs
     train = data.open_corpus(inputs.train)
     answers = responses.make_responses(inputs.answers, context.student, context, "the student's own answers")

@@ -1,7 +1,7 @@
-"""From a config to everything that its run makes: the one place that sees all settings.
+"""From a config to the artefacts of its run: the only place that sees all settings.
 
-Each phase gets its inputs from here, and nothing else of the config. The keys of all artefacts are known before
-the first phase starts.
+Each phase gets its inputs from here and nothing else from the config. All keys are known before the first phase
+starts.
 """
 
 from collections.abc import Iterator
@@ -26,8 +26,8 @@ class Artefacts:
 
     Attributes:
         corpora: by part.
-        generated: responses that are generated once, by the model's name.
-        students, evaluations: by name; a student's is its method's.
+        generated: responses that are generated once, by the name of their model.
+        students, evaluations: by name; a student is named after its method.
     """
 
     tokenizer: data.Tokenizer
@@ -55,7 +55,7 @@ def resolve(config: Config, workdir: Path, shared: Path) -> Artefacts:
     """All artefacts of a run.
 
     Args:
-        shared: where tokenizer, data, teacher, initial student, ranking, store and generated responses are kept.
+        shared: the folder of tokenizer, data, teacher, initial student, ranking, store and generated responses.
 
     Raises:
         InputError: a file or model that cannot be read.
@@ -132,7 +132,7 @@ class _Resolver:
 
     def _initial_student(self) -> Artefact[ModelInputs]:
         student = self.config.student
-        # Another seed than the teacher's: equal weights would make the pair a special case.
+        # Not the teacher's seed: models of equal shape would start from equal weights.
         inputs = model_inputs(
             student.model,
             student.warmup,
@@ -154,7 +154,7 @@ class _Resolver:
             model = data.given_model(c.ranking_model)
             answers = self._responses_of(model, "ranking_model")
         else:
-            # Its answers may serve as training data as well.
+            # The same answers may also be training data.
             model, answers = self.initial, self._responses("initial_student")
         inputs = RankingInputs(
             model=model,
@@ -194,7 +194,7 @@ class _Resolver:
         return stored and methods.needs_teacher(method, self.config.curriculum)
 
     def _generated_names(self) -> list[str]:
-        """Whose responses, generated once, any of the methods trains on."""
+        """The models whose responses, generated once, any of the methods trains on."""
         chosen = self.chosen.values()
         wanted = {
             "teacher": any(method.responses == "teacher" for method in chosen),

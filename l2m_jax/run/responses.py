@@ -1,4 +1,4 @@
-"""The phase that generates a model's response to each training prompt, for the ranking and for methods that use them."""
+"""The phase that generates a model's responses to the training prompts, for the ranking and for some methods."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from l2m_jax.types import Params
 class ResponsesInputs:
     """
     Attributes:
-        max_prompt_length: prompts with more tokens get no response; 0: only those that leave no room for one.
-        seed: whatever the run's own seed is, so that runs have the responses in common.
+        max_prompt_length: longer prompts get no response; 0: limited only by the model's positions.
+        seed: for sampling; independent of the run's own seed, so that runs can share the responses.
     """
 
     model: Artefact | Source
@@ -34,7 +34,7 @@ class ResponsesInputs:
 
 
 def longest_prompt(config: DecoderConfig, sampling: SamplingRules, max_prompt_length: int) -> int:
-    """The most tokens of a prompt that leaves the model room for an answer."""
+    """The maximum number of prompt tokens that leaves the model room for an answer."""
     room = config.max_positions - sampling.max_new_tokens
     return min(room, max_prompt_length or room)
 
@@ -42,7 +42,7 @@ def longest_prompt(config: DecoderConfig, sampling: SamplingRules, max_prompt_le
 def make_responses(
     artefact: Artefact[ResponsesInputs], compute: Compute, context: Context, title: str
 ) -> Mapping[int, Answer]:
-    """The answers by training example; they are kept as they come, and generated once."""
+    """The answers by training example, generated once. They are kept as they come, so that a second call resumes."""
     inputs = artefact.inputs
     train, tokenizer = data.open_corpus(inputs.train), data.load(inputs.tokenizer)
     config = read_config(inputs.model, compute, inputs.tokenizer)

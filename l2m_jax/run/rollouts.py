@@ -1,8 +1,8 @@
-"""What a method trains on: reference responses, or others that a model generates to the same prompts.
+"""What a method trains on: reference responses, or responses that a model generates to the same prompts.
 
-The teacher's and the initial student's are generated once (`responses.py`). The current student's (rollouts) are
-sampled anew as it learns and kept in files: a run that resumes reads them there, because the parameters they
-came from may be gone.
+Those of the teacher and the initial student are generated once (`responses.py`). Those of the current student
+(rollouts) are sampled anew as it learns, and kept in files: a run that resumes reads them there, because the parameters
+that they came from may be gone.
 """
 
 import functools
@@ -23,9 +23,7 @@ from l2m_jax.parallel import Placement
 from l2m_jax.training.loop import Part, Term
 from l2m_jax.types import Params
 
-Responses = Mapping[
-    int, tuple[int, ...]
-]  # example number -> response, with its end of sequence if it has one
+Responses = Mapping[int, tuple[int, ...]]  # example number -> response, with the end of sequence if it ended
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,8 @@ class Sampler:
     """Samples the current student's responses to training prompts.
 
     Attributes:
-        longest_prompt: prompts with more tokens keep the response that they have.
-        seed: of the training.
+        longest_prompt: examples with longer prompts keep their current response.
+        seed: that of the training.
     """
 
     config: DecoderConfig
@@ -49,7 +47,7 @@ class Sampler:
         kept = [int(i) for i in indices if references.prompt_lengths[i] <= self.longest_prompt]
         if not kept:
             return {}
-        # One seed an epoch: a prompt that comes again gets other random numbers.
+        # One seed per epoch, so that a repeated prompt gets other random numbers.
         words = [self.seed, part.stage.index, part.epoch]
         seed = int(np.random.SeedSequence(words).generate_state(1)[0])
         generator = Generator(self.config, params, self.placement, self.tokenizer, self.slots)
@@ -60,7 +58,7 @@ class Sampler:
 
 
 def response(answer: Answer, rules: SamplingRules, eos_token_id: int) -> tuple[int, ...]:
-    """An answer's tokens, with the end of sequence unless it was cut off."""
+    """An answer's tokens, and the end of sequence unless the answer was cut off."""
     ended = len(answer.tokens) < rules.max_new_tokens
     return (*answer.tokens, eos_token_id) if ended else answer.tokens
 
@@ -73,12 +71,13 @@ def training_data(
     limit: int,
     teacher_rows: Callable[[int], np.ndarray] | None,
 ) -> Callable[[Part, Params], list[Term]]:
-    """What `method` trains on, part by part of an epoch.
+    """What `method` trains on in each part of an epoch.
 
     Args:
-        fixed: responses that were generated once: those of "teacher" or "initial_student", as far as they are used.
-        rollouts: of on-policy methods.
-        limit: the most tokens of an example with a generated response: it is truncated there, and has no end then.
+        fixed: responses that were generated once, by model ("teacher", "initial_student"); only those in use.
+        rollouts: None unless the method is on-policy.
+        limit: the maximum number of tokens of an example with a generated response. Longer ones are cut, and then
+            have no end of sequence.
         teacher_rows: reads the teacher's hidden states at the reference responses; None with a live teacher.
     """
     examples: Examples = references
@@ -105,11 +104,11 @@ def training_data(
 
 
 class Rollouts:
-    """The current student's responses, in one file for each part of an epoch.
+    """The current student's responses, kept in one file for each part of an epoch.
 
     Args:
-        folder: of the files. They belong to one training phase.
-        sample: gives responses to the prompts of some examples, from placed parameters.
+        folder: the folder of the files, which belong to one training phase.
+        sample: returns responses to the prompts of some examples, from placed parameters.
     """
 
     def __init__(
@@ -125,9 +124,9 @@ class Rollouts:
         self._latest: dict[int, tuple[int, ...]] | None = None
 
     def of(self, part: Part, indices: np.ndarray, params: Params) -> Responses:
-        """Responses to the prompts of `indices`: a share replayed, the others sampled from `params` (placed).
+        """Responses to the prompts of `indices`: a share is replayed, the others are sampled from `params` (placed).
 
-        Where the part's file is there, all is as when it was written, whatever `params` are.
+        If the part's file exists, the result is the same as when it was written, whatever `params` are.
         """
         file = self._folder / _name(part)
         latest = self._before(file)
@@ -145,11 +144,11 @@ class Rollouts:
         return responses
 
     def _before(self, file: Path) -> dict[int, tuple[int, ...]]:
-        """The latest response to each prompt before `file` was written; empty without replay."""
+        """The latest response to each prompt from before `file`; empty without replay."""
         if self._latest is None:
             self._latest = {}
             if self.settings.replay_share:
-                # One process looks, for all must find the same files.
+                # One process looks, because all must find the same files.
                 for earlier in first(lambda: sorted(self._folder.glob("*.jsonl"))):
                     if earlier.name < file.name:
                         self._latest.update(_read(earlier))
@@ -157,12 +156,12 @@ class Rollouts:
 
 
 def spread(count: int, share: float) -> np.ndarray:
-    """bool [count]: `share` of them True, evenly spread, so that each batch has its share."""
+    """bool [count]: a `share` of them True, evenly spread, so that each batch has its share."""
     return np.diff(np.floor(np.arange(count + 1) * share + 1e-9)) > 0
 
 
 def answered(examples: Examples, responses: Responses, limit: int) -> AnsweredExamples:
-    """`examples` with other responses to some of the prompts, cut at `limit` tokens."""
+    """`examples` with other responses to some prompts, cut at `limit` tokens."""
 
     def tokens(i: int, response: tuple[int, ...]) -> np.ndarray:
         return np.concatenate([_prompt(examples, i), np.asarray(response, np.int32)])[:limit]

@@ -26,7 +26,7 @@ class StoreInputs:
 
 
 def open_store(artefact: Artefact[StoreInputs], context: Context) -> TeacherStore:
-    """The store, as far as it is there. Nothing is placed on the devices."""
+    """The store, complete or not. Nothing is placed on the devices."""
     inputs = artefact.inputs
     config = read_config(inputs.teacher, context.teacher, inputs.tokenizer)
     train = data.open_corpus(inputs.train)
@@ -34,7 +34,7 @@ def open_store(artefact: Artefact[StoreInputs], context: Context) -> TeacherStor
 
 
 def make_store(artefact: Artefact[StoreInputs], context: Context) -> TeacherStore:
-    """The complete store; what is missing of it is computed."""
+    """The complete store. What is missing is computed."""
     store = open_store(artefact, context)
     if store.is_complete and artefact.is_finished:
         console.print(f"  already there: {artefact.path}")

@@ -1,4 +1,4 @@
-"""What a run tells at its end: the report, the model cards, and a table on screen."""
+"""The end of a run: the report, the model cards, and a table on screen."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ from l2m_jax.training.metrics import read_metrics
 def card(
     config: Config, artefacts: Artefacts, name: str, rouge_l: dict[str, float] | None = None
 ) -> ModelCard:
-    """The card of a student; its ranking must be finished."""
+    """The model card of a student. Its ranking must be finished."""
     stages = stages_of(artefacts.students[name].inputs)
     return ModelCard(
         name=f"{name} student",

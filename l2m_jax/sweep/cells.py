@@ -1,4 +1,4 @@
-"""One run for each row and seed: which there are, which are finished, and how they are run."""
+"""The cells of a sweep, one run for each row and seed: lists them, runs them, and reads their results."""
 
 import json
 import time
@@ -21,7 +21,7 @@ _SHARED, _RESULT = "shared", "result.json"
 
 
 class Cell(NamedTuple):
-    """One run: the row that it counts for, its training seed, and its settings."""
+    """One run: its row of the table, its training seed, and its settings."""
 
     row: str
     seed: int
@@ -29,15 +29,15 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Also its folder within the sweep's."""
+        """The name, which is also the run's folder within that of the sweep."""
         return f"{self.row}/seed{self.seed}"
 
 
 def grid(config: Config, rows: Mapping[str, Row], seeds: Sequence[int]) -> list[Cell]:
-    """All cells, one seed after the other: an unfinished sweep has every row before it has every seed.
+    """All cells, seed by seed, so that an unfinished sweep has every row with the first seeds.
 
     Raises:
-        InputError: a method that there is not, or a seed below 0.
+        InputError: an unknown method, or a seed below 0.
     """
     if wrong := [seed for seed in seeds if seed < 0]:
         raise InputError(f"training seed {wrong[0]}: must be 0 or more")
@@ -55,7 +55,7 @@ def grid(config: Config, rows: Mapping[str, Row], seeds: Sequence[int]) -> list[
 
 
 def finished(cell: Cell, workdir: Path) -> dict[str, Results] | None:
-    """The evaluation of teacher, student before and student; None unless the cell is finished with these settings."""
+    """The results of teacher, student before and student; None unless the cell is finished with these settings."""
     file = workdir / cell.name / _RESULT
     if not file.is_file():
         return None
@@ -70,7 +70,7 @@ def _key(cell: Cell) -> str:
 
 
 def prepare(cells: Sequence[Cell], workdir: Path) -> None:
-    """What all cells share, made by one process while others wait for it.
+    """Makes what all cells share. One process does it while others wait.
 
     Raises:
         InputError: as `pipeline.prepare`.
@@ -94,13 +94,13 @@ def _run_cell(cell: Cell, workdir: Path) -> None:
 
 
 def run(cells: Sequence[Cell], workdir: Path, task: int | None = None) -> dict[str, str]:
-    """Runs the cells that are not finished, one after another; one that fails does not stop the others.
+    """Runs the unfinished cells, one after another. A failure does not stop the others.
 
     Args:
-        task: the number of the only cell to run; None: all.
+        task: the number of the only cell to run; None for all.
 
     Returns:
-        What went wrong, by the names of the cells that failed.
+        The error messages of failed cells, by name.
     """
     if task is not None and not 0 <= task < len(cells):
         raise InputError(f"--task {task}: the runs are numbered from 0 to {len(cells) - 1}")
@@ -118,7 +118,7 @@ def run(cells: Sequence[Cell], workdir: Path, task: int | None = None) -> dict[s
             _run_cell(cell, workdir)
         except InputError as error:
             failures[cell.name] = str(error)
-        except Exception as error:  # whatever it is, the other cells need not fail
+        except Exception as error:  # an unexpected error must not stop the other cells
             traceback.print_exc()
             failures[cell.name] = repr(error)
         if cell.name in failures:

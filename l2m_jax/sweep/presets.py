@@ -1,6 +1,6 @@
 """The paper's tables as sweeps.
 
-Each is run once for each pair of teacher and student, with that pair's config:
+Run each preset once for each pair of teacher and student, with the config of the pair:
 `l2m sweep --config configs/gpt2_small.py --preset table1 --workdir runs/table1_gpt2_small`.
 """
 
@@ -12,8 +12,8 @@ class Row(NamedTuple):
     """
     Attributes:
         method: its name in `methods.METHODS`.
-        changes: settings that this row alone has, such as `{"curriculum.alpha": 0.3}`: of the student's training, since
-            all rows have everything before it in common.
+        changes: settings of this row, such as `{"curriculum.alpha": 0.3}`. Only those of the student's training can
+            differ, because the rows share everything before it.
     """
 
     method: str
@@ -21,7 +21,7 @@ class Row(NamedTuple):
 
 
 def rows_of(methods: Iterable[str]) -> dict[str, Row]:
-    """One row for each method, as it is."""
+    """One row for each method, unchanged."""
     return {name: Row(name) for name in methods}
 
 
@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Row]] = {
         for alpha in (0.15, 0.30, 0.45, 0.60, 0.75, 0.90)
     },
     "table5": rows_of(("l2m", "distillm2", "distillm2_on_policy")),
-    # The easiest and the hardest quarter, and KLD on the one before SKL on both.
+    # The easiest and the hardest quarter; and two stages: KLD on the easiest, then SKL on both.
     "figure3": {
         f"{part}_{loss}": Row(row.method, {"curriculum.subsets": subsets, **row.changes})
         for part, subsets in _PARTS.items()

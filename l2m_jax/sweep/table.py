@@ -1,4 +1,4 @@
-"""The sweep's table, from the cells that are finished."""
+"""The table of a sweep, from its finished cells."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +16,10 @@ def write_table(cells: Sequence[Cell], workdir: Path) -> str:
     """Writes table.md, table.csv and table.tex into `workdir`.
 
     Returns:
-        The text of table.md: the table, what its figures are, and which cells are missing.
+        The text of table.md: the table, a caption, and the missing cells.
 
     Raises:
-        InputError: none is finished.
+        InputError: no cell is finished.
     """
     found: dict[str, list[Results]] = {name: [] for name in (*_ONE_MODEL, *(cell.row for cell in cells))}
     missing = []
@@ -45,7 +45,7 @@ def write_table(cells: Sequence[Cell], workdir: Path) -> str:
 
 
 def _values(runs: Sequence[Results]) -> dict[str, tuple[float, ...]]:
-    """For each set one value a run; of a single run, one a sampling seed."""
+    """One value per run for each set; for a single run, one per sampling seed."""
     if len(runs) == 1:
         return {s.title: s.rouge_l.per_seed for s in runs[0].sets}
     titles = [s.title for s in runs[0].sets] if runs else []

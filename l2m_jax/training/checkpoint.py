@@ -12,24 +12,24 @@ import orbax.checkpoint as ocp
 from l2m_jax.multihost import first
 from l2m_jax.parallel import Placement
 
-# With several processes, all must save at the same step: they ask the first one's clock this often.
+# All processes must save at the same step, so they ask for the first one's clock, this often.
 _STEPS_BETWEEN_LOOKS = 32
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where training stands: the next batch to train on, and what the validations so far decided.
+    """The position in a training: the next batch, and the results of the validations so far.
 
     Attributes:
-        stage: 0-based place in the list of stages.
+        stage: 0-based index into the list of stages.
         epoch: epochs finished in this stage.
         batch: batches finished in this epoch.
-        stage_step: updates done in this stage.
-        step: updates done in all.
-        best_step: the step with the best validation Rouge-L in all, the earliest of equals; -1 before the first.
-        best_rouge_l: that Rouge-L.
-        stage_best: the best one in this stage.
-        not_better: validations in this stage since its best one.
+        stage_step: updates finished in this stage.
+        step: updates finished in total.
+        best_step: the step with the best validation Rouge-L, the earliest of equals; -1 before the first validation.
+        best_rouge_l: the best validation Rouge-L.
+        stage_best: the best one of this stage.
+        not_better: validations since the best one of this stage.
     """
 
     stage: int = 0
@@ -44,7 +44,7 @@ class Position:
 
 
 class _LatestAndBest:
-    """Which checkpoints Orbax keeps. Its own BestN forgets its metrics when the process restarts."""
+    """Decides which checkpoints Orbax keeps. Its own BestN forgets the metrics when the process restarts."""
 
     best_step = -1
 
@@ -55,10 +55,10 @@ class _LatestAndBest:
 
 
 class Checkpoints:
-    """Checkpoints in `folder`, of a state that lies on devices as `placement` says.
+    """Checkpoints in `folder` of a state that is placed by `placement`.
 
     Args:
-        minutes: between checkpoints, as far as `due` is asked. 0: one after each step.
+        minutes: the interval at which `due` asks for a checkpoint; 0: after each step.
     """
 
     def __init__(self, folder: Path, placement: Placement, minutes: float = 10.0):
@@ -72,7 +72,7 @@ class Checkpoints:
         )
 
     def due(self, step: int) -> bool:
-        """Whether it is time for the next checkpoint; the same answer in all processes."""
+        """Whether it is time for the next checkpoint. The same in all processes."""
         if jax.process_count() == 1:
             return self._time_is_up()
         return step % _STEPS_BETWEEN_LOOKS == 0 and first(self._time_is_up)
@@ -81,10 +81,10 @@ class Checkpoints:
         return time.monotonic() - self._saved_at >= 60 * self._minutes
 
     def save(self, state: Any, position: Position) -> None:
-        """Saves the placed state. Afterwards its buffers may be donated: files are written in the background.
+        """Saves the placed state. Its buffers may be donated afterwards; files are written in the background.
 
-        A checkpoint exists completely or not at all. No device holds a copy of the state meanwhile. Besides this one,
-        that of `position.best_step` is kept.
+        A checkpoint exists completely or not at all. No device holds a second copy of the state. This checkpoint and
+        that of `position.best_step` are kept.
         """
         self._saved_at = time.monotonic()
         self._kept.best_step = position.best_step
@@ -101,13 +101,13 @@ class Checkpoints:
             ),
         )
         if not replicated and self._placement.devices[0].platform == "cpu":
-            self._manager.wait_until_finished()  # a host copy of a CPU's buffer is the buffer itself
+            self._manager.wait_until_finished()  # a host copy of a CPU buffer is the buffer itself
 
     def restore_latest(self, shapes: Any) -> tuple[Any, Position] | None:
-        """The newest state, placed, and its position; None before the first checkpoint.
+        """The latest state, placed, and its position; None before the first checkpoint.
 
         Args:
-            shapes: of the state, as `jax.eval_shape` gives them.
+            shapes: of the state, as from `jax.eval_shape`.
         """
         step = self._manager.latest_step()
         if step is None:
@@ -118,12 +118,12 @@ class Checkpoints:
         return self._placed(found.state), position
 
     def restore_best(self, shapes: Any, step: int) -> Any:
-        """The parameters after `step`, the best of the validations, placed. `shapes` as in `restore_latest`."""
+        """The parameters after `step`, that of the best validation, placed. `shapes` as in `restore_latest`."""
         self._manager.wait_until_finished()
         return self._placed(self._restore(step, shapes).state.params)
 
     def _restore(self, step: int, shapes: Any) -> Any:
-        # Under "pmap" to the host, for it goes to each device from there; else straight to the devices.
+        # Under "pmap" to the host, from where it is copied to each device; otherwise directly to the devices.
         like = shapes if self._placement.mapping == "pmap" else self._placement.abstract(shapes)
         return self._manager.restore(
             step,
@@ -134,6 +134,6 @@ class Checkpoints:
         return self._placement.place(tree) if self._placement.mapping == "pmap" else tree
 
     def close(self) -> None:
-        """Waits for what is still being written."""
+        """Waits until all files are written."""
         self._manager.wait_until_finished()
         self._manager.close()

@@ -1,4 +1,4 @@
-"""The loop over stages, epochs and batches: feeds the step, logs, validates, checkpoints, resumes."""
+"""The training loop over stages, epochs and batches: runs steps, logs, validates, saves and resumes."""
 
 import dataclasses
 import math
@@ -28,12 +28,12 @@ PREFETCHED_BATCHES = 4  # on the devices, ahead of the batch that is trained on
 
 @dataclass(frozen=True)
 class Part:
-    """A part of an epoch: the batches between two moments at which its data may change.
+    """A part of an epoch: consecutive batches during which the data stays the same.
 
     Attributes:
-        epoch, number: counted from 0, the number within the epoch.
-        indices: its examples, in the order of training.
-        first_batch: of the epoch's batches.
+        epoch, number: 0-based; the number is that of the part within its epoch.
+        indices: the part's examples, in the order of training.
+        first_batch: the index of the part's first batch within the epoch.
     """
 
     stage: Stage
@@ -45,15 +45,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Term:
-    """A term of the loss. Most methods have one; with several, each batch's examples take part in every one.
+    """A term of the loss. Most methods have one; with several, every term uses all examples of a batch.
 
     The loss of a batch is the weighted mean of the objectives over the targets of all terms.
 
     Attributes:
         examples: token arrays by example number.
-        teacher_rows: gives the stored hidden states of the teacher for an example, `[r_i, E]`; None when the
-            teacher runs live or is not needed.
-        equal_examples: the mean is first over an example's targets, then over examples.
+        teacher_rows: returns the stored hidden states of the teacher for an example, `[r_i, E]`; None if the teacher
+            runs live or is not needed.
+        equal_examples: average over the targets of each example first, then over examples.
     """
 
     objective: Objective
@@ -67,15 +67,15 @@ class Task:
     """One training phase: fine-tuning a teacher, warming up or distilling a student.
 
     Attributes:
-        phase: its name in metrics.jsonl and on screen.
+        phase: the task's name in metrics.jsonl and on screen.
         settings: what the compiled step depends on, besides the objective.
         stages: in order; single-stage methods have one.
-        shapes: the micro-batch shapes of the phase.
-        parts: parts of an epoch, before each of which the data may change.
-        restart_optimizer: a new schedule and optimiser state in each stage.
-        patience: a stage ends after so many validations without a better Rouge-L; 0: never early.
-        validations: over the whole phase, evenly spaced, the last one at its end.
-        keep_best: the result is the best by validation, not the last.
+        shapes: the micro-batch shapes.
+        parts: the number of parts of an epoch; the data may change before each.
+        restart_optimizer: start each stage with a new schedule and optimiser state.
+        patience: end a stage after this many validations without a better Rouge-L; 0: never.
+        validations: the number over the whole task, evenly spaced, the last one at its end.
+        keep_best: return the best parameters by validation instead of the last.
     """
 
     phase: str
@@ -96,10 +96,10 @@ class Trainer:
     """Trains through all stages of a task.
 
     Args:
-        data: what a part of an epoch trains on, given the placed parameters at its start. A run resumed within
-            the part passes later ones, and must get the same data.
-        teacher: placed on the devices; None without one.
-        validate: gives at least "rouge_l" for placed parameters.
+        data: returns the terms of a part of an epoch, given the placed parameters at its start. A run that resumes
+            within the part passes later parameters, and must get the same terms.
+        teacher: placed; None without one.
+        validate: returns at least "rouge_l" for placed parameters.
     """
 
     def __init__(
@@ -123,10 +123,10 @@ class Trainer:
         self._validated_at = frozenset(_validation_steps(task) if validate is not None else ())
 
     def run(self, initial: Callable[[], Params]) -> Params:
-        """Trains from the latest checkpoint if there is one, else from `initial()`, placed parameters to take over.
+        """Trains from the latest checkpoint, or from `initial()`: placed parameters, whose buffers are donated.
 
         Returns:
-            The parameters, placed: the best by validation with `task.keep_best`, else the last.
+            The placed parameters: the best by validation if `task.keep_best`, otherwise the last.
         """
         task = self._task
         shapes = step_functions.state_shapes(self._optimizer, task.settings.student)
@@ -145,7 +145,7 @@ class Trainer:
         params = self._state.params
         best = self._position.best_step
         if task.keep_best and 0 <= best < self._position.step:
-            # The devices have room for one state, not for two.
+            # The devices have room for only one state.
             del params, self._state
             return self._checkpoints.restore_best(shapes, best)
         del self._state
@@ -206,9 +206,9 @@ class Trainer:
         return values
 
     def _validate_now(self, stage: Stage) -> bool:
-        """Whether this is the best validation so far, as far as that matters."""
+        """Validates. Returns whether this is the best validation so far, and the best one is kept."""
         assert self._validate is not None
-        # Zeros between batches: their memory is what generation needs beside the state.
+        # The sums are zero between batches, and generation needs their memory.
         del self._sums
         values = self._validate(self._state.params)
         self._sums = self._zero_sums(self._state.params)
@@ -226,7 +226,7 @@ class Trainer:
         return self._task.keep_best and position.best_step == position.step
 
     def _batches_of_stage(self, stage: Stage, log: "_StepLog") -> Iterator["_Batch"]:
-        """Those from the current position on, packed and fed to the devices ahead of time within a part."""
+        """The batches from the current position on. Within a part they are packed and fed to the devices in advance."""
         while self._position.epoch < stage.epochs:
             for part in _parts(self._task, stage, self._position):
                 log.flush()
@@ -237,7 +237,7 @@ class Trainer:
                 )
 
     def _batches(self, part: Part, terms: Sequence[Term], batch: int) -> Iterator["_Batch"]:
-        """The batches of `part` from number `batch` of its epoch on."""
+        """The batches of `part`, starting with number `batch` of its epoch."""
         size, feed = self._task.batch_size, self._placement.feed
         for start in range(max(batch - part.first_batch, 0) * size, len(part.indices), size):
             chosen = part.indices[start : start + size]
@@ -262,7 +262,7 @@ class Trainer:
 
 
 def _validation_steps(task: Task) -> list[int]:
-    """The updates after which there is a validation: `task.validations` of them, whatever the stages are."""
+    """The `task.validations` updates after which to validate, independent of the stages."""
     total = steps(task.stages, task.batch_size)
     return [max(1, round(total * k / task.validations)) for k in range(1, task.validations + 1)]
 
@@ -293,7 +293,7 @@ def _dropout_key(task: Task, step: int, micro_batch: int) -> jax.Array | None:
 
 
 def _parts(task: Task, stage: Stage, position: Position) -> Iterator[Part]:
-    """The parts of an epoch that are not over at `position`."""
+    """The parts of an epoch that are not finished at `position`."""
     order = order_of_examples(task.seed, stage.index, position.epoch, stage.indices)
     order = order[: stage.examples_in_epoch(position.epoch)]
     batches = math.ceil(len(order) / task.batch_size)
@@ -318,7 +318,7 @@ def _targets(examples: Examples, chosen: np.ndarray) -> np.ndarray:
 
 
 class _StepLog:
-    """Writes a step's metrics once the next step is dispatched, so that reading them holds nothing up."""
+    """Writes a step's metrics after the next step is dispatched, so that reading them does not delay it."""
 
     def __init__(
         self, task: Task, stage: Stage, metrics: MetricsLog, bar: progress.Bar, placement: Placement
@@ -329,7 +329,7 @@ class _StepLog:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Time spent on anything but training does not count in the rates."""
+        """Restarts the measurement of rates, so that only time spent on training counts."""
         self._clock = time.monotonic()
         self._examples = self._tokens = 0
 
@@ -343,7 +343,7 @@ class _StepLog:
         position, learning_rate, batch, values = self._waiting
         self._waiting = None
         values = {name: float(value) for name, value in self._placement.read(values).items()}
-        # What the sums were divided by: the target tokens or the examples, counted below.
+        # The divisor of the sums: target tokens or examples, which are counted below.
         del values["weight"]
         self._examples += batch.examples
         self._tokens += batch.tokens

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one object a line, written as training goes, without a trace of what a resumed run does again."""
+"""metrics.jsonl: one JSON object per line, written during training. A resumed run leaves no duplicates."""
 
 import contextlib
 import json
@@ -10,10 +10,10 @@ from l2m_jax.multihost import is_first
 
 
 class MetricsLog:
-    """Appends lines to `path`, in the first process alone; with `tensorboard` (a folder) the numbers go there as well.
+    """Appends lines to `path`, in the first process only, and writes the numbers to `tensorboard`, a folder, if given.
 
     Raises:
-        ImportError: TensorBoard is asked for and `tensorboardX` (extra: tracking) is not installed.
+        ImportError: `tensorboard` is given, but `tensorboardX` (extra: tracking) is not installed.
     """
 
     def __init__(self, path: Path, tensorboard: Path | None = None):
@@ -36,7 +36,7 @@ class MetricsLog:
                     self._writer.add_scalar(f"{phase}/{name}", value, step)
 
     def drop_after(self, phase: str, step: int) -> None:
-        """Forgets the lines of `phase` beyond `step`, and a last line that was cut short by a kill."""
+        """Deletes the lines of `phase` after `step`, and an incomplete last line."""
         if not self._writes:
             return
         kept = [line for line in read_metrics(self._path) if line["phase"] != phase or line["step"] <= step]
@@ -48,7 +48,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a half-written last one is left out."""
+    """The lines of metrics.jsonl, without an incomplete last one."""
     lines = []
     if path.is_file():
         for text in path.read_text(encoding="utf-8").splitlines():

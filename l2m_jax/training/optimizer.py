@@ -1,4 +1,4 @@
-"""AdamW as the paper sets it; the learning rate is an argument of the step, so a new stage compiles nothing."""
+"""AdamW with the paper's settings. The learning rate is an argument of the step, so schedules compile nothing."""
 
 import functools
 from collections.abc import Callable
@@ -36,16 +36,16 @@ class OptimizerSettings:
 
 
 def decayed(params: Params) -> Params:
-    """True for the leaves that weight decay applies to: matrices and embeddings, not biases and norms.
+    """True for the leaves with weight decay: matrices and embeddings, but not biases and norms.
 
-    By name, not by rank: stacked over layers, a norm's scale is a matrix as well.
+    Decided by name and not by rank, because a norm's scale, stacked over layers, is a matrix as well.
     """
     return jax.tree_util.tree_map_with_path(lambda path, _: str(path[-1].key) in _DECAYED, params)
 
 
 @functools.cache  # equal settings give the same object, which a compiled step depends on
 def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
-    """Clip, Adam and decoupled weight decay: `optax.adamw` without the last factor, minus the learning rate."""
+    """Clipping, Adam and decoupled weight decay. The step multiplies the result by minus the learning rate."""
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
         optax.scale_by_adam(b1=settings.adam_b1, b2=settings.adam_b2),
@@ -54,7 +54,7 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
 
 
 def learning_rate_schedule(settings: OptimizerSettings, steps: int) -> Callable[[int], float]:
-    """Learning rate before each of `steps` updates: up over the warm-up, then down to 0, both linearly."""
+    """Learning rate of each of `steps` updates: rises linearly during the warm-up, then falls linearly to 0."""
     warmup = min(max(round(settings.warmup_fraction * steps), 0), steps - 1)
     peak = settings.learning_rate
 

@@ -1,12 +1,11 @@
 """The training step as pure functions of one device's share of a batch.
 
-A batch is one or more micro-batches. `accumulate` adds one micro-batch's gradient and loss *sums*; `update`
-adds the sums up over devices, divides once by the global weight, and applies the optimiser. A mean of
-per-device or per-micro-batch means would weigh tokens by how they happened to be packed.
+A batch is one or more micro-batches. `accumulate` adds the gradient and loss *sums* of one micro-batch. `update` adds
+the sums over devices, divides once by the global weight, and applies the optimiser. A mean of means per device or
+micro-batch would weight tokens by how they were packed.
 
-Both run under `jax.pmap`, where `axis_name` is the device axis and arrays are one device's, and under
-`jax.jit` over a mesh, where `axis_name` is None and the micro-batch keeps its leading device axis
-(see `parallel.py`).
+Both run under `jax.pmap`, where `axis_name` is the device axis and arrays are those of one device, and under `jax.jit`
+over a mesh, where `axis_name` is None and the micro-batch keeps its leading device axis (see `parallel.py`).
 """
 
 from dataclasses import dataclass
@@ -25,11 +24,11 @@ from l2m_jax.types import MicroBatch, Params
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a compiled step depends on besides the stage's objective: hashable, hence static.
+    """What a compiled step depends on besides the objective. Hashable, hence a static argument.
 
     Attributes:
-        valid_vocab_size: entries that teacher and student share; the others count as -inf.
-        chunk_size: target tokens whose logits are held at once.
+        valid_vocab_size: vocabulary entries that teacher and student share; the logits of others count as -inf.
+        chunk_size: the number of target tokens whose logits are held at once.
     """
 
     student: DecoderConfig
@@ -39,7 +38,7 @@ class StepSettings:
 
 
 class Teacher(NamedTuple):
-    """What the step needs of the teacher: its head, and all of its parameters when it runs live."""
+    """The part of the teacher that the step needs: its head, and all parameters if it runs live."""
 
     head_VxE: jax.Array
     params: Params | None = None
@@ -69,7 +68,7 @@ def zero_sums(params: Params) -> Sums:
 
 
 def state_shapes(optimizer: optax.GradientTransformation, config: DecoderConfig) -> TrainState:
-    """Shapes of the state of a model in training, without computing it."""
+    """The shapes of a model's training state, without computing it."""
     params = jax.eval_shape(lambda: models.init(config, jax.random.key(0)))
     return TrainState(params, jax.eval_shape(optimizer.init, params))
 
@@ -77,7 +76,7 @@ def state_shapes(optimizer: optax.GradientTransformation, config: DecoderConfig)
 def target_hidden(
     config: DecoderConfig, params: Params, batch: MicroBatch, dropout_key: jax.Array | None = None
 ):
-    """Final hidden states at the positions that carry loss, `[..., T, E]`: all that the vocabulary ever sees."""
+    """Final hidden states at the positions that carry loss, `[..., T, E]`. Only these reach the vocabulary."""
     lead, (rows, length) = batch.tokens_RxL.shape[:-2], batch.tokens_RxL.shape[-2:]
     hidden_BxLxE = models.hidden_states(
         config,
@@ -94,9 +93,9 @@ def target_hidden(
 
 
 def _take_targets(hidden_SxE: jax.Array, target_index_T: jax.Array) -> jax.Array:
-    """Rows by index; 0 beyond the real targets, whose indices lie out of range.
+    """Rows by index; 0 for padding targets, whose indices are out of range.
 
-    Indices are unique and ascending, so that the backward pass writes each row once, without atomic additions.
+    Indices are unique and ascending, so the backward pass writes each row once, without atomic additions.
     """
     return hidden_SxE.at[target_index_T].get(
         mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True
@@ -105,7 +104,7 @@ def _take_targets(hidden_SxE: jax.Array, target_index_T: jax.Array) -> jax.Array
 
 @over_devices(static=("config",), weights=("params",))
 def hidden_pass(config: DecoderConfig, params: Params, batch: MicroBatch) -> jax.Array:
-    """`target_hidden` without dropout: what the teacher store keeps, `[T, E]`."""
+    """`target_hidden` without dropout, as in the teacher store, `[T, E]`."""
     return target_hidden(config, params, batch)
 
 
@@ -113,7 +112,7 @@ def hidden_pass(config: DecoderConfig, params: Params, batch: MicroBatch) -> jax
 def cross_entropy_pass(
     config: DecoderConfig, chunk_size: int, params: Params, batch: MicroBatch
 ) -> jax.Array:
-    """Cross-entropy at each target, float32 `[T]`, in nats; meaningless beyond the real targets."""
+    """Cross-entropy at each target in nats, float32 `[T]`; meaningless for padding targets."""
     cross_entropy, _ = losses.fused_token_losses(
         target_hidden(config, params, batch),
         models.head(config, params),
@@ -145,7 +144,7 @@ def loss_sums(
     teacher: Teacher | None,
     dropout_key: jax.Array | None = None,
 ) -> LossSums:
-    """Sums over this micro-batch's target tokens of weight times loss, cross-entropy, divergence and one."""
+    """Sums over the micro-batch's target tokens of the weight times loss, cross-entropy, divergence and 1."""
     teacher_hidden = _teacher_hidden(settings, objective, batch, teacher)
     return losses.fused_distillation_sums(
         target_hidden(settings.student, params, batch, dropout_key),
@@ -178,7 +177,7 @@ def accumulate(
     *,
     axis_name: str | None = None,
 ) -> Sums:
-    """`sums` plus the gradient and loss sums of one micro-batch; no communication between devices."""
+    """`sums` plus the gradient and loss sums of one micro-batch, without communication between devices."""
     if dropout_key is not None and axis_name is not None:
         dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
 
@@ -208,7 +207,7 @@ def update(
     """One optimiser step on the sums of a whole batch.
 
     Returns:
-        The new state, sums set back to zero (in the same buffers), and the batch's metrics.
+        The new state, the sums reset to zero (in the same buffers), and the batch's metrics.
     """
     if axis_name is not None:
         sums = jax.lax.psum(sums, axis_name)

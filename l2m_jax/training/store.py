@@ -1,7 +1,7 @@
-"""The teacher's final hidden states at the response positions, computed once and read back by sample.
+"""The teacher's final hidden states at the response positions, computed once and read by example.
 
-E numbers a token instead of V logits: with the teacher's head, which stays on the devices, they give its exact
-distribution. They lie in one flat, memory-mapped array `[Σ r_i, E]`, r_i targets of example i after one another.
+E numbers per token instead of V logits. Together with the teacher's head, which stays on the devices, they give its
+distribution. They are stored in one flat, memory-mapped array `[Σ r_i, E]`: the r_i targets of each example i in turn.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from l2m_jax.parallel import Placement
 from l2m_jax.types import MicroBatch
 
 _HIDDEN, _MARK = "hidden.bin", "store.json"
-_BLOCK = 4096  # examples between two notes of progress
+_BLOCK = 4096  # examples between two records of progress
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 class Corpus(Examples, Protocol):
-    """What the store needs of the data set; `data.corpus.Corpus` is one."""
+    """The data set of a store, such as `data.corpus.Corpus`."""
 
     @property
     def response_lengths(self) -> np.ndarray:
@@ -45,15 +45,15 @@ class TeacherStore:
     """The store of one teacher's hidden states for the examples of one corpus, in `folder`.
 
     Attributes:
-        offsets: int64 [n + 1], example i has rows offsets[i] to offsets[i + 1].
+        offsets: int64 [n + 1]; the rows of example i are offsets[i] to offsets[i + 1].
 
     Args:
-        key: of the teacher and the corpus that it is made from.
+        key: identifies the teacher and the corpus.
         width: E.
         dtype: "float32", "bfloat16" or "float16".
 
     Raises:
-        InputError: `folder` holds a store of something else.
+        InputError: `folder` contains a store with another key, width or dtype.
     """
 
     def __init__(self, folder: Path, corpus: Corpus, *, key: str, width: int, dtype: str):
@@ -68,40 +68,42 @@ class TeacherStore:
 
     @functools.cached_property
     def hidden_TxE(self) -> np.memmap:
-        """Memory-mapped, all targets of all examples."""
+        """All targets of all examples, memory-mapped."""
         return self._mapped("r")
 
     def read(self, example: int) -> np.ndarray:
-        """`[r_i, E]` in the store's dtype, a view of the file: only what is used of it is read from disk."""
+        """`[r_i, E]` in the store's dtype, a view of the file: only what is used is read from the disk."""
         return np.asarray(self.hidden_TxE[self.offsets[example] : self.offsets[example + 1]])
 
     def fill(self, placement: Placement, forward: Callable[[MicroBatch], jax.Array]) -> None:
-        """Computes what is missing. Interrupted, it continues from the last note of progress.
+        """Computes what is missing. After an interruption, a second call resumes.
+
+        The devices compute one batch while the states of the previous one are written. With several processes, the
+        first one writes.
 
         Args:
-            forward: the teacher's hidden states at the targets of a micro-batch that is fed to devices,
-                `[A, T, E]`. Devices compute one batch while the states of the one before are written. With several
-                processes, the first one writes.
+            forward: returns the teacher's hidden states at the targets of a micro-batch that is fed to the devices,
+                `[A, T, E]`.
 
         Raises:
-            InputError: the disk is too full.
+            InputError: there is not enough room on the disk.
         """
         if self.is_complete:
             return
         first(self._prepare)
-        # Network file systems write whole pages, so two hosts could not write rows beside each other.
+        # Network file systems write whole pages, so two hosts cannot write adjacent rows.
         target = self._mapped("r+") if is_first() else None
         count = len(self._corpus)
         with progress.bar("teacher's hidden states", count) as bar:
             bar.resume_at(self._done)
-            # Block by block: a number says what is done, and a resumed pass packs as an uninterrupted one.
+            # By blocks: one number records the progress, and a resumed pass packs like an uninterrupted one.
             for start in range(self._done, count, _BLOCK):
                 block = np.arange(start, min(start + _BLOCK, count))
                 self._fill_block(block, target, placement, forward, bar)
                 if target is not None:
                     target.flush()
                     self._note(int(block[-1]) + 1)
-        first(lambda: None)  # the others open it once it is complete
+        first(lambda: None)  # the others wait until it is complete
         self._done = count
 
     def _fill_block(
@@ -151,11 +153,11 @@ class TeacherStore:
         differing = [name for name, value in self._made_from.items() if noted.get(name) != value]
         if differing:
             raise InputError(
-                f"{self._folder}: holds hidden states made with another {' and '.join(differing)}; choose another "
+                f"{self._folder}: contains hidden states made with another {' and '.join(differing)}; choose another "
                 "--workdir, or move this folder away"
             )
         if not file.is_file() or file.stat().st_size != self._bytes:
-            return 0  # the data is cut short or gone: a note of progress is worth nothing
+            return 0  # the data is incomplete or gone, whatever was recorded
         return noted["examples"]
 
     def _prepare(self) -> None:
@@ -167,7 +169,7 @@ class TeacherStore:
 
 
 def _reserve(file: Path, size: int) -> None:
-    """Takes the disk space now: a full disk during the pass would be a fatal signal, not an exception."""
+    """Reserves the disk space: if the disk ran full later, the process would get a signal and no exception."""
     file.parent.mkdir(parents=True, exist_ok=True)
     taken = file.stat().st_blocks * 512 if file.is_file() else 0
     free = shutil.disk_usage(file.parent).free
@@ -179,6 +181,6 @@ def _reserve(file: Path, size: int) -> None:
         )
     with file.open("ab") as opened:
         opened.truncate(size)
-        # Not everywhere: macOS has no such call, some network file systems refuse it.
+        # macOS lacks this call, and some network file systems refuse it.
         with contextlib.suppress(AttributeError, OSError):
             os.posix_fallocate(opened.fileno(), 0, size)

@@ -165,7 +165,7 @@ def test_the_win_rate_stands_in_the_report_and_the_key_nowhere(folder, monkeypat
         (("--top_p=nan",), "--top_p"),
         (("--temperature=-1",), "--temperature"),
         (("--rows=-1",), "--rows: -1 must be 0 or more"),
-        (("--devices=99",), "config.devices.count: 99 devices asked for"),
+        (("--devices=99",), "config.devices.count: 99 devices requested"),
         (("--mapping=tp",), "argument --mapping: invalid choice: 'tp'"),
     ],
 )

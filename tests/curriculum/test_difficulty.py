@@ -85,7 +85,7 @@ def test_an_unreadable_file_says_what_to_do(tmp_path, content):
     path = tmp_path / "difficulty.parquet"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(InputError, match="delete it and rank the samples again"):
+    with pytest.raises(InputError, match="delete it and rank the examples again"):
         Difficulty.read(path)
 
 

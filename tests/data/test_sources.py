@@ -85,7 +85,7 @@ def test_bytes_that_are_no_text(tmp_path):
 
 
 def test_empty_file(written):
-    with pytest.raises(InputError, match=r"rows\.jsonl holds no rows"):
+    with pytest.raises(InputError, match=r"rows\.jsonl has no rows"):
         list(read_jsonl(written("", "")))
 
 

@@ -71,7 +71,7 @@ def report(tmp_path, graded):
 
 def test_sections_and_figures(report, tmp_path):
     assert re.findall(r"^#+ .*$", report, re.M) == [
-        "# l2m", "## Results", "## Training", "## Phases", "## Difficulty", "## Where things lie",
+        "# l2m", "## Results", "## Training", "## Phases", "## Difficulty", "## Files",
     ]  # fmt: skip
     shown = re.findall(r"!\[.+\]\((figures/\w+\.png)\)", report)
     assert shown == ["figures/training.png", "figures/schedule.png", "figures/difficulty.png"]
@@ -96,7 +96,7 @@ def test_stages_and_phases(report):
     assert "| 1 | 0 | 0.7 | 8 | 2 | 16 | 4 |" in report
     assert "| 2 | 0.1 | 1 | 16 | 2 | 32 | 8 |" in report
     # The second stage ended early: 8 of 12 steps.
-    assert "In all 12 steps of 4 examples, 48 examples seen; 8 steps were taken." in report
+    assert "12 steps of 4 examples in total, 48 examples seen; 8 steps were made." in report
     assert "| difficulty | 0:01:01 | – | – | – | – | – | – |" in report
     assert "| student | 1:02:05 | 8 | 32 | 0.375 | 22.0 | 50 | 6,000 |" in report
 

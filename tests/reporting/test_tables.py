@@ -30,7 +30,7 @@ def test_markdown_marks_the_best_and_who_beats_the_teacher():
     # 14.5 and 14.46 read the same, so both are the best. Averages: 18, 19.5 per run and 19.73.
     assert lines[3] == r"| sft | 23.0 ± 1.4 | **14.5 ± 0.7**\* | 18.8 ± 1.1 |"
     assert lines[4] == r"| l2m\_no\_beta | **25.0 ± 0.0** | **14.5 ± 0.0**\* | **19.7 ± 0.0** |"
-    assert lines[6] == r"Bold: the best, the teacher aside. \*: better than the teacher."
+    assert lines[6] == r"Bold: the best, except for the teacher. \*: better than the teacher."
 
 
 def test_one_set_has_no_average_and_one_row_no_best():
@@ -55,7 +55,7 @@ def test_a_set_never_to_report_carries_a_dagger_and_stays_out_of_the_average():
     table = Table(values, unreportable=frozenset({"short"}))
     lines = table.markdown().splitlines()
     assert lines[0] == "|  | x | y | short† | Avg. |" and lines[2] == "| a | 1.0 | 3.0 | 90.0 | 2.0 |"
-    assert "†: not the paper's set, never to report" in lines[4]
+    assert "†: not the paper's set and not to be reported" in lines[4]
     assert r"short$^\dagger$" in table.latex()
 
 
@@ -114,4 +114,4 @@ def test_models_are_compared_by_their_results():
     text = table.markdown()
     assert text.splitlines()[0] == "|  | SelfInst | Short† |"
     assert r"| student | 91.0 ± 1.4\* | 91.0 ± 1.4\* |" in text
-    assert "never to report" in text
+    assert "not to be reported" in text

@@ -92,6 +92,14 @@ def test_the_cause_is_named_and_not_only_its_consequence(tmp_path):
         refuse_changed([changed, _artefact(tmp_path / "student", teacher=changed)])
 
 
+def test_a_setting_keeps_its_name(tmp_path):
+    artefact = _artefact(tmp_path)
+    _make(artefact)
+    changed = replace(_artefact(tmp_path, rate=3e-3), settings={})
+    with pytest.raises(InputError, match=r"was made with training\.learning_rate 0\.001 \(now 0\.003\)"):
+        refuse_changed([changed])
+
+
 def test_what_others_have_put_there_is_left_alone(tmp_path):
     (tmp_path / "model").mkdir()
     refuse_changed([_artefact(tmp_path)])  # empty
@@ -104,7 +112,8 @@ def test_a_torn_record_is_said_in_a_sentence(tmp_path):
     artefact = _artefact(tmp_path)
     _make(artefact)
     (tmp_path / "model" / "inputs.json").write_text('{"key": "')
-    with pytest.raises(InputError, match=r"inputs\.json: cannot be read .* Delete .*model to make it anew"):
+    said = r"inputs\.json: cannot read what .*model was made from .* delete .*model to make it again"
+    with pytest.raises(InputError, match=said):
         refuse_changed([artefact])
 
 
