@@ -162,20 +162,34 @@ def _change(artefact: Artefact) -> tuple[str, list[str]] | None:
 
 
 def _differences(old: Any, new: Any, settings: Mapping[str, str], name: str = "") -> Iterator[str]:
-    """Such as "training.batch_size 16 (now 32)", for each setting that differs. Artefacts are left out."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        if {"artefact", "content"} & {*old, *new}:
-            if "content" in new and old.get("content") != new["content"]:
-                yield f"other content of {settings.get(name, name)}"
-            return
+    """ "training.batch_size 16 (now 32)" for each setting that differs, and what given files differ.
+
+    Other artefacts among the inputs are left out. A name of `settings` with a space is a description: what differs
+    below it is not listed.
+    """
+    if old == new:
+        return
+    setting = _setting(name, settings)
+    dicts = [value for value in (old, new) if isinstance(value, dict)]
+    if any("artefact" in value for value in dicts):
+        return
+    if any("content" in value for value in dicts):
+        yield f"other content of {setting}"
+    elif " " in setting or len(dicts) == 1:
+        yield f"other settings of {setting}"
+    elif dicts:
         for key in dict.fromkeys([*old, *new]):
             inner = f"{name}.{key}" if name else key
             yield from _differences(old.get(key), new.get(key), settings, inner)
-        return
-    if old != new and not any(isinstance(value, dict) and "artefact" in value for value in (old, new)):
-        yield f"{_setting(name, settings)} {old!r} (now {new!r})"
+    else:
+        yield f"{setting} {old!r} (now {new!r})"
 
 
 def _setting(name: str, settings: Mapping[str, str]) -> str:
-    head, dot, tail = name.partition(".")
-    return f"{settings[head]}{dot}{tail}" if head in settings else name
+    """The config's name of an input, by the longest part of its name that `settings` knows."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        head = ".".join(parts[:end])
+        if head in settings:
+            return ".".join([settings[head], *parts[end:]])
+    return name

@@ -29,6 +29,7 @@ from l2m_jax.types import Params
 class ModelInputs:
     """
     Attributes:
+        role: "teacher" or "student".
         model: with the settings that don't matter at their defaults; `weights` replaces its path.
         weights: a folder, a GGUF file or a hub name; None for a random architecture or the teacher's layers.
         teacher: the model whose layers the student takes; None unless it takes some.
@@ -37,6 +38,7 @@ class ModelInputs:
         seed: for random weights and fine-tuning; None without either.
     """
 
+    role: str
     model: Model
     weights: Source | None
     teacher: Artefact | None
@@ -47,6 +49,7 @@ class ModelInputs:
 
 
 def model_inputs(
+    role: str,
     model: Model,
     finetune: FineTuning,
     train: Artefact,
@@ -63,6 +66,7 @@ def model_inputs(
     random = weights is None and not takes_layers
     finetuned = finetune if finetune.epochs else None
     return ModelInputs(
+        role=role,
         model=dataclasses.replace(
             model,
             path="",
@@ -164,8 +168,9 @@ def _initial_params(inputs: ModelInputs, config: DecoderConfig, placement: Place
         return models.load(path, layers=inputs.model.layers, put=placement.put)[1]
     if inputs.weights is not None and inputs.model.init == "pretrained":
         return models.load(inputs.weights.path, put=placement.put)[1]
-    seed = inputs.seed
-    assert seed is not None
+    assert inputs.seed is not None
+    # Models of equal shape would otherwise start from equal weights, which makes the pair a special case.
+    seed = inputs.seed + (inputs.role == "student")
     return placement.initialise(lambda: models.init(config, jax.random.key(seed)))
 
 

@@ -20,6 +20,19 @@ from l2m_jax.run.responses import ResponsesInputs
 from l2m_jax.run.store import StoreInputs
 
 
+_STUDENT_SETTINGS = {
+    "method": "method and overrides",
+    "max_length": "data.max_length",
+    "validation": "evaluation",
+    "validation.count": "evaluation.validations",
+    "validation.rows": "evaluation.validation_rows",
+    "validation.seed": "evaluation.seeds",
+    "validation.sampling": "sampling",
+    "validation.max_prompt_length": "data.max_prompt_length",
+    "validation.keep_best": "evaluation.select",
+}
+
+
 @dataclass(frozen=True)
 class Artefacts:
     """What a run makes, in this order.
@@ -122,7 +135,9 @@ class _Resolver:
 
     def _teacher(self) -> Artefact[ModelInputs]:
         teacher, seed = self.config.teacher, self.config.seed
-        inputs = model_inputs(teacher.model, teacher.finetune, self.corpora["train"], self.tokenizer, seed)
+        inputs = model_inputs(
+            "teacher", teacher.model, teacher.finetune, self.corpora["train"], self.tokenizer, seed
+        )
         return Artefact(
             inputs,
             self.shared / "teacher",
@@ -132,13 +147,13 @@ class _Resolver:
 
     def _initial_student(self) -> Artefact[ModelInputs]:
         student = self.config.student
-        # Not the teacher's seed: models of equal shape would start from equal weights.
         inputs = model_inputs(
+            "student",
             student.model,
             student.warmup,
             self.corpora["train"],
             self.tokenizer,
-            self.config.seed + 1,
+            self.config.seed,
             self.teacher,
         )
         return Artefact(
@@ -237,7 +252,7 @@ class _Resolver:
             validation=validation if validation.keep_best or curriculum.patience else None,
         )
         main = name == config.method
-        settings = {"seed": "student.seed", "max_length": "data.max_length", "validation": "evaluation"}
+        settings = _STUDENT_SETTINGS | {"seed": "seed" if config.student.seed < 0 else "student.seed"}
         return Artefact(
             inputs,
             self.workdir / "student" if main else self.workdir / "baselines" / name,
