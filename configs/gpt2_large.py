@@ -8,9 +8,9 @@ Downloads gpt2-xl, gpt2-large and Dolly from the hub. Without a network, give fo
 
 According to `l2m plan`, on 80 GB devices (hours are a roofline estimate):
 
-    4 × A100, pmap   35 GiB per device (teacher fine-tuning), about 1.3 h
-    4 × A100, fsdp   14 GiB per device (student), about 1.1 h
-    1 × H100         48 GiB per device (student), about 3.0 h
+    4 × A100, pmap   29 GiB on a device (teacher, training), about 1.3 h
+    4 × A100, fsdp   19 GiB on a device (student, validation), about 1.0 h
+    1 × H100         39 GiB on a device (student, training), about 2.9 h
 
 `:minillm` uses MiniLLM's lengths and sampling rules instead of the paper's.
 """

@@ -8,9 +8,9 @@ Downloads gpt2-xl, gpt2 and Dolly from the hub. Without a network, give folders 
 
 According to `l2m plan`, on 80 GB devices (hours are a roofline estimate):
 
-    4 × A100, pmap   35 GiB per device (teacher fine-tuning), about 0.6 h
-    4 × A100, fsdp   12 GiB per device (evaluation), about 0.5 h
-    1 × H100         36 GiB per device (teacher fine-tuning), about 1.2 h
+    4 × A100, pmap   29 GiB on a device (teacher, training), about 0.6 h
+    4 × A100, fsdp   19 GiB on a device (evaluation, teacher), about 0.5 h
+    1 × H100         30 GiB on a device (teacher, training), about 1.2 h
 
 `:minillm` uses MiniLLM's lengths and sampling rules instead of the paper's.
 """

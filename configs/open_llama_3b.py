@@ -9,9 +9,9 @@ give folders and files:
 
 According to `l2m plan`, on 80 GB devices (hours are a roofline estimate):
 
-    4 × A100, pmap   does not fit: 151 GiB per device (teacher fine-tuning)
-    4 × A100, fsdp   39 GiB per device (teacher fine-tuning), about 4.2 h
-    1 × H100         does not fit: 152 GiB per device (teacher fine-tuning)
+    4 × A100, pmap   does not fit: 126 GiB on a device (teacher, training)
+    4 × A100, fsdp   32 GiB on a device (teacher, training), about 4.3 h
+    1 × H100         does not fit: 126 GiB on a device (teacher, training)
 
 `:minillm` uses MiniLLM's lengths and sampling rules instead of the paper's.
 """

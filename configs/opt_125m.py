@@ -8,9 +8,9 @@ Downloads facebook/opt-2.7b, facebook/opt-125m and Dolly from the hub. Without a
 
 According to `l2m plan`, on 80 GB devices (hours are a roofline estimate):
 
-    4 × A100, pmap   60 GiB per device (teacher fine-tuning), about 0.7 h
-    4 × A100, fsdp   15 GiB per device (teacher fine-tuning), about 0.5 h
-    1 × H100         60 GiB per device (teacher fine-tuning), about 1.1 h
+    4 × A100, pmap   50 GiB on a device (teacher, training), about 0.7 h
+    4 × A100, fsdp   20 GiB on a device (evaluation, teacher), about 0.6 h
+    1 × H100         50 GiB on a device (teacher, training), about 1.1 h
 
 `:minillm` uses MiniLLM's lengths and sampling rules instead of the paper's.
 """

@@ -8,9 +8,9 @@ Downloads facebook/opt-2.7b, facebook/opt-1.3b and Dolly from the hub. Without a
 
 According to `l2m plan`, on 80 GB devices (hours are a roofline estimate):
 
-    4 × A100, pmap   60 GiB per device (teacher fine-tuning), about 1.6 h
-    4 × A100, fsdp   17 GiB per device (evaluation), about 1.4 h
-    1 × H100         60 GiB per device (teacher fine-tuning), about 2.9 h
+    4 × A100, pmap   50 GiB on a device (teacher, training), about 1.6 h
+    4 × A100, fsdp   22 GiB on a device (student, validation), about 1.5 h
+    1 × H100         50 GiB on a device (teacher, training), about 3.1 h
 
 `:minillm` uses MiniLLM's lengths and sampling rules instead of the paper's.
 """

@@ -19,7 +19,6 @@ from l2m_jax.run.ranking import RankingInputs
 from l2m_jax.run.responses import ResponsesInputs
 from l2m_jax.run.store import StoreInputs
 
-
 _STUDENT_SETTINGS = {
     "method": "method and overrides",
     "max_length": "data.max_length",
