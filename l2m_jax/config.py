@@ -97,18 +97,6 @@ class Config:
         return self.seed if self.student.seed < 0 else self.student.seed
 
 
-# What changes only cost or rounding, and is in no artefact's key (see docs/settings.md).
-COST_ONLY = (
-    "devices",
-    "teacher.compute",
-    "student.compute",
-    "max_shapes",
-    "chunk_size",
-    "checkpoint_minutes",
-    "tensorboard",
-)
-
-
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper's protocol: at most 1,024 tokens (longer examples are dropped), top-k 50, at most 512 new tokens.
     "paper": {},
@@ -153,15 +141,6 @@ def change(config: Config, changes: Mapping[str, Any]) -> Config:
     changed = ConfigDict(to_dict(config))
     changed.update_from_flattened_dict(changes)
     return parse(changed)
-
-
-def without_cost(config: Config) -> Config:
-    """`config` with the settings that change only cost or rounding at their defaults."""
-    defaults = Config()
-    changes = {name: getattr(defaults, name) for name in COST_ONLY if "." not in name}
-    for name in ("teacher", "student"):
-        changes[name] = dataclasses.replace(getattr(config, name), compute=Compute())
-    return dataclasses.replace(config, **changes)
 
 
 def _build(kind: type, values: Any, place: str) -> Any:

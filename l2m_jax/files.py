@@ -101,6 +101,18 @@ def write_text(path: Path, text: str) -> None:
     _sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write instead of `path`, which it replaces atomically and durably if the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.unfinished")
+    yield temporary
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
 def write_json(path: Path, value: Any) -> None:
     """As `write_text`, for dataclasses, dicts, sequences, numbers and strings."""
     write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n")

@@ -161,6 +161,13 @@ def get(
         refreshes=rollouts.refreshes or method.refreshes,
         temperature=overrides.temperature,
     )
+    # What the method does not use is at its default, so that it does not tell equal methods apart.
+    if not method.on_policy:
+        method = dataclasses.replace(method, refreshes=Method.refreshes)
+    if method.beta == 0 and not method.adaptive_beta:
+        method = dataclasses.replace(
+            method, divergence=Method.divergence, alpha=Method.alpha, temperature=Method.temperature
+        )
     beta = min(curriculum.beta_first, curriculum.beta_last) if method.adaptive_beta else method.beta
     if (method.on_policy or method.contrast) and beta < 1:
         setting = "curriculum.beta_first" if method.adaptive_beta else "overrides.beta"

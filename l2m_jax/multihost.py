@@ -142,6 +142,10 @@ def first(work: Callable[[], T]) -> T:
         finally:
             _working = False
     if jax.process_count() > 1:
+        try:
+            pickle.dumps(error)
+        except Exception:  # the others must hear of it all the same
+            error = RuntimeError(repr(error))
         _wait()
         value, error = _from_first((value, error))
     if error is not None:

@@ -1,7 +1,6 @@
 """The difficulty of training examples: from two scores each to their ranks, and the file of both."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from l2m_jax import files
 from l2m_jax.curriculum.stages import partition
 from l2m_jax.errors import InputError
 
@@ -134,10 +134,8 @@ class Difficulty:
                 "subset": self.subset,
             }
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.unfinished")
-        pq.write_table(table, temporary)
-        os.replace(temporary, path)
+        with files.replacing(path) as temporary:
+            pq.write_table(table, temporary)
 
     @classmethod
     def read(cls, path: Path) -> "Difficulty":

@@ -115,11 +115,15 @@ def train_tokenizer(
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     """A hash that is equal for tokenizers that produce the same ids.
 
-    It covers the vocabulary, the special tokens and the ids of a sample text. Settings that do not affect ids (padding
+    It covers the vocabulary, the merges, the special tokens and the ids of a sample text. Settings that do not affect ids (padding
     side, maximum length, chat template) do not count.
     """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = json.loads(backend.to_str())["model"] if backend is not None else {}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or ()]
     return fingerprint(
         sorted(tokenizer.get_vocab().items()),
+        merges,
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,
         tokenizer.encode(_PROBE, add_special_tokens=False),

@@ -273,16 +273,13 @@ def generate(
         raise InputError(f"seeds: {tuple(seeds)} must differ from each other and lie between 0 and 2^32 - 1")
     _check(generator.config, rules, prompts)
     wanted = [(prompt, seed) for prompt in range(len(prompts)) for seed in seeds]
-    answers: dict[tuple[int, int], Answer] = {}
-    file = None
-    if output is not None:
-        plain = [list(map(int, prompt)) for prompt in prompts]
-        file = ResponseFile(output.path, generator.fingerprint(output.key, rules, plain))
-        answers = {(answer.prompt, answer.seed): answer for answer in first(file.read)}
+    file = None if output is None else _keyed(generator, prompts, rules, output)
+    answers = {} if output is None else kept_answers(generator, prompts, rules, output)
     missing = [work for work in wanted if work not in answers]
 
     with contextlib.ExitStack() as stack:
-        append = stack.enter_context(file.appending()) if file is not None and is_first() else None
+        writes = file is not None and is_first() and missing
+        append = stack.enter_context(file.appending()) if file is not None and writes else None
         bar = stack.enter_context(progress.bar(title, len(wanted)))
         bar.resume_at(len(wanted) - len(missing))
         start, new_tokens = time.monotonic(), 0
@@ -295,6 +292,25 @@ def generate(
             rate = new_tokens / max(time.monotonic() - start, 1e-9)
             bar.advance(len(new), **{"tokens/s": f"{rate:,.0f}"})
     return [answers[work] for work in wanted]
+
+
+def kept_answers(
+    generator: Generator, prompts: Sequence[Sequence[int]], rules: SamplingRules, output: ResponseFile
+) -> dict[tuple[int, int], Answer]:
+    """The answers that `output` holds already, by prompt and seed; `generate` makes the others.
+
+    Raises:
+        InputError: `output` holds other answers.
+    """
+    found = first(_keyed(generator, prompts, rules, output).read)
+    return {(answer.prompt, answer.seed): answer for answer in found}
+
+
+def _keyed(
+    generator: Generator, prompts: Sequence[Sequence[int]], rules: SamplingRules, output: ResponseFile
+) -> ResponseFile:
+    plain = [list(map(int, prompt)) for prompt in prompts]
+    return ResponseFile(output.path, generator.fingerprint(output.key, rules, plain))
 
 
 def _text(tokenizer: Any, tokens: tuple[int, ...]) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -86,3 +87,4 @@ class ResponseFile:
             if not complete:
                 write({"key": self.key})
             yield append
+            os.fsync(file.fileno())

@@ -125,8 +125,9 @@ class Moments:
         return self._generation("validation", held, batches, found)
 
     def rollouts(self, shapes: TrainingShapes, found: Decoding) -> Moment:
-        """Generation of the student's own responses, before an epoch's part: nothing is fed, nothing is freed."""
-        return self._generation("rollouts", asdict(self._state(shapes)), 0.0, found)
+        """Generation of the student's own responses, before an epoch's part: nothing is fed, sums are freed."""
+        held = asdict(self._state(shapes)) | {"gradients": 0.0}
+        return self._generation("rollouts", held, 0.0, found)
 
     def generation(self, name: str, params: Params, found: Decoding) -> Moment:
         """A model that does nothing but generate; it has just been loaded."""

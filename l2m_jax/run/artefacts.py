@@ -82,6 +82,10 @@ class Artefact(Generic[Inputs]):
         with files.writing(self.path) as folder:
             yield folder
             self._write_record(folder / _RECORD, finished=True)
+        self.drop_progress()
+
+    def drop_progress(self) -> None:
+        """Deletes what a finished artefact does not need any more: checkpoints, say."""
         if self.progress is not None:
             shutil.rmtree(self.progress, ignore_errors=True)
 
@@ -127,7 +131,7 @@ def refuse_changed(artefacts: Iterable[Artefact]) -> None:
     Raises:
         InputError: says which settings differ, old and new, and what to do.
     """
-    found = first(lambda: [change for artefact in artefacts if (change := _change(artefact)) is not None])
+    found = first(lambda: [change for artefact in artefacts for change in _changes(artefact)])
     if not found:
         return
     reasons = list(dict.fromkeys(reason for _, reasons in found for reason in reasons))
@@ -139,17 +143,19 @@ def refuse_changed(artefacts: Iterable[Artefact]) -> None:
     )
 
 
-def _change(artefact: Artefact) -> tuple[str, list[str]] | None:
-    """The place with something that was made from other inputs, and how these differ."""
+def _changes(artefact: Artefact) -> Iterator[tuple[str, list[str]]]:
+    """Places with something that was made from other inputs, and how these differ."""
+    if artefact._is_finished():
+        return  # a kill may have left a part of its progress
     for place in (artefact.path, artefact.progress):
         if place is None or not place.exists():
             continue
         record = _read_record(place)
         if record is None:
-            if place.is_dir() and not any(place.iterdir()):
-                continue
-            return str(place), [f"no record of its inputs at {place}"]
-        if record["key"] != artefact.key:
+            # Hidden files are those of a write that a kill has ended.
+            if place.is_file() or any(not file.name.startswith(".") for file in place.iterdir()):
+                yield str(place), [f"no record of its inputs at {place}"]
+        elif record["key"] != artefact.key:
             new = described(artefact.inputs)
             differing = list(_differences(record["inputs"], new, artefact.settings))
             replaced = [
@@ -157,8 +163,7 @@ def _change(artefact: Artefact) -> tuple[str, list[str]] | None:
                 for name in new
                 if record["inputs"].get(name) != new[name]
             ]
-            return str(place), differing or replaced
-    return None
+            yield str(place), differing or replaced
 
 
 def _differences(old: Any, new: Any, settings: Mapping[str, str], name: str = "") -> Iterator[str]:
@@ -181,6 +186,11 @@ def _differences(old: Any, new: Any, settings: Mapping[str, str], name: str = ""
         for key in dict.fromkeys([*old, *new]):
             inner = f"{name}.{key}" if name else key
             yield from _differences(old.get(key), new.get(key), settings, inner)
+    elif isinstance(old, list) and isinstance(new, list) and any(isinstance(v, dict) for v in [*old, *new]):
+        if len(old) != len(new):
+            yield f"other {setting}"
+        for before, after in zip(old, new, strict=False):
+            yield from _differences(before, after, settings, name)
     else:
         yield f"{setting} {old!r} (now {new!r})"
 

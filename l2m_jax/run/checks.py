@@ -17,8 +17,8 @@ from l2m_jax.models import DecoderConfig
 from l2m_jax.multihost import first
 from l2m_jax.progress import console
 from l2m_jax.run import data
-from l2m_jax.run.artefacts import refuse_changed
-from l2m_jax.run.models import ModelInputs, initial_config
+from l2m_jax.run.artefacts import Source, refuse_changed
+from l2m_jax.run.models import ModelInputs, initial_config, read_config
 from l2m_jax.run.resolve import Artefacts
 from l2m_jax.run.responses import longest_prompt
 from l2m_jax.training.optimizer import OptimizerSettings, make_optimizer
@@ -62,7 +62,10 @@ def check_models(config: Config, artefacts: Artefacts) -> None:
     teacher, student = _architectures(config, artefacts)
     if teacher.family != student.family:
         console.print(f"  note: a {teacher.family} teacher and a {student.family} student with one tokenizer")
-    for who, model in (("teacher", teacher), ("student", student)):
+    found = [("teacher", teacher), ("student", student)]
+    if ranking := _ranking_model(config, artefacts):
+        found.append(("ranking model", ranking))
+    for who, model in found:
         if longest_prompt(model, config.sampling, config.data.max_prompt_length) < 1:
             raise InputError(
                 f"config.sampling.max_new_tokens: {config.sampling.max_new_tokens} leaves no room for a prompt in the "
@@ -88,22 +91,35 @@ def _architectures(config: Config, artefacts: Artefacts) -> tuple[DecoderConfig,
     return found[0], found[1]
 
 
+def _ranking_model(config: Config, artefacts: Artefacts) -> DecoderConfig | None:
+    """The architecture of `curriculum.ranking_model`, if one is given and used."""
+    if artefacts.ranking is None or not isinstance(model := artefacts.ranking.inputs.model, Source):
+        return None
+    try:
+        return read_config(model, config.student.compute, artefacts.tokenizer)
+    except InputError as error:
+        raise InputError(f"config.curriculum.ranking_model: {error}") from error
+
+
 def _check_tokenizers(config: Config, tokenizer: data.Tokenizer) -> None:
     """A pretrained model is useless with a tokenizer that produces other ids than its own."""
-    for who, model in (("teacher", config.teacher.model), ("student", config.student.model)):
-        if not model.path or model.init != "pretrained" or model.path.endswith(".gguf"):
+    given = {
+        f"{who}.model.path": model.path
+        for who, model in (("teacher", config.teacher.model), ("student", config.student.model))
+        if model.init == "pretrained"
+    }
+    for setting, path in (given | {"curriculum.ranking_model": config.curriculum.ranking_model}).items():
+        if not path or path.endswith(".gguf"):
             continue
-        folder = Path(model.path)
+        folder = Path(path)
         if folder.is_dir() and not any(
             (folder / name).is_file() for name in ("tokenizer.json", "vocab.json")
         ):
             continue  # weights without a tokenizer
-        if tokenizer_fingerprint(data.read_tokenizer(model.path)) != tokenizer_fingerprint(
-            data.load(tokenizer)
-        ):
+        if tokenizer_fingerprint(data.read_tokenizer(path)) != tokenizer_fingerprint(data.load(tokenizer)):
             raise InputError(
-                f"config.{who}.model.path: the tokenizer of '{model.path}' produces other ids than the run's "
-                f"('{config.data.tokenizer or config.teacher.model.path}'); teacher and student must share one"
+                f"config.{setting}: the tokenizer of '{path}' produces other ids than the run's "
+                f"('{config.data.tokenizer or config.teacher.model.path}'); all models must share one"
             )
 
 
@@ -114,8 +130,7 @@ def check_rows(config: Config, artefacts: Artefacts) -> None:
         InputError: naming the setting.
     """
     train = data.open_corpus(artefacts.corpora["train"])
-    if artefacts.ranking is not None:
-        partition(np.arange(len(train)), config.curriculum.stages)
+    partition(np.arange(len(train)), config.curriculum.stages)
     _, student = _architectures(config, artefacts)
     room = longest_prompt(student, config.sampling, config.data.max_prompt_length)
     for part in ("validation", "test"):
@@ -125,8 +140,9 @@ def check_rows(config: Config, artefacts: Artefacts) -> None:
                 f"config.data.{part}: none of {len(corpus)} prompts has at most {room} tokens; set data.truncate, "
                 "or lower sampling.max_new_tokens to leave them more of the model's positions"
             )
-    needed = bytes_needed(config, artefacts)
-    first(lambda: _check_room(needed, artefacts.teacher.path.parent))
+    needed, there = bytes_needed(config, artefacts), _bytes_there(artefacts)
+    shared, workdir = artefacts.teacher.path.parent, artefacts.evaluations[config.method].path.parents[1]
+    first(lambda: _check_room(needed, there, shared, workdir))
 
 
 def bytes_needed(config: Config, artefacts: Artefacts) -> dict[str, int]:
@@ -170,13 +186,25 @@ def _bytes(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _check_room(sizes: dict[str, int], folder: Path) -> None:
-    needed = peak_bytes(sizes)
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+def _bytes_there(artefacts: Artefacts) -> int:
+    """What unfinished work takes already: checkpoints, and the teacher store, which is reserved whole."""
+    places = [artefact.progress for artefact in artefacts if artefact.progress is not None]
+    if artefacts.store is not None and not artefacts.store.is_finished:
+        places.append(artefacts.store.path)
+    return sum(file.stat().st_blocks * 512 for place in places for file in place.rglob("*") if file.is_file())
+
+
+def _check_room(sizes: dict[str, int], there: int, shared: Path, workdir: Path) -> None:
+    """Against the room on both file systems, if they are not one."""
+    for folder in (shared, workdir):
+        folder.mkdir(parents=True, exist_ok=True)
+    free = sum(
+        {folder.stat().st_dev: shutil.disk_usage(folder).free for folder in (shared, workdir)}.values()
+    )
+    needed = peak_bytes(sizes) - there
     if needed > free:
         listed = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in sizes.items())
         raise InputError(
-            f"{folder}: the run needs about {needed / 1e9:.1f} GB ({listed}), and {free / 1e9:.1f} GB are free; make "
+            f"{shared}: the run needs about {needed / 1e9:.1f} GB ({listed}), and {free / 1e9:.1f} GB are free; make "
             "room, choose another --workdir, or set teacher.signal to 'live'"
         )

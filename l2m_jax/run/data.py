@@ -119,10 +119,12 @@ def _bos(data: Data, part: Part) -> str:
 
 def given(path: str, patterns: tuple[str, ...] | None = None) -> Source:
     """A file, a folder (of files that match `patterns`) or a hub name, by its content."""
-    there = Path(path)
-    if not there.exists():
-        return Source(path, f"hub:{path}")
-    return Source(path, first(lambda: files.content_hash(there, patterns=patterns)))
+
+    def content() -> str:
+        there = Path(path)
+        return files.content_hash(there, patterns=patterns) if there.exists() else f"hub:{path}"
+
+    return Source(path, first(content))
 
 
 def given_model(path: str) -> Source:

@@ -15,6 +15,7 @@ from l2m_jax.generation import Generator, SamplingRules
 from l2m_jax.methods import Method
 from l2m_jax.models import DecoderConfig
 from l2m_jax.models.settings import with_dropout
+from l2m_jax.multihost import first
 from l2m_jax.progress import console
 from l2m_jax.run import data, responses, rollouts
 from l2m_jax.run.artefacts import Artefact
@@ -91,6 +92,14 @@ def relevant_curriculum(method: Method, curriculum: Curriculum) -> Curriculum:
     return Curriculum(**{name: getattr(curriculum, name) for name in kept})
 
 
+def relevant_rollouts(method: Method, rollouts: methods.Rollouts) -> methods.Rollouts | None:
+    """`rollouts` with what the method does not use, or holds itself, at its default; None off-policy."""
+    if not method.on_policy:
+        return None
+    share = methods.Rollouts.student_share if method.contrast else rollouts.student_share
+    return methods.Rollouts(student_share=share, replay_share=rollouts.replay_share)
+
+
 def stages_of(inputs: StudentInputs) -> tuple[Stage, ...]:
     """The stages of the student's training. Its ranking must be finished."""
     size = len(data.open_corpus(inputs.train))
@@ -114,6 +123,7 @@ def make_student(
     """
     if artefact.is_finished:
         console.print(f"  already there: {artefact.path}")
+        first(artefact.drop_progress)
         return
     artefact.begin()
     student = Student(artefact, phase, monitored, context)

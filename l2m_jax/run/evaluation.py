@@ -111,12 +111,12 @@ def _sets(inputs: EvaluationInputs, room: int, folder: Path) -> list[PromptSet]:
     return found
 
 
-def set_inputs(source: str, test: Artefact) -> SetInputs:
+def set_inputs(source: str, test: Artefact | None = None) -> SetInputs:
     """A set by its name in `config.evaluation.sets`: "test", a known name, a file, or name=file."""
-    if source == "test":
+    if source == "test" and test is not None:
         return SetInputs(source, test)
     name, path = parse_set(source)
-    return SetInputs(name, data.given(path or name))
+    return SetInputs(name, data.given(path) if path else Source(name, f"hub:{name}"))
 
 
 def write_summary(workdir: Path, results: Mapping[str, Results], folders: Mapping[str, Path]) -> None:

@@ -9,14 +9,13 @@ from l2m_jax.evaluation import protocol
 from l2m_jax.evaluation.judge import Judge, WinRate, read_comparisons, win_rates
 from l2m_jax.evaluation.protocol import Results
 from l2m_jax.evaluation.settings import Evaluation
-from l2m_jax.evaluation.sources import parse_set
 from l2m_jax.generation import SamplingRules
 from l2m_jax.models import Compute
 from l2m_jax.multihost import Devices
 from l2m_jax.run import data
 from l2m_jax.run.artefacts import Artefact, refuse_changed
 from l2m_jax.run.context import placement_of
-from l2m_jax.run.evaluation import EvaluationInputs, SetInputs, make_evaluation
+from l2m_jax.run.evaluation import EvaluationInputs, make_evaluation, set_inputs
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,9 @@ def evaluate_folder(asked: FolderEvaluation, devices: Devices, output: Path) -> 
             evaluation in `output`.
     """
     placement, e = placement_of(devices), asked.evaluation
-    named = [(source, *parse_set(source)) for source in e.sets]
     inputs = EvaluationInputs(
         model=data.given_model(asked.model),
-        sets=tuple(SetInputs(name, data.given(path or source)) for source, name, path in named),
+        sets=tuple(map(set_inputs, e.sets)),
         tokenizer=data.tokenizer_source(
             asked.tokenizer or asked.model, "--tokenizer" if asked.tokenizer else "--model"
         ),

@@ -135,6 +135,7 @@ def make_model(artefact: Artefact[ModelInputs], name: str, compute: Compute, con
     """Loads or initialises a model, fine-tunes it if requested, and saves it as a Hugging Face folder."""
     if artefact.is_finished:
         console.print(f"  already there: {artefact.path}")
+        first(artefact.drop_progress)
         return
     artefact.begin()
     inputs, placement = artefact.inputs, context.placement

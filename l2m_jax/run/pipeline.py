@@ -52,7 +52,7 @@ def run(config: Config, workdir: str | Path, shared: str | Path | None = None) -
             )
             readme = summary.card(config, artefacts, name).render()
             make_student(student, phase, monitored, readme, context)
-    results = _evaluate(config, artefacts, context, artefacts.evaluations)
+    results = _evaluate(artefacts, context, artefacts.evaluations)
     write_summary(workdir, results, {name: artefacts.evaluations[name].path for name in results})
     for name, student in artefacts.students.items():
         rouge_l = {found.title: found.rouge_l.mean for found in results[name].sets}
@@ -76,7 +76,7 @@ def prepare(config: Config, shared: str | Path) -> dict[str, Results]:
     context, artefacts = _start(config, Path(shared), Path(shared))
     _prepare(config, artefacts, context)
     before = {name: artefacts.evaluations[name] for name in ("teacher", "student before")}
-    return _evaluate(config, artefacts, context, before)
+    return _evaluate(artefacts, context, before)
 
 
 def _start(config: Config, workdir: Path, shared: Path) -> tuple[Context, Artefacts]:
@@ -116,9 +116,7 @@ def _prepare(config: Config, artefacts: Artefacts, context: Context) -> Difficul
     return difficulty
 
 
-def _evaluate(
-    config: Config, artefacts: Artefacts, context: Context, evaluations: dict[str, Artefact]
-) -> dict[str, Results]:
+def _evaluate(artefacts: Artefacts, context: Context, evaluations: dict[str, Artefact]) -> dict[str, Results]:
     with context.phase("evaluation"):
         found = {}
         for name, evaluation in evaluations.items():

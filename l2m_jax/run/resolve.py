@@ -12,7 +12,12 @@ from l2m_jax import methods
 from l2m_jax.config import Config
 from l2m_jax.run import data
 from l2m_jax.run.artefacts import Artefact
-from l2m_jax.run.distillation import StudentInputs, relevant_curriculum, validation_inputs
+from l2m_jax.run.distillation import (
+    StudentInputs,
+    relevant_curriculum,
+    relevant_rollouts,
+    validation_inputs,
+)
 from l2m_jax.run.evaluation import EvaluationInputs, set_inputs
 from l2m_jax.run.models import ModelInputs, model_inputs
 from l2m_jax.run.ranking import RankingInputs
@@ -84,12 +89,7 @@ class _Resolver:
         }
         self.tokenizer = self._tokenizer()
         self.corpora: dict[data.Part, Artefact[data.CorpusInputs]] = {
-            part: Artefact(
-                data.corpus_inputs(config.data, part, self.tokenizer),
-                shared / "data" / part,
-                settings={"data": "data", "source": f"data.{part}", "tokenizer": "data.tokenizer"},
-            )
-            for part in data.PARTS
+            part: self._corpus(part) for part in data.PARTS
         }
         self.teacher = self._teacher()
         self.initial = self._initial_student()
@@ -99,7 +99,8 @@ class _Resolver:
         ranked = any(methods.needs_ranking(method, config.curriculum) for method in self.chosen.values())
         ranking = self._ranking() if ranked else None
         store = self._store() if any(self._reads_store(m) for m in self.chosen.values()) else None
-        generated = {name: self._responses(name) for name in self._generated_names()}
+        names = dict.fromkeys(name for method in self.chosen.values() for name in _generated_for(method))
+        generated = {name: self._responses(name) for name in names}
         students = {
             name: self._student(name, method, ranking, store, generated)
             for name, method in self.chosen.items()
@@ -121,6 +122,12 @@ class _Resolver:
             students,
             evaluations,
         )
+
+    def _corpus(self, part: data.Part) -> Artefact[data.CorpusInputs]:
+        inputs = data.corpus_inputs(self.config.data, part, self.tokenizer)
+        source = "data.train" if inputs.split else f"data.{part}"
+        settings = {"data": "data", "source": source, "tokenizer": "data.tokenizer"}
+        return Artefact(inputs, self.shared / "data" / part, settings=settings)
 
     def _tokenizer(self) -> data.Tokenizer:
         given, teacher = self.config.data.tokenizer, self.config.teacher.model.path
@@ -207,15 +214,6 @@ class _Resolver:
         stored = self.config.teacher.signal == "store" and method.on_references_alone
         return stored and methods.needs_teacher(method, self.config.curriculum)
 
-    def _generated_names(self) -> list[str]:
-        """The models whose responses, generated once, any of the methods trains on."""
-        chosen = self.chosen.values()
-        wanted = {
-            "teacher": any(method.responses == "teacher" for method in chosen),
-            "initial_student": any(method.contrast and not method.on_policy for method in chosen),
-        }
-        return [name for name, needed in wanted.items() if needed]
-
     def _student(
         self,
         name: str,
@@ -225,10 +223,6 @@ class _Resolver:
         generated: dict[str, Artefact[ResponsesInputs]],
     ) -> Artefact[StudentInputs]:
         config = self.config
-        used = {
-            "teacher": method.responses == "teacher",
-            "initial_student": method.contrast > 0 and not method.on_policy,
-        }
         validation = validation_inputs(
             config.evaluation, self.corpora["validation"], config.sampling, config.data.max_prompt_length
         )
@@ -244,8 +238,8 @@ class _Resolver:
             ranking=ranking if methods.needs_ranking(method, config.curriculum) else None,
             teacher=self.teacher if methods.needs_teacher(method, config.curriculum) else None,
             store=store if self._reads_store(method) else None,
-            generated=tuple((of, generated[of]) for of, needed in used.items() if needed),
-            rollouts=config.rollouts if method.on_policy else None,
+            generated=tuple((of, generated[of]) for of in _generated_for(method)),
+            rollouts=relevant_rollouts(method, config.rollouts),
             sampling=config.sampling if method.on_policy else None,
             max_length=None if method.on_references_alone else config.data.max_length,
             validation=validation if validation.keep_best or curriculum.patience else None,
@@ -273,4 +267,11 @@ class _Resolver:
             bos=config.data.bos in ("evaluation", "both"),
         )
         settings = {name: f"evaluation.{name}" for name in ("sets", "seeds", "rows")}
+        settings |= {name: f"data.{name}" for name in ("tokenizer", "max_prompt_length", "truncate", "bos")}
         return Artefact(inputs, folder / "evaluation" / name, settings=settings)
+
+
+def _generated_for(method: methods.Method) -> list[str]:
+    """Whose responses, generated once, the method trains on."""
+    names = ["teacher"] if method.responses == "teacher" else []
+    return [*names, "initial_student"] if method.contrast and not method.on_policy else names

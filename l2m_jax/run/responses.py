@@ -1,11 +1,12 @@
 """The phase that generates a model's responses to the training prompts, for the ranking and for some methods."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from l2m_jax.generation import Answer, Generator, ResponseFile, SamplingRules, generate
+from l2m_jax.generation import Answer, Generator, ResponseFile, SamplingRules, generate, kept_answers
 from l2m_jax.models import DecoderConfig
 from l2m_jax.models.settings import Compute
 from l2m_jax.multihost import first
@@ -14,7 +15,6 @@ from l2m_jax.run import data
 from l2m_jax.run.artefacts import Artefact, Source
 from l2m_jax.run.context import Context
 from l2m_jax.run.models import load_frozen, read_config
-from l2m_jax.types import Params
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,17 @@ def make_responses(
     kept = np.flatnonzero(train.prompt_lengths <= room).tolist()
     if left := len(train) - len(kept):
         console.print(f"  {left:,} prompts leave no room for an answer")
-    params: Params = {}
-    if not artefact.is_finished:
-        artefact.begin()
-        config, params = load_frozen(inputs.model, compute, inputs.tokenizer, context.placement)
-    generator = Generator(config, params, context.placement, tokenizer, context.slots)
     prompts = [train.prompt_tokens(i).tolist() for i in kept]
-    answers = generate(
-        generator,
-        prompts,
-        inputs.sampling,
-        [inputs.seed],
-        output=ResponseFile(artefact.path, artefact.key),
-        title=title,
-    )
-    first(artefact.finish)
-    return dict(zip(kept, answers, strict=True))
+    output = ResponseFile(artefact.path, artefact.key)
+    generator = Generator(config, {}, context.placement, tokenizer, context.slots)
+    known = kept_answers(generator, prompts, inputs.sampling, output)
+    if len(known) < len(prompts):
+        if not artefact.is_finished:
+            artefact.begin()
+        config, params = load_frozen(inputs.model, compute, inputs.tokenizer, context.placement)
+        generator = dataclasses.replace(generator, config=config, params=params)
+        answers = generate(generator, prompts, inputs.sampling, [inputs.seed], output=output, title=title)
+        known = {(answer.prompt, answer.seed): answer for answer in answers}
+    if not artefact.is_finished:
+        first(artefact.finish)
+    return {i: known[number, inputs.seed] for number, i in enumerate(kept)}

@@ -10,11 +10,12 @@ from typing import NamedTuple
 from filelock import FileLock
 
 from l2m_jax import files, methods
-from l2m_jax.config import Config, change, without_cost
+from l2m_jax.config import Config, change
 from l2m_jax.errors import InputError
 from l2m_jax.evaluation.protocol import Results
 from l2m_jax.progress import console
 from l2m_jax.run import pipeline
+from l2m_jax.run.resolve import resolve
 from l2m_jax.sweep.presets import Row
 
 _SHARED, _RESULT = "shared", "result.json"
@@ -60,13 +61,15 @@ def finished(cell: Cell, workdir: Path) -> dict[str, Results] | None:
     if not file.is_file():
         return None
     found = json.loads(file.read_text(encoding="utf-8"))
-    if found["made_from"] != _key(cell):
+    if found["made_from"] != _key(cell, workdir):
         return None
     return {name: Results.from_json(value) for name, value in found["results"].items()}
 
 
-def _key(cell: Cell) -> str:
-    return files.fingerprint(without_cost(cell.config))
+def _key(cell: Cell, workdir: Path) -> str:
+    """Of the cell's scores: it changes with every setting and file that they depend on."""
+    artefacts = resolve(cell.config, workdir / cell.name, workdir / _SHARED)
+    return artefacts.evaluations[cell.config.method].key
 
 
 def prepare(cells: Sequence[Cell], workdir: Path) -> None:
@@ -89,7 +92,7 @@ def _run_cell(cell: Cell, workdir: Path) -> None:
     results = pipeline.run(cell.config, folder, workdir / _SHARED)
     seconds = time.monotonic() - start
     console.print(f"{cell.name}: {seconds:,.0f} s")
-    result = {"made_from": _key(cell), "seconds": seconds, "results": results}
+    result = {"made_from": _key(cell, workdir), "seconds": seconds, "results": results}
     files.write_json(folder / _RESULT, result)
 
 

@@ -230,7 +230,10 @@ class Trainer:
         while self._position.epoch < stage.epochs:
             for part in _parts(self._task, stage, self._position):
                 log.flush()
+                # Zeros between batches: rollouts need their memory beside the state, as validations do.
+                del self._sums
                 terms = self._data(part, self._state.params)
+                self._sums = self._zero_sums(self._state.params)
                 log.restart_clock()
                 yield from prefetch(
                     self._batches(part, terms, self._position.batch), depth=PREFETCHED_BATCHES

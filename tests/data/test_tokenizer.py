@@ -1,3 +1,5 @@
+import json
+
 import huggingface_hub.constants
 import pytest
 
@@ -103,3 +105,16 @@ def test_hub_name_offline(monkeypatch):
         InputError, match=r"cannot download 'nobody/nothing' \(HF_HUB_OFFLINE is set\): pass a folder"
     ):
         load_tokenizer("nobody/nothing")
+
+
+def test_the_fingerprint_covers_the_merges(tmp_path):
+    """Two tokenizers of one vocabulary that join its pieces in another order give other ids."""
+    tokenizer = train_tokenizer(["the old apple and the older pear"] * 3, 300)
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    described = json.loads(file.read_text())
+    described["model"]["merges"].reverse()
+    file.write_text(json.dumps(described))
+    other = load_tokenizer(tmp_path)
+    assert other.get_vocab() == tokenizer.get_vocab()
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)

@@ -117,6 +117,21 @@ def test_a_torn_record_is_said_in_a_sentence(tmp_path):
         refuse_changed([artefact])
 
 
+def test_what_a_kill_left_of_the_progress_stands_in_nobodys_way(tmp_path):
+    artefact = _artefact(tmp_path)
+    _make(artefact)
+    leftover = tmp_path / "checkpoints" / "model" / "3" / "state"  # the record went first
+    leftover.mkdir(parents=True)
+    refuse_changed([artefact])
+    artefact.drop_progress()
+    assert not leftover.exists()
+    other = _artefact(tmp_path / "other")
+    half_written = tmp_path / "other" / "checkpoints" / "model" / ".inputs.json.x7"
+    half_written.parent.mkdir(parents=True)
+    half_written.touch()
+    refuse_changed([other])
+
+
 def test_a_single_file_has_its_record_beside_it(tmp_path):
     artefact = Artefact(Inputs(Training(), Source("x", "a")), tmp_path / "difficulty.parquet")
     artefact.begin()

@@ -9,11 +9,21 @@ from typing import Any
 
 import pytest
 
-from l2m_jax.config import COST_ONLY, Config, change, defaults, parse, without_cost
+from l2m_jax.config import Config, change, defaults, parse
 from l2m_jax.data.tokenizer import train_tokenizer
 from l2m_jax.errors import InputError
 from l2m_jax.run.resolve import Artefacts, resolve
 
+# What changes cost or rounding alone.
+COST_ONLY = (
+    "devices",
+    "teacher.compute",
+    "student.compute",
+    "max_shapes",
+    "chunk_size",
+    "checkpoint_minutes",
+    "tensorboard",
+)
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
 METHODS = {"method": "l2m", "baselines": ("skl", "distillm2", "skl_on_policy")}
 
@@ -172,12 +182,23 @@ def test_a_changed_setting_makes_anew_what_the_table_says(folder, monkeypatch, f
     assert cost_only == (expected == "nothing: cost only")
 
 
-def test_without_cost_resets_just_these(folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("l2m", {"rollouts.refreshes": 3, "rollouts.student_share": 0.2}),
+        ("skl_on_policy", {"rollouts.refreshes": 4}),  # its own number
+        ("distillm2_on_policy", {"rollouts.student_share": 0.2}),  # it has both responses to each prompt
+        ("sft", {"overrides.temperature": 2.0, "overrides.divergence": "jsd", "overrides.alpha": 0.3}),
+        (
+            "kld",
+            {"curriculum.beta_first": 0.5, "curriculum.alpha": 0.5, "curriculum.restart_optimizer": False},
+        ),
+        ("kld", {"curriculum.ranking": "rouge", "evaluation.seeds": (10, 21)}),
+    ],
+)
+def test_a_student_is_not_made_anew_for_what_its_method_does_not_use(folder, monkeypatch, method, changes):
     monkeypatch.chdir(folder)
-    config = _config(folder, {})
-    for field in FIELDS:
-        if field == "teacher.model.layers":
-            continue
-        changed = change(_config(folder, CONTEXT.get(field, {})), {field: _other(config, field)})
-        same = without_cost(changed) == without_cost(_config(folder, CONTEXT.get(field, {})))
-        assert same == any(field == name or field.startswith(f"{name}.") for name in COST_ONLY), field
+    before = _config(folder, {"method": method, "baselines": (), "evaluation.seeds": (10, 20)})
+    after = change(before, changes)
+    first, second = (resolve(config, folder / "w", folder / "w").students for config in (before, after))
+    assert first[method].key == second[method].key

@@ -65,6 +65,17 @@ def test_the_student_says_how_it_was_made_and_how_well_it_does(finished):
     assert f"{results['l2m']['sets'][0]['rouge_l']['mean']:.2f}"[:3] in card
 
 
+def test_responses_that_a_power_failure_cut_short_are_completed(finished, tmp_path):
+    """The record may say finished: it can reach the disk before the answers do."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    answers = tmp_path / "run" / "initial_student_responses.jsonl"
+    whole = answers.read_bytes()
+    answers.write_bytes(whole[: whole[:-1].rfind(b"\n") + 20])
+    done = _run(tmp_path, "--config.baselines=('distillm2',)", "--config.training.learning_rate=1e-4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert answers.read_bytes() == whole
+
+
 @pytest.mark.parametrize(("family", "dropped"), [("gpt2", 3), ("opt", 1), ("llama", 1)])
 def test_a_student_is_trained_with_the_dropout_that_is_asked_for(tmp_path, family, dropped, tiny):
     """Its folder may not be able to say so: a Llama config has no residual dropout."""
@@ -139,14 +150,17 @@ def test_a_run_killed_within_a_stage_ends_as_one_that_was_not(finished, tmp_path
             "leaves no room for a prompt in the teacher's 192 positions",
         ),
         ("--config.data.max_length=500", "exceeds the teacher's 192 positions"),
-        ("--config.devices.count=9", "9 devices asked for"),
+        ("--config.devices.count=9", "9 devices requested"),
         ("--config.curriculum.stages=100", "100 difficulty subsets of 48"),
+        ("--config.curriculum.stages=100 --config.method=kld", "100 difficulty subsets of 48"),
+        ("--config.student.model.path=/does/not/exist", "config.student.model.path: "),
+        ("--config.curriculum.ranking_model=/does/not/exist", "config.curriculum.ranking_model: "),
         ("--config.curriculum.alpha=2.0", "config.curriculum.alpha: 2.0 must be between 0 and 1"),
         ("--config.nonsense=1", "nonsense"),
     ],
 )
 def test_bad_settings_end_in_one_sentence(tmp_path, flag, said):
-    done = _run(tmp_path, flag)
+    done = _run(tmp_path, *flag.split())
     assert done.returncode == 2
     assert said in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "run" / "teacher").exists()  # before anything is trained

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from l2m_jax.config import change, defaults, parse
+from l2m_jax.data.tokenizer import train_tokenizer
 from l2m_jax.errors import InputError
 from l2m_jax.evaluation.protocol import Results, Score, SetResult
 from l2m_jax.generation import SamplingRules
@@ -13,7 +14,7 @@ from l2m_jax.sweep.cells import finished, grid, run
 from l2m_jax.sweep.presets import Row, rows_of
 from l2m_jax.sweep.table import write_table
 
-CONFIG = parse(defaults())
+CONFIG = change(parse(defaults()), {"data.source": "synthetic"})
 ROWS = rows_of(("sft", "l2m"))
 
 
@@ -148,3 +149,15 @@ def test_the_result_says_how_long_it_took(tmp_path, runs):
     cells = grid(CONFIG, ROWS, [0])
     run(cells, tmp_path, 0)
     assert json.loads((tmp_path / "sft/seed0/result.json").read_text())["seconds"] >= 0
+
+
+def test_a_cell_of_other_data_is_not_finished(tmp_path, runs):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "say it", "output": "it"}\n')
+    train_tokenizer(["say it"], 300).save_pretrained(tmp_path / "tokenizer")
+    given = {"data.source": "files", "data.train": str(rows), "data.tokenizer": str(tmp_path / "tokenizer")}
+    cells = grid(change(CONFIG, given), ROWS, [0])
+    run(cells, tmp_path)
+    assert all(finished(cell, tmp_path) for cell in cells)
+    rows.write_text('{"instruction": "say that", "output": "that"}\n')
+    assert not any(finished(cell, tmp_path) for cell in cells)
