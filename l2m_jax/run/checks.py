@@ -116,7 +116,8 @@ def _check_tokenizers(config: Config, tokenizer: data.Tokenizer) -> None:
             (folder / name).is_file() for name in ("tokenizer.json", "vocab.json")
         ):
             continue  # weights without a tokenizer
-        if tokenizer_fingerprint(data.read_tokenizer(path)) != tokenizer_fingerprint(data.load(tokenizer)):
+        own = data.tokenizer_source(path, f"config.{setting}").content
+        if own != tokenizer_fingerprint(data.load(tokenizer)):
             raise InputError(
                 f"config.{setting}: the tokenizer of '{path}' produces other ids than the run's "
                 f"('{config.data.tokenizer or config.teacher.model.path}'); all models must share one"
