@@ -1,6 +1,7 @@
 """The loop: whose buffers it uses, and what it computes in."""
 
 import dataclasses
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ CONFIG = DecoderConfig(
 EXAMPLES = 12
 
 
-def _train(folder, mapping: str, params, dtype: str = "float32"):
+def _train(folder, mapping: str, params, dtype: str = "float32", seen=lambda: None):
     """Parameters after one epoch of fine-tuning, those it started from, and the losses."""
     rng = np.random.default_rng(0)
     tokens = [rng.integers(0, 60, size=n).astype(np.int32) for n in rng.integers(6, 30, EXAMPLES)]
@@ -46,7 +47,12 @@ def _train(folder, mapping: str, params, dtype: str = "float32"):
     placed, metrics = placement.place(params), MetricsLog(folder / "metrics.jsonl")
     checkpoints = Checkpoints(folder / "checkpoints", placement)
     terms = (Term(Objective(beta=0.0), examples),)
-    trainer = Trainer(task, placement, lambda part, params: terms, None, checkpoints, metrics)
+
+    def data(part, params):
+        seen()
+        return terms
+
+    trainer = Trainer(task, placement, data, None, checkpoints, metrics)
     last = trainer.run(lambda: placed)
     checkpoints.close()
     losses = [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
@@ -82,3 +88,19 @@ def test_all_methods_are_validated_equally_often():
         task = Task("test", settings, stages, (), OptimizerSettings(), 10, 0, validations=20)
         due = _validation_steps(task)
         assert len(set(due)) == 20 and due[-1] == 400 and due[0] == 20
+
+
+@pytest.mark.parametrize("mapping", ["pmap", "fsdp"])
+def test_gradient_sums_are_freed_while_data_is_made(tmp_path, mapping):
+    """It may be generated from the current parameters, beside the state: these and Adam's two moments."""
+    params, held = models.init(CONFIG, jax.random.key(0)), []
+    params = jax.tree.map(np.asarray, params)
+    shape = params["blocks"]["mlp"]["up"]["kernel"].shape
+
+    def seen():
+        gc.collect()
+        arrays = [a for a in jax.live_arrays() if not a.is_deleted() and len(a.sharding.device_set) == 2]
+        held.append(sum(a.shape in (shape, (2, *shape)) for a in arrays))
+
+    _train(tmp_path, mapping, params, seen=seen)
+    assert held == [3]
