@@ -53,7 +53,8 @@ def test_imports_go_one_way():
 def test_no_module_imports_itself_by_way_of_others():
     modules = _modules()
     graph = {name: _imports(file, modules) - {name} for name, file in modules.items()}
-    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+    # Raises CycleError.
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(modules)
 
 
 def test_losses_import_jax_alone():

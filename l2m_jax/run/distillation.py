@@ -62,6 +62,7 @@ class StudentInputs:
         rollouts: None unless the method is on-policy.
         sampling: how rollouts are sampled.
         max_length: the maximum number of tokens of an example with a generated response.
+        max_prompt_length: prompts with more tokens get no rollout; 0: only those that leave no room for one.
         validation: None if it does not affect the student.
     """
 
@@ -79,6 +80,7 @@ class StudentInputs:
     rollouts: methods.Rollouts | None
     sampling: SamplingRules | None
     max_length: int | None
+    max_prompt_length: int | None
     validation: ValidationInputs | None
 
 
@@ -219,7 +221,7 @@ class Student:
         if inputs.rollouts is None:
             return None
         assert inputs.sampling is not None
-        longest = longest_prompt(self._config, inputs.sampling, self._monitored.max_prompt_length)
+        longest = longest_prompt(self._config, inputs.sampling, inputs.max_prompt_length or 0)
         sampler = rollouts.Sampler(
             self._config,
             context.placement,

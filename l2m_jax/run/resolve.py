@@ -27,6 +27,7 @@ from l2m_jax.run.store import StoreInputs
 _STUDENT_SETTINGS = {
     "method": "method and overrides",
     "max_length": "data.max_length",
+    "max_prompt_length": "data.max_prompt_length",
     "validation": "evaluation",
     "validation.count": "evaluation.validations",
     "validation.rows": "evaluation.validation_rows",
@@ -242,6 +243,7 @@ class _Resolver:
             rollouts=relevant_rollouts(method, config.rollouts),
             sampling=config.sampling if method.on_policy else None,
             max_length=None if method.on_references_alone else config.data.max_length,
+            max_prompt_length=config.data.max_prompt_length if method.on_policy else None,
             validation=validation if validation.keep_best or curriculum.patience else None,
         )
         main = name == config.method

@@ -58,8 +58,8 @@ def test_the_smallest_tokenizer_can_be_trained():
 
 
 def test_limits_that_are_allowed():
-    Data(max_length=3, max_prompt_length=2)
-    Data(max_length=512, max_prompt_length=256)
+    assert Data(max_length=3, max_prompt_length=2).max_prompt_length == 2
+    assert Data(max_length=512, max_prompt_length=256).max_length == 512
     # Sizes of a split do not matter where nothing is split off.
-    Data(validation="v.jsonl", test="t.jsonl", validation_rows=0, test_rows=0)
-    Data(source="synthetic", train="", validation_rows=0, test_rows=0)
+    assert Data(validation="v.jsonl", test="t.jsonl", validation_rows=0, test_rows=0).test_rows == 0
+    assert Data(source="synthetic", train="", validation_rows=0, test_rows=0).train == ""

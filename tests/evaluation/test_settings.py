@@ -33,4 +33,5 @@ def test_a_bad_setting_is_named(name, value, says):
 
 
 def test_what_is_allowed():
-    Evaluation(sets=("test", "s_ni", "vicuna=v.jsonl", "data/mine.jsonl"), seeds=(0, 2**32 - 1))
+    sets = ("test", "s_ni", "vicuna=v.jsonl", "data/mine.jsonl")
+    assert Evaluation(sets=sets, seeds=(0, 2**32 - 1)).sets == sets
