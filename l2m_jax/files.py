@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,49 @@ def _file_hash(file: Path) -> str:
     match known.get(str(file)):
         case [status.st_size, status.st_mtime_ns, str(digest)]:
             return digest
-    with file.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    digest = _digest(file)
     known = {name: entry for name, entry in known.items() if os.path.exists(name)}
     known[str(file)] = [status.st_size, status.st_mtime_ns, digest]
     with contextlib.suppress(OSError, RuntimeError):
         write_text(_hash_cache(), json.dumps(known))
     return digest
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def checksums(place: Path, *, without: Collection[str] = ()) -> dict[str, list]:
+    """Size, modification time and hash of a file, or of each file of a folder, by name relative to `place`.
+
+    Args:
+        without: names relative to the folder that do not count.
+    """
+    found = {}
+    for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        name = file.relative_to(place).as_posix()
+        if file.is_file() and name not in without:
+            status = file.stat()
+            found[name] = [status.st_size, status.st_mtime_ns, _digest(file)]
+    return found
+
+
+def damaged(place: Path, recorded: Mapping[str, Sequence]) -> Path | None:
+    """The first file that is missing or differs from what `checksums` recorded; None if all are intact.
+
+    Reads only files with another size or modification time, such as copies.
+    """
+    for name, (size, modified, digest) in recorded.items():
+        file = place / name if name != "." else place
+        if not file.is_file():
+            return file
+        status = file.stat()
+        if status.st_size != size or (
+            status.st_mtime_ns != modified and _file_hash(file.absolute()) != digest
+        ):
+            return file
+    return None
 
 
 def _hash_cache() -> Path:

@@ -5,8 +5,8 @@ written (is this artefact finished?). `first` does both.
 """
 
 import itertools
+import json
 import os
-import pickle
 import sys
 import threading
 from collections.abc import Callable
@@ -126,31 +126,37 @@ def first(work: Callable[[], T]) -> T:
 
     All processes call it together. The others wait, so that afterwards they find what the first one wrote.
 
+    Args:
+        work: returns a value that JSON can hold, without tuples. An exception other than InputError reaches the other
+            processes as RuntimeError.
+
     Raises:
         RuntimeError: called within `work`, where the others would wait forever.
     """
     global _working
     if _working:
         raise RuntimeError("first() is called within first(): with several processes it would never return")
-    value, error = None, None
+    value: str | None = None
+    error: Exception | None = None
     if is_first():
         _working = True
         try:
-            value = work()
+            # As JSON also where nobody else needs it, so that its type does not depend on the number of processes.
+            value = json.dumps(work())
         except Exception as raised:
             error = raised
         finally:
             _working = False
     if jax.process_count() > 1:
-        try:
-            pickle.dumps(error)
-        except Exception:  # the others must hear of it all the same
-            error = RuntimeError(repr(error))
         _wait()
-        value, error = _from_first((value, error))
+        said = [value, None if error is None else str(error) or repr(error), isinstance(error, InputError)]
+        value, message, is_input_error = json.loads(_from_first(json.dumps(said)))
+        if message is not None and error is None:
+            error = InputError(message) if is_input_error else RuntimeError(f"the first process: {message}")
     if error is not None:
         raise error
-    return value  # type: ignore[return-value]
+    assert value is not None
+    return json.loads(value)
 
 
 def _wait() -> None:
@@ -161,10 +167,10 @@ def _wait() -> None:
     barrier(key=f"l2m_jax_{next(_barriers)}", timeout_ms=1000 * _LONGEST_WORK)
 
 
-def _from_first(value: Any) -> Any:
-    """The first process's `value`, in all processes."""
-    data = np.frombuffer(pickle.dumps(value), np.uint8) if is_first() else np.zeros(0, np.uint8)
+def _from_first(text: str) -> str:
+    """The first process's `text`, in all processes."""
+    data = np.frombuffer(text.encode(), np.uint8) if is_first() else np.zeros(0, np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     padded = np.zeros(1 << (size - 1).bit_length(), np.uint8)  # few sizes, so few compilations
     padded[: len(data)] = data
-    return pickle.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
+    return multihost_utils.broadcast_one_to_all(padded)[:size].tobytes().decode()

@@ -131,9 +131,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     console.print(results_table(results).markdown())
     if baseline is not None:
         judge = Judge(options.judge_model, options.judge_url)
-        rates = multihost.first(lambda: folder.compare(options.output, baseline, judge))
+        rates = multihost.first(
+            lambda: {s: str(rate) for s, rate in folder.compare(options.output, baseline, judge).items()}
+        )
         facts = {
-            f"win rate on {name} against {options.baseline}, by {options.judge_model}": str(rate)
+            f"win rate on {name} against {options.baseline}, by {options.judge_model}": rate
             for name, rate in rates.items()
         }
         multihost.first(lambda: write_report(options.output, title=title, results=results, facts=facts))

@@ -143,7 +143,7 @@ def evaluate(
     asked = [(s.name, s.prompts, s.references) for s in sets]
     made_from = generator.fingerprint(key, rules, tuple(seeds), asked)
     if folder is not None and (found := first(lambda: _finished(folder / RESULTS, made_from))):
-        return found
+        return Results.from_json(found)
 
     results, lines = [], []
     for prompt_set in sets:
@@ -164,7 +164,7 @@ def evaluate(
     return evaluated
 
 
-def _finished(path: Path, made_from: str) -> Results | None:
+def _finished(path: Path, made_from: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     value = json.loads(path.read_text(encoding="utf-8"))
@@ -173,7 +173,7 @@ def _finished(path: Path, made_from: str) -> Results | None:
             f"{path}: holds the results of another model, or with other sets, sampling rules or seeds; choose another "
             "folder, or delete this one"
         )
-    return Results.from_json(value)
+    return value
 
 
 def _line(prompt_set: PromptSet, answer: Answer, rouge_l: float) -> str:

@@ -302,8 +302,9 @@ def kept_answers(
     Raises:
         InputError: `output` holds other answers.
     """
-    found = first(_keyed(generator, prompts, rules, output).read)
-    return {(answer.prompt, answer.seed): answer for answer in found}
+    output = _keyed(generator, prompts, rules, output)
+    found = first(lambda: [(a.prompt, a.seed, a.tokens, a.text) for a in output.read()])
+    return {(p, seed): Answer(p, seed, tuple(tokens), text) for p, seed, tokens, text in found}
 
 
 def _keyed(

@@ -20,6 +20,8 @@ from l2m_jax.errors import InputError
 from l2m_jax.multihost import first
 
 _RECORD = "inputs.json"
+# Written anew when scores are known, and read by nobody here.
+_NOT_CHECKED = (_RECORD, "README.md")
 _ANOTHER = "another "
 
 Inputs = TypeVar("Inputs")
@@ -61,12 +63,23 @@ class Artefact(Generic[Inputs]):
 
     @property
     def is_finished(self) -> bool:
-        """Whether it exists, complete and made from these inputs. The first process looks, for all."""
+        """Whether it exists, complete and made from these inputs. The first process looks, for all.
+
+        Raises:
+            InputError: a file of it is missing or has changed since it was written.
+        """
         return first(self._is_finished)
 
     def _is_finished(self) -> bool:
         found = _read_record(self.path)
-        return found is not None and found["finished"] and found["key"] == self.key and self.path.exists()
+        if found is None or not found["finished"] or found["key"] != self.key or not self.path.exists():
+            return False
+        if (file := files.damaged(self.path, found["files"])) is not None:
+            raise InputError(
+                f"{file}: {'differs from what was written' if file.exists() else 'is missing'}; restore it, or "
+                f"delete {self.path} to make it again"
+            )
+        return True
 
     def begin(self) -> None:
         """Records that the unfinished work belongs to this artefact."""
@@ -81,7 +94,7 @@ class Artefact(Generic[Inputs]):
         """For the first process: a folder to write into, which becomes `path` if the block ends without an error."""
         with files.writing(self.path) as folder:
             yield folder
-            self._write_record(folder / _RECORD, finished=True)
+            self._write_record(folder / _RECORD, finished=True, place=folder)
         self.drop_progress()
 
     def drop_progress(self) -> None:
@@ -89,8 +102,15 @@ class Artefact(Generic[Inputs]):
         if self.progress is not None:
             shutil.rmtree(self.progress, ignore_errors=True)
 
-    def _write_record(self, file: Path, *, finished: bool) -> None:
-        files.write_json(file, {"key": self.key, "finished": finished, "inputs": described(self.inputs)})
+    def _write_record(self, file: Path, *, finished: bool, place: Path | None = None) -> None:
+        """Args: place: where the finished files are, if not at `path` yet."""
+        record = {
+            "key": self.key,
+            "finished": finished,
+            "inputs": described(self.inputs),
+            "files": files.checksums(place or self.path, without=_NOT_CHECKED) if finished else {},
+        }
+        files.write_json(file, record)
 
 
 def _record_of(place: Path) -> Path:
@@ -104,7 +124,7 @@ def _read_record(place: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return {name: found[name] for name in ("key", "finished", "inputs")}
+        return {name: found[name] for name in ("key", "finished", "inputs", "files")}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{file}: cannot read what {place} was made from ({error}); delete {place} to make it again"

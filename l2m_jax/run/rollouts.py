@@ -149,9 +149,9 @@ class Rollouts:
             self._latest = {}
             if self.settings.replay_share:
                 # One process looks, because all must find the same files.
-                for earlier in first(lambda: sorted(self._folder.glob("*.jsonl"))):
-                    if earlier.name < file.name:
-                        self._latest.update(_read(earlier))
+                for earlier in first(lambda: sorted(f.name for f in self._folder.glob("*.jsonl"))):
+                    if earlier < file.name:
+                        self._latest.update(_read(self._folder / earlier))
         return self._latest
 
 

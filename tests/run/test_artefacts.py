@@ -1,6 +1,7 @@
 """Artefacts: what is in a key, when finished work counts as finished, and what a changed setting does to it."""
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -145,3 +146,29 @@ def test_a_single_file_has_its_record_beside_it(tmp_path):
     artefact.path.unlink()
     assert not artefact.is_finished
     refuse_changed([artefact])
+
+
+def _damages(file: Path):
+    size = file.stat().st_size
+    yield "truncated", lambda: file.write_bytes(file.read_bytes()[: size // 2])
+    yield "emptied", lambda: file.write_bytes(b"")
+    yield "overwritten", lambda: file.write_bytes(b"\x17" * size)
+    yield "removed", file.unlink
+
+
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "overwritten", "removed"])
+def test_a_damaged_file_of_a_finished_artefact_is_named(tmp_path, damage):
+    artefact = _artefact(tmp_path)
+    _make(artefact)
+    file = artefact.path / "weights"
+    dict(_damages(file))[damage]()
+    with pytest.raises(InputError, match=rf"{file}: .*delete {artefact.path} to make it again"):
+        refuse_changed([artefact])
+
+
+def test_a_copy_is_intact_and_its_readme_may_change(tmp_path):
+    artefact, copy = _artefact(tmp_path / "a"), _artefact(tmp_path / "b")
+    _make(artefact)
+    (artefact.path / "README.md").write_text("scores")
+    shutil.copytree(artefact.path, copy.path, copy_function=shutil.copyfile)  # with other times
+    assert artefact.is_finished and copy.is_finished

@@ -1,0 +1,116 @@
+"""Ends a run on SIGTERM or SIGINT with nothing lost: training saves after the step in flight, and then ends.
+
+Schedulers announce the end of a job by SIGTERM (SLURM, Kubernetes, spot instances), people by Ctrl-C. Work whose results
+are kept as they come (generation, the teacher store) ends at once.
+"""
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+import jax
+
+from l2m_jax import multihost
+
+EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
+
+# With several processes all stop after the same step: this many steps after the one that the first signal interrupted.
+# A process is at most 2 steps ahead of another, because it reads the metrics of step n - 1 after it has started step n.
+_STEPS_AHEAD = 3
+_STOP = "l2m_jax/stop_at_step"
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Preempted(KeyboardInterrupt):
+    """The run was asked to end, and can be resumed."""
+
+
+_deferred = False  # whether a signal is noted instead of raised
+_noted: str | None = None  # the name of the signal
+
+
+@contextlib.contextmanager
+def handled() -> Iterator[None]:
+    """SIGTERM and SIGINT raise `Preempted` within the block, or are noted within `deferred`.
+
+    A second signal raises KeyboardInterrupt at once. Outside the main thread, signals keep their handlers.
+    """
+    global _noted
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _on_signal) for number in _SIGNALS}
+    _noted = None
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _on_signal(number: int, _) -> None:
+    global _noted
+    if _noted is not None:
+        raise KeyboardInterrupt
+    _noted = signal.Signals(number).name
+    if not _deferred:
+        raise Preempted(_noted)
+    print(f"\n{_noted}: the run ends after this step", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Notes signals within the block, for `requested`. One that no `requested` answered is raised at the end."""
+    global _deferred
+    _deferred = True
+    try:
+        yield
+    finally:
+        _deferred = False
+    if jax.process_count() > 1:
+        multihost.first(lambda: None)  # so that all processes read the same
+        if _agreed_step() is not None:
+            raise Preempted
+    elif _noted is not None:
+        raise Preempted(_noted)
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Within `deferred`: a signal raises `Preempted` within this block, or at its start if it was noted before.
+
+    With several processes it does not: the others would wait for this one in the midst of their work.
+    """
+    global _deferred
+    if not _deferred or jax.process_count() > 1:
+        yield
+        return
+    if _noted is not None:
+        raise Preempted(_noted)
+    _deferred = False
+    try:
+        yield
+    finally:
+        _deferred = True
+
+
+def requested(step: int) -> bool:
+    """Whether to save after `step` and end. The same in all processes, which must ask after each step."""
+    if jax.process_count() == 1:
+        return _noted is not None
+    agreed = _agreed_step()
+    if agreed is None and _noted is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was faster
+            multihost.store().key_value_set(_STOP, str(step + _STEPS_AHEAD))
+        agreed = _agreed_step()
+    return agreed is not None and step >= agreed
+
+
+def _agreed_step() -> int | None:
+    try:
+        return int(multihost.store().key_value_try_get(_STOP))
+    except jax.errors.JaxRuntimeError:  # no such key
+        return None
