@@ -74,6 +74,8 @@ class Config:
     max_shapes: int = 4  # maximum number of compiled shapes of packed rows in a phase
     chunk_size: int = 512  # tokens whose logits are held at once
     checkpoint_minutes: float = 10.0  # minutes between checkpoints within a stage; 0: after each step
+    # Skip batches whose loss or gradient is not finite, instead of ending the run. What is finished without it is equal.
+    skip_nonfinite: bool = False
     tensorboard: bool = False  # also write TensorBoard events (extra: tracking)
 
     def __post_init__(self):

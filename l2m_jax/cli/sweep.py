@@ -66,6 +66,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
     config = config_file.read(options.config, options.overrides)
 
+    from l2m_jax import multihost
     from l2m_jax.progress import console
     from l2m_jax.sweep.cells import finished, grid, prepare, run
     from l2m_jax.sweep.table import write_table
@@ -76,6 +77,7 @@ def _sweep(options: argparse.Namespace) -> None:
         for number, cell in enumerate(cells):
             console.print(f"{number:4}  {cell.name}{'  finished' * (finished(cell, workdir) is not None)}")
         return
+    multihost.use_deterministic_kernels(config.devices)
     if options.prepare:
         prepare(cells, workdir)
         return

@@ -39,6 +39,11 @@ def run(config: Config, workdir: str | Path, shared: str | Path | None = None) -
     """
     workdir, shared = Path(workdir), Path(shared or workdir)
     context, artefacts = _start(config, workdir, shared)
+    with checks.full_disk_explained(config, artefacts):
+        return _run(config, workdir, context, artefacts)
+
+
+def _run(config: Config, workdir: Path, context: Context, artefacts: Artefacts) -> dict[str, Results]:
     first(lambda: files.write_json(workdir / "config.json", config))
     difficulty = _prepare(config, artefacts, context)
     for name, student in artefacts.students.items():
@@ -74,9 +79,10 @@ def prepare(config: Config, shared: str | Path) -> dict[str, Results]:
         InputError: as `run`.
     """
     context, artefacts = _start(config, Path(shared), Path(shared))
-    _prepare(config, artefacts, context)
-    before = {name: artefacts.evaluations[name] for name in ("teacher", "student before")}
-    return _evaluate(artefacts, context, before)
+    with checks.full_disk_explained(config, artefacts):
+        _prepare(config, artefacts, context)
+        before = {name: artefacts.evaluations[name] for name in ("teacher", "student before")}
+        return _evaluate(artefacts, context, before)
 
 
 def _start(config: Config, workdir: Path, shared: Path) -> tuple[Context, Artefacts]:

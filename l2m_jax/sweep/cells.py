@@ -60,10 +60,14 @@ def finished(cell: Cell, workdir: Path) -> dict[str, Results] | None:
     file = workdir / cell.name / _RESULT
     if not file.is_file():
         return None
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if found["made_from"] != _key(cell, workdir):
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        made_from, results = found["made_from"], found["results"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None  # damaged: the run reads its results again
+    if made_from != _key(cell, workdir):
         return None
-    return {name: Results.from_json(value) for name, value in found["results"].items()}
+    return {name: Results.from_json(value) for name, value in results}
 
 
 def _key(cell: Cell, workdir: Path) -> str:

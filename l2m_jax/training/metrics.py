@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,21 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without an incomplete last one."""
+    """The lines of metrics.jsonl, without an incomplete last one and without damaged ones."""
     lines = []
     if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                lines.append(json.loads(text))
+        for text in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict) and isinstance(line.get("step"), int) and "phase" in line:
+                    lines.append(line)
     return lines
+
+
+def missing_steps(lines: Sequence[Mapping[str, Any]], phase: str, steps: int = 0) -> int:
+    """How many updates of `phase` have no line, of as many as there were: at least `steps`, and the latest one found."""
+    found = {line["step"] for line in lines if line["phase"] == phase}
+    updates = {
+        line["step"] for line in lines if line["phase"] == phase and ("loss" in line or "skipped" in line)
+    }
+    return len(set(range(1, max(steps, *found, 0) + 1)) - updates)
