@@ -18,7 +18,7 @@ from l2m_jax.run.distillation import make_student, validation_inputs
 from l2m_jax.run.evaluation import make_evaluation, write_summary
 from l2m_jax.run.models import make_model
 from l2m_jax.run.ranking import make_ranking
-from l2m_jax.run.resolve import Artefacts, resolve
+from l2m_jax.run.resolve import Artefacts, folder_of_world, resolve
 from l2m_jax.run.responses import make_responses
 from l2m_jax.run.store import make_store
 
@@ -73,7 +73,8 @@ def prepare(config: Config, shared: str | Path) -> dict[str, Results]:
     Raises:
         InputError: as `run`.
     """
-    context, artefacts = _start(config, Path(shared), Path(shared))
+    shared = Path(shared)
+    context, artefacts = _start(config, folder_of_world(shared, config.world), shared)
     _prepare(config, artefacts, context)
     before = {name: artefacts.evaluations[name] for name in ("teacher", "student before")}
     return _evaluate(artefacts, context, before)
@@ -89,7 +90,7 @@ def _start(config: Config, workdir: Path, shared: Path) -> tuple[Context, Artefa
         data.make_tokenizer(artefacts.tokenizer)
     checks.check_models(config, artefacts)
     with context.phase("data"):
-        for corpus in artefacts.corpora.values():
+        for corpus in artefacts.all_corpora:
             data.make_corpus(corpus)
     checks.check_rows(config, artefacts)
     return context, artefacts
