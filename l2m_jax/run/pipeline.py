@@ -80,6 +80,16 @@ def prepare(config: Config, shared: str | Path) -> dict[str, Results]:
     return _evaluate(artefacts, context, before)
 
 
+def check(config: Config, shared: str | Path) -> None:
+    """Makes the tokenizer and the rows in `shared`, and all checks.
+
+    Raises:
+        InputError: as `run`.
+    """
+    shared = Path(shared)
+    _start(config, folder_of_world(shared, config.world), shared)
+
+
 def _start(config: Config, workdir: Path, shared: Path) -> tuple[Context, Artefacts]:
     """All checks, and between them the tokenizer and the rows, which the last check needs."""
     checks.check_files(config)

@@ -64,6 +64,12 @@ class Artefacts:
         others = [rows for rows in (self.teacher.inputs.train,) if rows is not None]
         return list(dict.fromkeys([*self.corpora.values(), *others]))
 
+    @property
+    def common(self) -> list[Artefact]:
+        """All but the students and their scores."""
+        own = [*self.students.values(), *(self.evaluations[name] for name in self.students)]
+        return [artefact for artefact in self if artefact not in own]
+
     def __iter__(self) -> Iterator[Artefact]:
         if isinstance(self.tokenizer, Artefact):
             yield self.tokenizer
