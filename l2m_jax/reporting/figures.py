@@ -285,7 +285,7 @@ def contrasts(path: Path, lines: Sequence[Interval]) -> None:
         panels = figure.subplots(len(units), 1, squeeze=False, height_ratios=heights)[:, 0].tolist()
         for axes, unit in zip(panels, units, strict=True):
             _forest(axes, [line for line in lines if line.unit == unit])
-            axes.set_title(f"{unit.replace('_', ' ')}: left − right")
+            axes.set_title(f"{unit}: left − right")
 
 
 def _forest(axes: Axes, lines: Sequence[Interval]) -> None:

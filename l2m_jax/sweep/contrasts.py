@@ -157,7 +157,7 @@ def write_contrasts(claims: Claims, cells: Sequence[Cell], workdir: Path) -> str
             [
                 figures.Interval(
                     label=o.contrast.id,
-                    unit=o.contrast.metric,
+                    unit=_title(o.contrast.metric),
                     mean=o.found.mean,
                     interval=(o.found.low, o.found.high),
                     second=o.bootstrap,
@@ -182,6 +182,8 @@ def _markdown(claims: Claims, found: Sequence[Outcome]) -> str:
         "“Detectable” is the true difference that is found with a probability of 80%.",
         "",
         "![Differences and their intervals](contrasts.png)",
+        "",
+        "Filled: primary. Thick: the t interval; thin: over worlds × prompts. Diamonds: the paper's difference.",
     ]
     for title, group in (
         ("Primary", primary),
@@ -222,6 +224,11 @@ def _row(o: Outcome) -> str:
         o.verdict,
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _title(metric: str) -> str:
+    """As in "validation Rouge-L × 100"."""
+    return metric.replace("rouge_l", "Rouge-L × 100").replace("_", " ")
 
 
 def _number(value: float) -> str:
