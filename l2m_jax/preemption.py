@@ -7,9 +7,11 @@ results are kept as they come (generation, the teacher store) ends at once.
 # jax takes seconds to import, and signals are handled from the start, so it is imported where it is needed.
 
 import contextlib
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +20,11 @@ EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 # With several processes all stop after the same step: this many steps after the one that the first signal interrupted.
 # A process is at most 2 steps ahead of another, because it reads the metrics of step n - 1 after it has started step n.
 _STEPS_AHEAD = 3
-_STOP = "l2m_jax/stop_after_step"
+_STOP, _STOP_NOW, _ENDED = "l2m_jax/stop_after_step", "l2m_jax/stop_now", "l2m_jax/ended"
+
+_SAME = 1.0  # seconds in which a signal counts as the same: `timeout`, say, sends it twice
+_EVER = 365 * 24 * 3600 * 1000  # milliseconds
+_PATIENCE = 5.0  # seconds in which the other processes end before the first one, which serves them
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -29,20 +35,22 @@ class Preempted(KeyboardInterrupt):
 
 _deferred = False  # whether a signal is noted instead of raised
 _noted: str | None = None  # the name of the signal
+_noted_at = 0.0
+_raised = False  # whether the signal was raised at once, in this process only
 
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
     """SIGTERM and SIGINT raise `Preempted` within the block, or are noted within `deferred`.
 
-    A second signal raises KeyboardInterrupt at once. Outside the main thread, signals keep their handlers.
+    A second signal ends the process immediately. Outside the main thread, signals keep their handlers.
     """
-    global _noted
+    global _noted, _raised
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.signal(number, _on_signal) for number in _SIGNALS}
-    _noted = None
+    _noted, _raised = None, False
     try:
         yield
     finally:
@@ -51,11 +59,14 @@ def handled() -> Iterator[None]:
 
 
 def _on_signal(number: int, _) -> None:
-    global _noted
+    global _noted, _noted_at, _raised
     if _noted is not None:
-        raise KeyboardInterrupt
-    _noted = signal.Signals(number).name
+        if time.monotonic() - _noted_at < _SAME:
+            return
+        os._exit(EXIT_STATUS)  # an exception could wait for a checkpoint that is being written
+    _noted, _noted_at = signal.Signals(number).name, time.monotonic()
     if not _deferred:
+        _raised = True
         raise Preempted(_noted)
     print(f"\n{_noted}: the run saves and ends after this step", file=sys.stderr, flush=True)
 
@@ -72,6 +83,8 @@ def deferred() -> Iterator[None]:
     if _several_processes():
         from l2m_jax import multihost
 
+        if _noted is not None:
+            requested(0)  # no step followed the signal, so the others do not know of it
         multihost.first(lambda: None)  # so that all processes read the same
         if _agreed_step() is not None:
             raise Preempted
@@ -110,6 +123,49 @@ def requested(step: int) -> bool:
             _key_value_store().key_value_set(_STOP, str(step + _STEPS_AHEAD))
         agreed = _agreed_step()
     return agreed is not None and step >= agreed
+
+
+def end_others() -> None:
+    """Ends the other processes after a signal that only this one has raised, and then this one.
+
+    They may wait for it in the midst of their work, and their results are kept as they come.
+    """
+    if not _raised or not _several_processes():
+        return
+    import jax
+
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _key_value_store().key_value_set(_STOP_NOW, str(_noted), True)
+        _leave()
+    os._exit(EXIT_STATUS)
+
+
+def follow() -> None:
+    """Ends this process when `end_others` is called in another one. Call it once the processes have met."""
+    if _several_processes():
+        threading.Thread(target=_follow, daemon=True).start()
+
+
+def _follow() -> None:
+    import jax
+
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        signal_name = _key_value_store().blocking_key_value_get(_STOP_NOW, _EVER)
+        print(f"{signal_name} in another process: run the same command again to resume", file=sys.stderr)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _leave()
+        os._exit(EXIT_STATUS)
+
+
+def _leave() -> None:
+    """The first process leaves last: the others would abort without it."""
+    import jax
+
+    if jax.process_index() != 0:
+        _key_value_store().key_value_set(f"{_ENDED}/{jax.process_index()}", "ended", True)
+        return
+    for other in range(1, jax.process_count()):
+        _key_value_store().blocking_key_value_get(f"{_ENDED}/{other}", int(1000 * _PATIENCE))
 
 
 def _agreed_step() -> int | None:

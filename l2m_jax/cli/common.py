@@ -79,7 +79,7 @@ def run(
     """Parses `arguments` (by default the process's) and runs the command.
 
     Exits with status 2 after an error that the user can correct, a full disk among them; with 75 after SIGTERM or
-    SIGINT, which tells supervisors to run the command again; and with 130 after a second signal.
+    SIGINT, which tells supervisors to run the command again.
     """
     try:
         with preemption.handled():
@@ -95,6 +95,7 @@ def run(
         )
     except preemption.Preempted:
         print("ended as asked: run the same command again to resume", file=sys.stderr)
+        preemption.end_others()
         sys.exit(preemption.EXIT_STATUS)
     except KeyboardInterrupt:
         print("interrupted: run the same command again to resume", file=sys.stderr)

@@ -95,7 +95,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if (options.judge_model is None) != (options.baseline is None):
         raise InputError("--judge-model and --baseline: a win rate needs both")
 
-    from l2m_jax import multihost
+    from l2m_jax import multihost, preemption
     from l2m_jax.evaluation.judge import Judge
     from l2m_jax.evaluation.settings import Evaluation
     from l2m_jax.generation.sampling import SamplingRules
@@ -125,6 +125,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     except InputError as error:
         raise InputError(f"--{error}") from error
     multihost.start(devices)
+    preemption.follow()
     results = {Path(options.model).name: folder.evaluate_folder(asked, devices, options.output)}
     title = f"Evaluation of {Path(options.model).name}"
     multihost.first(lambda: write_report(options.output, title=title, results=results))

@@ -33,10 +33,11 @@ def _train(options: argparse.Namespace) -> None:
 
     config = config_file.read(options.config, options.overrides)
 
-    from l2m_jax import multihost
+    from l2m_jax import multihost, preemption
     from l2m_jax.run import pipeline
 
     multihost.start(config.devices)
+    preemption.follow()
     pipeline.run(config, options.workdir, options.shared)
 
 

@@ -24,7 +24,7 @@ class InUse(InputError):
 
 @contextlib.contextmanager
 def held(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Holds `folder` for this run, and creates it.
+    """Holds `folder` for this run, and creates it. A process that holds it already may do so again.
 
     The operating system releases the lock when its process ends, however it ends, and a network file system when the
     lock's host is gone. A file that is left behind blocks nobody.
@@ -36,7 +36,7 @@ def held(folder: Path, *, wait: bool = False) -> Iterator[None]:
         InputError: another run holds the folder; names its host, process and start.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / _LOCK, thread_local=False)
+    lock = FileLock((folder / _LOCK).resolve(), thread_local=False, is_singleton=True)
     first(lambda: _acquire(lock, folder, wait))
     try:
         yield

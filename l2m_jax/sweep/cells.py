@@ -15,12 +15,13 @@ from l2m_jax.config import Config, change, to_dict
 from l2m_jax.errors import InputError
 from l2m_jax.evaluation.protocol import RESPONSES, Results
 from l2m_jax.progress import console
-from l2m_jax.run import pipeline
+from l2m_jax.run import locks, pipeline
 from l2m_jax.run.resolve import resolve
 from l2m_jax.sweep.presets import Row
 from l2m_jax.training.metrics import read_metrics
 
 _SHARED, _RESULT = "shared", "result.json"
+_SECONDS_BETWEEN_LOOKS = 2.0  # at cells that other processes run
 
 
 class Cell(NamedTuple):
@@ -200,6 +201,8 @@ def _by_prompt(responses: Path) -> dict[str, dict[str, float]]:
 def run(cells: Sequence[Cell], workdir: Path, task: int | None = None) -> dict[str, str]:
     """Runs the unfinished cells, one after another. A failure does not stop the others.
 
+    Several processes may do so at the same time. Each cell is run by one of them, and all wait for the last.
+
     Args:
         task: the number of the only cell to run; None for all.
 
@@ -213,23 +216,38 @@ def run(cells: Sequence[Cell], workdir: Path, task: int | None = None) -> dict[s
     console.print(
         f"{len(chosen)} of {len(cells)} runs, {len(chosen) - len(waiting)} of them finished already"
     )
-    failures, prepared = {}, set()
+    failures, prepared, told = {}, set(), set()
     if waiting:
         _check_rows(cells, workdir)
-    for number, cell in enumerate(waiting, start=1):
-        if (world := cell.config.world) not in prepared:
-            prepare([other for other in cells if other.config.world == world], workdir)
-            prepared.add(world)
-        console.rule(f"{cell.name}, {number} of {len(waiting)}", characters="═")
-        try:
-            _run_cell(cell, workdir)
-        except InputError as error:
-            failures[cell.name] = str(error)
-        except Exception as error:  # an unexpected error must not stop the other cells
-            traceback.print_exc()
-            failures[cell.name] = repr(error)
-        if cell.name in failures:
-            console.print(f"{cell.name} failed: {failures[cell.name]}", markup=False)
+    while waiting:
+        others = []
+        for cell in waiting:
+            if finished(cell, workdir) is not None:
+                continue  # by another process
+            if (world := cell.config.world) not in prepared:
+                prepare([other for other in cells if other.config.world == world], workdir)
+                prepared.add(world)
+            try:
+                with locks.held(workdir / cell.name):
+                    if finished(cell, workdir) is None:
+                        console.rule(cell.name, characters="═")
+                        _run_cell(cell, workdir)
+            except locks.InUse as held:
+                others.append(cell)
+                if str(held) not in told:
+                    console.print(f"  {held}".partition(";")[0], markup=False)
+                told.add(str(held))
+            except InputError as error:
+                failures[cell.name] = str(error)
+            except Exception as error:  # an unexpected error must not stop the other cells
+                traceback.print_exc()
+                failures[cell.name] = repr(error)
+            if cell.name in failures:
+                console.print(f"{cell.name} failed: {failures[cell.name]}", markup=False)
+        # What other processes run is looked at again: they may end without finishing it.
+        waiting = others
+        if waiting:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
     return failures
 
 
