@@ -7,12 +7,12 @@
 #SBATCH --mem=0                     # all memory of the host
 #SBATCH --time=24:00:00
 #SBATCH --requeue                   # after a host failure or a preemption
-#SBATCH --signal=B:USR1@180         # three minutes before the time limit: see the trap
+#SBATCH --signal=TERM@120           # two minutes before the time limit: training saves and ends with status 75
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
 # sbatch docs/slurm.sh configs/gpt2_small.py /shared/runs/gpt2_small [--config.SETTING=VALUE ...]
-# The work directory must be on a file system that all hosts see. A requeued job resumes from its last checkpoint there.
+# The work directory must be on a file system that all hosts see. A requeued job resumes there.
 
 config=$1
 workdir=$2
@@ -21,15 +21,12 @@ shift 2
 # The processes connect to each other directly, but gRPC would send even these connections through a proxy.
 unset http_proxy https_proxy HTTP_PROXY HTTPS_PROXY
 
-trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
-
-# In the background, because bash runs a trap only between commands.
-srun --kill-on-bad-exit=1 --label python -u train.py --config="$config" --workdir="$workdir" "$@" &
-wait $!
+srun --kill-on-bad-exit=1 --label python -u train.py --config="$config" --workdir="$workdir" "$@"
 status=$?
 
-# Status 2 is bad input, which a restart would not fix.
-if [ "$status" -ne 0 ] && [ "$status" -ne 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 5 ]; then
+# Status 75: ended by a signal, with everything saved. Status 2: bad input, which a restart would not fix.
+if [ "$status" -eq 75 ] ||
+    { [ "$status" -ne 0 ] && [ "$status" -ne 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 5 ]; }; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"
