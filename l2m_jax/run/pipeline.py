@@ -90,14 +90,15 @@ def _start(config: Config, workdir: Path, shared: Path) -> tuple[Context, Artefa
     checks.check_files(config)
     context = start(config, workdir)
     artefacts = resolve(config, workdir, shared)
-    if isinstance(artefacts.tokenizer, Artefact):
-        checks.refuse_changed([artefacts.tokenizer])
-        data.make_tokenizer(artefacts.tokenizer)
-    checks.check_models(config, artefacts)
-    with context.phase("data"):
-        for corpus in artefacts.corpora.values():
-            data.make_corpus(corpus)
-    checks.check_rows(config, artefacts)
+    with checks.full_disk_explained(config, artefacts):
+        if isinstance(artefacts.tokenizer, Artefact):
+            checks.refuse_changed([artefacts.tokenizer])
+            data.make_tokenizer(artefacts.tokenizer)
+        checks.check_models(config, artefacts)
+        with context.phase("data"):
+            for corpus in artefacts.corpora.values():
+                data.make_corpus(corpus)
+        checks.check_rows(config, artefacts)
     return context, artefacts
 
 
