@@ -47,18 +47,17 @@ def write(
     workdir, train = context.workdir, data.open_corpus(artefacts.corpora["train"])
     stages = stages_of(artefacts.students[config.method].inputs)
     easiest, hardest = extremes(difficulty) if difficulty is not None else ((), ())
-    shared = Path(os.path.relpath(artefacts.teacher.path.parent, workdir))
     devices, batch_size = context.placement.devices, config.training.batch_size
     listed = {
         "student/": "the distilled student, a Hugging Face folder",
-        f"{shared / 'teacher'}/": "the fine-tuned teacher",
+        f"{os.path.relpath(artefacts.teacher.path, workdir)}/": "the fine-tuned teacher",
         "metrics.jsonl": "losses, rates and validations",
         "evaluation/": "scores and answers of each model",
         "config.json": "every setting of this run",
     }
     metrics = read_metrics(workdir / "metrics.jsonl")
-    if difficulty is not None:
-        listed[f"{shared / 'difficulty.parquet'}"] = (
+    if artefacts.ranking is not None:
+        listed[os.path.relpath(artefacts.ranking.path, workdir)] = (
             "Rouge-L, cross-entropy, rank and subset of each training example"
         )
     write_report(

@@ -39,6 +39,7 @@ class Position:
         best_rouge_l: the best validation Rouge-L.
         stage_best: the best one of this stage.
         not_better: validations since the best one of this stage.
+        validated: the step of the latest validation.
     """
 
     stage: int = 0
@@ -50,6 +51,7 @@ class Position:
     best_rouge_l: float = -1.0
     stage_best: float = -1.0
     not_better: int = 0
+    validated: int = 0
 
 
 class _LatestAndBest:

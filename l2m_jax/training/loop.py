@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from l2m_jax import progress
+from l2m_jax import preemption, progress
 from l2m_jax.curriculum import Stage, steps
 from l2m_jax.data.batches import Examples, micro_batches, order_of_examples, prefetch
 from l2m_jax.data.packing import Shape
@@ -149,10 +149,11 @@ class Trainer:
         else:
             self._state, self._position = found
             del found
-        self._metrics.drop_after(task.phase, self._position.step)
-        for number, stage in enumerate(task.stages):
-            if number >= self._position.stage:
-                self._train_stage(number, stage)
+        self._metrics.drop_after(task.phase, self._position.step, self._position.validated)
+        with preemption.deferred():
+            for number, stage in enumerate(task.stages):
+                if number >= self._position.stage:
+                    self._train_stage(number, stage)
         params = self._state.params
         best = self._position.best_step
         if task.keep_best and 0 <= best < self._position.step:
@@ -180,29 +181,61 @@ class Trainer:
         with progress.bar(title, steps((stage,), task.batch_size)) as bar:
             bar.resume_at(self._position.stage_step)
             log = _StepLog(task, stage, self._metrics, bar, self._placement)
-            for batch in self._batches_of_stage(stage, log):
-                at = self._position.stage_step if task.restart_optimizer else self._position.step
-                learning_rate = np.float32(rate(at))
-                values = self._train_batch(batch, learning_rate)
-                self._position = _after_batch(task, stage, self._position)
-                log.add(self._position, learning_rate, batch, values)
-                ended = self._position.epoch == stage.epochs
-                improved = False
-                if before + self._position.stage_step in self._validated_at:
-                    log.flush()
-                    improved = self._validate_now(stage)
-                    log.restart_clock()
-                    ended = ended or 0 < task.patience <= self._position.not_better
-                if ended:
-                    self._position = _next_stage(self._position)
-                if ended or improved or self._checkpoints.due(self._position.step):
-                    log.flush()
+            try:
+                self._train_batches(stage, before, rate, log)
+            except preemption.Preempted:
+                log.flush()
+                if self._position.step > 0:
                     self._checkpoints.save(self._state, self._position)
-                    log.restart_clock()
-                if ended:
-                    break
+                    self._checkpoints.close()
+                raise
             log.flush()
         del self._sums
+
+    def _train_batches(
+        self, stage: Stage, before: int, rate: Callable[[int], float], log: "_StepLog"
+    ) -> None:
+        """Trains from the current position to the end of the stage.
+
+        Args:
+            before: updates in earlier stages.
+            rate: the learning rate by step.
+
+        Raises:
+            Preempted: the run is asked to end. The state is that of the current position.
+        """
+        task = self._task
+        # A run may have been asked to end after an update whose validation was due.
+        if self._position.stage_step > 0 and self._after_update(stage, before, log):
+            return
+        for batch in self._batches_of_stage(stage, log):
+            at = self._position.stage_step if task.restart_optimizer else self._position.step
+            learning_rate = np.float32(rate(at))
+            values = self._train_batch(batch, learning_rate)
+            self._position = _after_batch(task, stage, self._position)
+            log.add(self._position, learning_rate, batch, values)
+            if preemption.requested(self._position.step):
+                raise preemption.Preempted
+            if self._after_update(stage, before, log):
+                return
+
+    def _after_update(self, stage: Stage, before: int, log: "_StepLog") -> bool:
+        """Validates and saves, where it is time for it. Returns whether the stage has ended."""
+        task, improved = self._task, False
+        ended = self._position.epoch == stage.epochs
+        validates = before + self._position.stage_step in self._validated_at
+        if validates and self._position.validated < self._position.step:
+            log.flush()
+            improved = self._validate_now(stage)
+            log.restart_clock()
+            ended = ended or 0 < task.patience <= self._position.not_better
+        if ended:
+            self._position = _next_stage(self._position)
+        if ended or improved or self._checkpoints.due(self._position.step):
+            log.flush()
+            self._checkpoints.save(self._state, self._position)
+            log.restart_clock()
+        return ended
 
     def _train_batch(self, batch: "_Batch", learning_rate: np.float32) -> Any:
         settings = self._task.settings
@@ -221,7 +254,8 @@ class Trainer:
         assert self._validate is not None
         # The sums are zero between batches, and generation needs their memory.
         del self._sums
-        values = self._validate(self._state.params)
+        with preemption.at_once():
+            values = self._validate(self._state.params)
         self._sums = self._zero_sums(self._state.params)
         position, rouge_l = self._position, values["rouge_l"]
         named = {f"validation_{name}": value for name, value in values.items()}
@@ -233,6 +267,7 @@ class Trainer:
             position,
             stage_best=max(position.stage_best, rouge_l),
             not_better=0 if better_in_stage else position.not_better + 1,
+            validated=position.step,
         )
         return self._task.keep_best and position.best_step == position.step
 
@@ -243,7 +278,8 @@ class Trainer:
                 log.flush()
                 # Zeros between batches: rollouts need their memory beside the state, as validations do.
                 del self._sums
-                terms = self._data(part, self._state.params)
+                with preemption.at_once():
+                    terms = self._data(part, self._state.params)
                 self._sums = self._zero_sums(self._state.params)
                 log.restart_clock()
                 yield from prefetch(

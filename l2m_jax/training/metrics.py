@@ -36,16 +36,25 @@ class MetricsLog:
                 if isinstance(value, int | float):
                     self._writer.add_scalar(f"{phase}/{name}", value, step)
 
-    def drop_after(self, phase: str, step: int) -> None:
-        """Deletes the lines of `phase` after `step`, and an incomplete last line."""
+    def drop_after(self, phase: str, step: int, validated: int) -> None:
+        """Deletes the lines of `phase` after `step`, those of validations after `validated`, and an incomplete line."""
         if not self._writes:
             return
-        kept = [line for line in read_metrics(self._path) if line["phase"] != phase or line["step"] <= step]
+        last = {False: step, True: validated}
+        kept = [
+            line
+            for line in read_metrics(self._path)
+            if line["phase"] != phase or line["step"] <= last[_is_validation(line)]
+        ]
         files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def _is_validation(line: Mapping[str, Any]) -> bool:
+    return any(name.startswith("validation_") for name in line)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
