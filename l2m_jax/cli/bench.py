@@ -22,6 +22,7 @@ SUITES = {
     "peers": "distillation against PyTorch and TRL (--data, --tokenizer, --peer-python)",
     "generate": "the decode engine against transformers (--data, --tokenizer, --peer-python)",
     "rouge": "Rouge-L against rouge-score (--data)",
+    "faults": "what a run survives: kills, preemptions (--workdir, --kills, --seed, --only)",
 }
 
 
@@ -35,6 +36,12 @@ def _parser() -> Parser:
     parser.add_argument("--repeats", type=int, help="timed runs of each figure, after one to warm up")
     parser.add_argument("--data", type=Path, help="JSON lines with instruction, input and output")
     parser.add_argument("--tokenizer", type=Path, help="folder of a Hugging Face tokenizer")
+    parser.add_argument(
+        "--workdir", type=Path, help="where trials of faults are kept, so that a second call resumes"
+    )
+    parser.add_argument("--kills", type=int, help="the least number of processes to kill (default: 50)")
+    parser.add_argument("--seed", type=int, help="of the instants and places of faults (default: 0)")
+    parser.add_argument("--only", metavar="KIND", help="try only this kind of fault")
     parser.add_argument("--peer-python", help="a Python with the peers' packages (torch, transformers, trl)")
     return parser
 

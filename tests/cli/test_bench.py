@@ -9,7 +9,7 @@ from l2m_jax.cli import bench
 
 
 def test_every_suite_has_a_run_of_known_options():
-    options = {"data", "tokenizer", "peer_python", "repeats"}
+    options = {"data", "tokenizer", "peer_python", "repeats", "workdir"}
     for name in bench.SUITES:
         parameters = inspect.signature(importlib.import_module(f"l2m_jax.bench.{name}").run).parameters
         required = {key for key, p in parameters.items() if p.default is inspect.Parameter.empty}

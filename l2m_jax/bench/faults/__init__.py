@@ -1,1 +1,5 @@
-"""Faults: what may go wrong during a run, and what must be there after it."""
+"""What a run survives: kills, preemptions and other faults, each followed by the same command until it ends."""
+
+from l2m_jax.bench.faults.campaign import run
+
+__all__ = ["run"]

@@ -13,12 +13,13 @@ import itertools
 import os
 import re
 import shutil
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from l2m_jax import progress
+from l2m_jax.bench.faults.common import SCENARIOS, Outcome, Setting, Trial
 from l2m_jax.cli import main as command
 from l2m_jax.run import data
 from l2m_jax.training import store
@@ -47,16 +48,17 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "removed": os.unlink,
 }
 
-# A copy of the run is taken at the n-th advance of the bar with this title.
+# A copy of the run is taken at the n-th advance of the bar with this title. On-policy training has a single stage.
 MOMENTS = {
-    "teacher": 2,
+    "teacher": 3,
     "the student's own answers": 1,
     "teacher's hidden states": 2,
-    "student, stage 2/4": 2,
-    "student, stage 4/4": 2,
-    "l2m: test": 1,
+    "student, stage 1/2": 3,
+    "student, stage 2/2": 4,
+    "student": 8,
+    "student before: test": 1,
 }
-FINISHED = "finished"
+_SCENARIOS = ("run", "on-policy")
 _RESULTS = ("*/model.safetensors", "difficulty.parquet", "*_responses.jsonl", "evaluation/*/*.jsonl")
 _SCORES = "evaluation/*/results.json"
 _ALONE = "--config.devices.num_processes=1"  # JAX has started already
@@ -103,13 +105,13 @@ def copied_at(moments: dict[str, int], workdir: Path, copies: Path) -> Iterator[
     seen: dict[str, int] = {}
     advance = progress.Bar.advance
 
-    def advance_and_copy(bar: progress.Bar, *arguments, **fields) -> None:
-        advance(bar, *arguments, **fields)
+    def advance_and_copy(bar: progress.Bar, steps: int = 1, **fields: str) -> None:
+        advance(bar, steps, **fields)
         seen[bar._title] = seen.get(bar._title, 0) + 1
         if seen[bar._title] == moments.get(bar._title):
             copy(workdir, copies / bar._title.replace("/", " of "))
 
-    progress.Bar.advance = advance_and_copy
+    progress.Bar.advance = advance_and_copy  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
@@ -166,41 +168,41 @@ def trial(flags: Sequence[str], copy_of: Path, name: str, damage: str, folder: P
     return f"silently different: {', '.join(differing)}" if differing else outcome
 
 
-def run(flags: Sequence[str], folder: Path, moments: dict[str, int] = MOMENTS, share: int = 1) -> dict:
-    """All trials of one configuration.
-
-    Args:
-        flags: of `l2m train`, without --workdir.
-        folder: for the run, its copies and the trials.
-        share: only every n-th trial, for a quick look.
-
-    Returns:
-        How many trials ended in each way, and the defects.
-    """
-    whole, copies = folder / "run", folder / "copies"
-    with small_blocks():
-        with copied_at(moments, whole, copies):
-            status, said = train(flags, whole)
+def reference(setting: Setting, scenario: str) -> tuple[Path, dict[str, bytes]]:
+    """The folder of an undamaged run in this process, with its copies, made once; and its results."""
+    folder = setting.folder / "damage" / scenario
+    if not (folder / "finished").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        with small_blocks(), copied_at(MOMENTS, folder / "run", folder / "copies"):
+            status, said = train(flags_of(setting, scenario), folder / "run")
         if status:
-            raise RuntimeError(f"the undamaged run failed: {said}")
-        expected = results_of(whole)
-        stages = [
-            (name, copies / name)
-            for title in moments
-            if (copies / (name := title.replace("/", " of "))).is_dir()
-        ]
-        counts, defects, before = {"equal": 0, "refused": 0}, [], None
-        number = itertools.count()
-        for moment, place in [*stages, (FINISHED, whole)]:
-            names = files_of(place, None if place == whole else before)
+            raise RuntimeError(f"an undamaged {scenario} ended with {status}: {said}")
+        (folder / "finished").touch()
+    return folder, results_of(folder / "run")
+
+
+def flags_of(setting: Setting, scenario: str) -> list[str]:
+    """The flags of the scenario's command, without --workdir."""
+    filled = [part.format(config=setting.config, workdir="") for part in SCENARIOS[scenario].command]
+    return [part for part in filled if part.startswith("--config")]
+
+
+def damaged(setting: Setting, outcomes: Sequence[Outcome]) -> Iterator[Trial]:
+    """Every file at every moment at which it is new or has changed, with each kind of damage."""
+    del outcomes
+    for scenario in _SCENARIOS:
+        folder, _ = reference(setting, scenario)
+        before = None
+        for place in (*sorted(folder.glob("copies/*"), key=lambda f: f.stat().st_mtime_ns), folder / "run"):
+            names = files_of(place, None if place.name == "run" else before)
             before = place
             for name, damage in itertools.product(names, DAMAGES):
-                if next(number) % share:
-                    continue
-                outcome = trial(flags, place, name, damage, folder / "trial", expected)
-                if outcome in counts:
-                    counts[outcome] += 1
-                else:
-                    defects.append({"moment": moment, "file": name, "damage": damage, "outcome": outcome})
-                    print(f"{moment}: {name} {damage}: {outcome}", file=sys.stderr, flush=True)
-    return {**counts, "defects": defects, "moments": [name for name, _ in stages]}
+                run = partial(_try, setting, scenario, place, name, damage)
+                yield Trial(f"{scenario}: {place.name}: {name} {damage}", scenario, run)
+
+
+def _try(setting: Setting, scenario: str, place: Path, name: str, damage: str, folder: Path) -> Outcome:
+    _, expected = reference(setting, scenario)
+    with small_blocks():
+        found = trial(flags_of(setting, scenario), place, name, damage, folder / "run", expected)
+    return Outcome(1, () if found in ("equal", "refused") else (found,), {"outcome": found[:7]})

@@ -6,13 +6,16 @@ the rest suffices; after room is made, the same command must finish, with the re
 """
 
 import contextlib
+import itertools
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from l2m_jax import files, progress
-from l2m_jax.bench.faults.damage import MOMENTS, results_of, small_blocks, train
+from l2m_jax.bench.faults.common import Outcome, Setting, Trial
+from l2m_jax.bench.faults.damage import MOMENTS, flags_of, reference, results_of, small_blocks, train
+from l2m_jax.progress import console
 
 _SIZE = "256m"
 _LEFT = (0, 20_000, 60_000)  # bytes left free
@@ -57,55 +60,54 @@ def filled_at(title: str, number: int, ballast: Path, left: int) -> Iterator[Non
         return
     seen, advance = 0, progress.Bar.advance
 
-    def advance_and_fill(bar: progress.Bar, *arguments, **fields) -> None:
+    def advance_and_fill(bar: progress.Bar, steps: int = 1, **fields: str) -> None:
         nonlocal seen
-        advance(bar, *arguments, **fields)
+        advance(bar, steps, **fields)
         seen += bar._title == title
         if seen == number and not ballast.exists():
             fill(ballast, left)
 
-    progress.Bar.advance = advance_and_fill
+    progress.Bar.advance = advance_and_fill  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
         progress.Bar.advance = advance
 
 
-def run(flags: Sequence[str], folder: Path, expected: dict[str, bytes], left: Sequence[int] = _LEFT) -> dict:
-    """All trials of one configuration.
-
-    Args:
-        flags: of `l2m train`, without --workdir.
-        folder: where the small file systems are mounted.
-        expected: `results_of` an undisturbed run.
-    """
-    counts, defects = {"refused": 0, "finished": 0}, []
-    for number, ((title, at), rest) in enumerate(
-        (m, r) for m in [(_START, 0), *MOMENTS.items()] for r in left
-    ):
-        with small_disk(folder / str(number)) as mounted, small_blocks():
-            if not mounted:
-                return {**counts, "skipped": "mounting a small file system needs root"}
-            workdir, ballast = folder / str(number) / "run", folder / str(number) / "ballast"
-            with filled_at(title, at, ballast, rest):
-                status, said = train(flags, workdir)
-            wrong = _wrong(status, said)
-            ballast.unlink()
-            again, said = train(flags, workdir)
-            if again or results_of(workdir) != expected:
-                wrong = wrong or f"after room was made: status {again}, {said[-1500:] or 'other results'}"
-        if wrong:
-            defects.append({"moment": title, "left": rest, "outcome": wrong})
-            print(f"{title}, {rest} bytes left: {wrong}", file=sys.stderr, flush=True)
-        else:
-            counts["refused" if status else "finished"] += 1
-    return {**counts, "defects": defects}
+def full_disk(setting: Setting, outcomes: Sequence[Outcome]) -> Iterator[Trial]:
+    """Every moment, with some rests. Without the right to mount there are none."""
+    del outcomes
+    with small_disk(setting.folder / "disk") as mounted:
+        pass
+    if not mounted:
+        console.print("  full disk: mounting a small file system needs root; not tried")
+        return
+    for (title, at), left in itertools.product([(_START, 0), *MOMENTS.items()], _LEFT):
+        scenario = "on-policy" if title == "student" else "run"
+        yield Trial(
+            f"{title}, {left} bytes left", scenario, partial(_try, setting, scenario, title, at, left)
+        )
 
 
-def _wrong(status: int, said: str) -> str | None:
+def _try(setting: Setting, scenario: str, title: str, at: int, left: int, folder: Path) -> Outcome:
+    flags = flags_of(setting, scenario)
+    _, expected = reference(setting, scenario)
+    with small_disk(folder / "disk"), small_blocks():
+        workdir, ballast = folder / "disk" / "run", folder / "disk" / "ballast"
+        with filled_at(title, at, ballast, left):
+            status, said = train(flags, workdir)
+        lost = _wrong(status, said)
+        ballast.unlink()
+        again, said = train(flags, workdir)
+        if again or results_of(workdir) != expected:
+            lost += (f"after room was made: status {again}, {said[-1500:] or 'other results'}",)
+    return Outcome(1, lost, {"outcome": "refused" if status else "finished"})
+
+
+def _wrong(status: int, said: str) -> tuple[str, ...]:
     if status == 0:
-        return None
+        return ()
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     if status != 2 or "Traceback" in said or len(lines) != 1 or "disk" not in lines[0]:
-        return f"status {status}: {said[-1500:]}"
-    return None
+        return (f"status {status}: {said[-1500:]}",)
+    return ()
