@@ -1,6 +1,7 @@
 """Durable files, and hashes of values and contents."""
 
 import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
@@ -241,3 +242,31 @@ def test_a_kill_at_any_step_loses_no_complete_folder(tmp_path, monkeypatch, step
         raise KeyError
     assert content(folder) in (["old", "old"], ["new", "new"])
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def _caused(cause: Exception) -> Exception:
+    error = ValueError("a library's own")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "no room"), True),
+        (OSError(errno.EDQUOT, "no room"), True),
+        (_caused(OSError(errno.ENOSPC, "no room")), True),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.EIO, "broken"), False),
+        (_caused(OSError(errno.ENOENT, "no such file")), False),
+    ],
+)
+def test_a_full_disk_is_recognised_in_the_errors_of_all_libraries(error, full):
+    assert files.disk_is_full(error) is full
+
+
+def test_a_file_that_cannot_be_completed_takes_no_room(tmp_path):
+    with pytest.raises(OSError), files.replacing(tmp_path / "file") as temporary:
+        temporary.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "no room")
+    assert not list(tmp_path.iterdir())

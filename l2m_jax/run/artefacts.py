@@ -120,7 +120,7 @@ def _record_of(place: Path) -> Path:
 
 def _read_record(place: Path) -> dict[str, Any] | None:
     file = _record_of(place)
-    if not file.is_file():
+    if not (file.is_file() and place.exists()):  # a record beside a file may outlive it
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

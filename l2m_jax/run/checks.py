@@ -170,12 +170,15 @@ def _full_disk(config: Config, artefacts: Artefacts) -> str:
         for folder in dict.fromkeys(folders)
         if folder.is_dir()
     )
-    sizes = bytes_needed(config, artefacts)
-    needed = _size(max(0, peak_bytes(sizes) - _bytes_there(artefacts)))
-    listed = ", ".join(f"{name} {_size(size)}" for name, size in sizes.items()) or "answers and reports"
+    try:
+        sizes = bytes_needed(config, artefacts)
+        needed = f"about {_size(max(0, peak_bytes(sizes) - _bytes_there(artefacts)))}"
+        listed = ", ".join(f"{name} {_size(size)}" for name, size in sizes.items()) or "answers and reports"
+    except InputError:
+        needed, listed = "the tokenised rows", "and what is made from them"
     return (
-        f"the disk or the quota is full: {free}, and the run has yet to write about {needed} ({listed}); make room and "
-        "run the same command again, which resumes"
+        f"the disk or the quota is full: {free}, and the run has yet to write {needed} ({listed}); make room and run "
+        "the same command again, which resumes"
     )
 
 

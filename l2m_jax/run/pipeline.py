@@ -141,14 +141,15 @@ def _start(config: Config, workdir: Path) -> Context:
 def _resolve(config: Config, workdir: Path, shared: Path, context: Context) -> Artefacts:
     """All further checks, and between them the tokenizer and the rows, which the last check needs."""
     artefacts = resolve(config, workdir, shared)
-    if isinstance(artefacts.tokenizer, Artefact):
-        checks.refuse_changed([artefacts.tokenizer])
-        data.make_tokenizer(artefacts.tokenizer)
-    checks.check_models(config, artefacts)
-    with context.phase("data"):
-        for corpus in artefacts.all_corpora:
-            data.make_corpus(corpus)
-    checks.check_rows(config, artefacts)
+    with checks.full_disk_explained(config, artefacts):
+        if isinstance(artefacts.tokenizer, Artefact):
+            checks.refuse_changed([artefacts.tokenizer])
+            data.make_tokenizer(artefacts.tokenizer)
+        checks.check_models(config, artefacts)
+        with context.phase("data"):
+            for corpus in artefacts.all_corpora:
+                data.make_corpus(corpus)
+        checks.check_rows(config, artefacts)
     return artefacts
 
 

@@ -18,8 +18,8 @@ from l2m_jax.progress import console
 
 # In the folder of each checkpoint: checksums of its files.
 _CHECKSUMS = "checksums.json"
-# Orbax writes it once more after the checksums are made, and nothing here reads it.
-_NOT_CHECKED = ("_CHECKPOINT_METADATA",)
+# Orbax writes these after the checksums are made, and nothing here reads them.
+_NOT_CHECKED = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 # All processes must save at the same step, so they ask for the first one's clock, this often.
 _STEPS_BETWEEN_LOOKS = 32

@@ -131,7 +131,8 @@ class TeacherStore:
                 return
             real = batch.example_AxT >= 0
             rows = self.offsets[batch.example_AxT[real]] + batch.target_AxT[real]
-            stored = states[real].astype(target_TxE.dtype)
+            with np.errstate(over="ignore"):
+                stored = states[real].astype(target_TxE.dtype)
             if not np.isfinite(stored).all():
                 self._refuse(batch.example_AxT[real][~np.isfinite(stored).all(axis=1)][0])
             target_TxE[rows] = stored

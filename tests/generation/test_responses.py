@@ -76,3 +76,13 @@ def test_lines_are_plain_json(file):
     assert json.loads(lines[0]) == {"key": "x"}
     line = json.loads(lines[1])
     assert line.pop("crc32") > 0 and line == {"prompt": 0, "seed": 10, "tokens": [5, 6], "text": "a\nb"}
+
+
+@pytest.mark.parametrize(("old", "new"), [("[5, 6]", "[5, 7]"), ("東", "西"), ('"seed": 20', '"seed": 21')])
+def test_a_changed_answer_is_refused(file, old, new):
+    add(file, ANSWERS)
+    content = file.path.read_text(encoding="utf-8")
+    assert content.count(old) == 1
+    file.path.write_text(content.replace(old, new), encoding="utf-8")
+    with pytest.raises(InputError, match="an answer differs from what was written"):
+        file.read()

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from l2m_jax import models
 from l2m_jax.errors import InputError
@@ -142,3 +143,14 @@ def test_the_head_alone(write_model, tmp_path, tensors_read, name, dtype):
         placement = Placement(mapping, DEVICES)
         placed = models.load_head(tmp_path, dtype=dtype, put=placement.put)
         np.testing.assert_array_equal(placement.to_host(placed), expected)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(np.nan, "float32"), (-np.inf, "bfloat16"), (1e5, "float16")])
+def test_a_weight_that_is_not_finite_is_refused_by_its_name(write_model, tmp_path, value, dtype):
+    write_model(tmp_path, "llama")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = value
+    save_file(tensors, tmp_path / "model.safetensors")
+    said = rf"model\.safetensors: tensor model\.layers\.1\.mlp\.up_proj\.weight has values .* not finite in {dtype}"
+    with pytest.raises(InputError, match=said):
+        models.load(tmp_path, dtype=dtype, frozen=True)

@@ -1,5 +1,7 @@
 """What is trained on, with answers made up in place of generated ones: they say which parameters they came from."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +10,7 @@ import pytest
 
 from l2m_jax.curriculum import single_stage
 from l2m_jax.data.batches import ListedExamples
+from l2m_jax.errors import InputError
 from l2m_jax.generation import Answer, SamplingRules
 from l2m_jax.methods import METHODS, Rollouts
 from l2m_jax.models import DecoderConfig
@@ -143,3 +146,44 @@ def test_a_share_is_spread_evenly(share, count):
     for end in range(count + 1):
         assert abs(mask[:end].sum() - share * end) < 1
     assert mask.sum() == int(share * count + 1e-6)
+
+
+def _started(part: Part) -> Part:
+    return dataclasses.replace(part, started=True)
+
+
+@pytest.mark.parametrize("damage", ["changed", "removed", "no checksums", "damaged checksums", "all gone"])
+def test_damaged_responses_are_never_sampled_from_later_parameters(sampled, tmp_path, damage):
+    settings = Rollouts(student_share=1.0, replay_share=0.5)
+    data = _data("skl_on_policy", tmp_path / "rollouts" / "student-0123", settings)
+    for epoch in (0, 1):
+        data(_part(epoch, 0, range(8)), 70 + epoch)
+    file, record = (tmp_path / "rollouts" / "student-0123" / name for name in (
+        "stage01_epoch000_part000.jsonl", "checksums.json"
+    ))  # fmt: skip
+    match damage:
+        case "changed":
+            file.write_text(file.read_text().replace("70", "71"))
+        case "removed":
+            file.unlink()
+        case "no checksums":
+            record.unlink()
+        case "damaged checksums":
+            record.write_text("{")
+        case "all gone":
+            shutil.rmtree(tmp_path / "rollouts")
+    calls = len(sampled)
+    said = rf"\.jsonl?: missing, or not what was written; .*delete \S+student-0123 and {tmp_path}/checkpoints/student to"
+    with pytest.raises(InputError, match=said.replace(r"\.jsonl?", r"\.json\w?")):
+        _data("skl_on_policy", tmp_path / "rollouts" / "student-0123", settings)(
+            _started(_part(1, 0, range(8))), 99
+        )
+    assert len(sampled) == calls
+
+
+def test_a_file_that_a_kill_left_unrecorded_is_sampled_again(sampled, tmp_path):
+    first = _data("skl_on_policy", tmp_path)(_part(0, 0, range(8)), 70)[0].examples
+    (tmp_path / "checksums.json").write_text("{}")
+    again = _data("skl_on_policy", tmp_path)(_part(0, 0, range(8)), 70)[0].examples
+    assert [_response(again, i) for i in range(8)] == [_response(first, i) for i in range(8)]
+    assert len(sampled) == 2

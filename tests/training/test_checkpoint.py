@@ -1,12 +1,14 @@
 """Checkpoints: what is restored is what was saved, on however many devices."""
 
 import dataclasses
+import os
 
 import jax
 import numpy as np
 import pytest
 
 from l2m_jax import models
+from l2m_jax.errors import InputError
 from l2m_jax.models import DecoderConfig
 from l2m_jax.parallel import Placement
 from l2m_jax.training.checkpoint import Checkpoints, Position
@@ -92,3 +94,67 @@ def test_a_checkpoint_is_due_after_its_minutes(tmp_path):
     assert at_once.due(1) and not later.due(1)
     at_once.close()
     later.close()
+
+
+@pytest.fixture
+def two_checkpoints(tmp_path):
+    """The best of step 2 and the latest of step 3; a function that opens them, and the shapes of their state."""
+    placement, shapes = _placement("pmap", 1), state_shapes(OPTIMIZER, CONFIG)
+    checkpoints = Checkpoints(tmp_path, placement)
+    for number, best in ((2, 2), (3, 2)):
+        checkpoints.save(placement.place(_state(number)), Position(step=number, best_step=best))
+    checkpoints.close()
+    return lambda: Checkpoints(tmp_path, placement), shapes
+
+
+def _files(checkpoint) -> list:
+    """Those that something is read from."""
+    outside = (checkpoint / "_CHECKPOINT_METADATA", checkpoint / "commit_success.txt")
+    return [f for f in sorted(checkpoint.rglob("*")) if f.is_file() and f not in outside]
+
+
+def test_a_damaged_file_of_the_latest_checkpoint_is_noticed(tmp_path, two_checkpoints):
+    checkpoints = two_checkpoints[0]()
+    assert checkpoints._damaged(2) is None and checkpoints._damaged(3) is None
+    for file in _files(tmp_path / "3"):
+        content, times = file.read_bytes(), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+        for damaged in (
+            b"",
+            content[: len(content) // 2],
+            content[:-1] + bytes([content[-1] ^ 1]) if content else b"x",
+        ):
+            if damaged != content:
+                file.write_bytes(damaged)
+                assert checkpoints._damaged(3), file
+        file.unlink()
+        assert checkpoints._damaged(3), file
+        file.write_bytes(content)
+        os.utime(file, ns=times)
+    assert checkpoints._damaged(3) is None
+    checkpoints.close()
+
+
+def test_the_other_checkpoint_takes_the_place_of_a_damaged_one(tmp_path, two_checkpoints):
+    opened, shapes = two_checkpoints
+    _files(tmp_path / "3")[-1].write_bytes(b"rotten")
+    checkpoints = opened()
+    found = checkpoints.restore_latest(shapes, needs_best=True)
+    assert found is not None and found[1].step == 2 and checkpoints.latest_step == 2
+    jax.tree.map(np.testing.assert_array_equal, _placement("pmap", 1).to_host(found[0]), _state(2))
+    checkpoints.save(found[0], Position(step=3, best_step=2))  # as the repeated steps do
+    checkpoints.close()
+    assert opened()._damaged(3) is None
+
+
+@pytest.mark.parametrize("rotten", [(2, 3), (2,)])
+def test_without_what_is_needed_a_file_is_named(tmp_path, two_checkpoints, rotten):
+    opened, shapes = two_checkpoints
+    for step in rotten:
+        _files(tmp_path / str(step))[-1].write_bytes(b"rotten")
+    checkpoints = opened()
+    said = rf"{tmp_path}/{max(rotten)}/.*not what was written; restore it, or delete {tmp_path} to train from the start"
+    with pytest.raises(InputError, match=said):
+        checkpoints.restore_latest(shapes, needs_best=True)
+    if rotten == (2,):
+        assert checkpoints.restore_latest(shapes) is not None  # the last one is the student
+    checkpoints.close()

@@ -39,6 +39,10 @@ class Examples(ListedExamples):
         return len(self.tokens)
 
     @property
+    def ids(self):
+        return [f"row {i}" for i in range(len(self))]
+
+    @property
     def response_lengths(self):
         return self.lengths - self.prompt_lengths
 
@@ -222,3 +226,38 @@ def test_devices_compute_a_batch_while_the_one_before_is_written(tmp_path, monke
     build(tmp_path, forward)
     count = happened.count("dispatched")
     assert count > 2 and happened == ["dispatched", *["dispatched", "gathered"] * (count - 1), "gathered"]
+
+
+def test_a_damaged_block_and_those_after_it_are_computed_again(tmp_path):
+    build(tmp_path / "whole")
+    whole = Forward()
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "rotten", Forward(fail_at=3))
+    assert json.loads((tmp_path / "rotten" / "store.json").read_text())["examples"] == 24
+    hidden = np.memmap(tmp_path / "rotten" / "hidden.bin", np.float32, mode="r+")
+    hidden[24 * corpus().response_lengths[:10].sum()] += 1  # in the second of three blocks
+    hidden.flush()
+    build(tmp_path / "rotten", whole)
+    assert whole.calls == 3
+    assert content(tmp_path / "rotten") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b"[]", b'{"examples": 8}', b"\xff\x00"])
+def test_a_damaged_note_of_progress_starts_again(tmp_path, damaged):
+    build(tmp_path)
+    expected = content(tmp_path)
+    (tmp_path / "store.json").write_bytes(damaged)
+    build(tmp_path)
+    assert content(tmp_path) == expected
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("float32", np.nan), ("float16", 1e5)])
+def test_hidden_states_that_are_not_finite_are_refused_by_the_name_of_their_example(tmp_path, dtype, value):
+    def forward(batch):
+        hidden = Forward()(batch)
+        return hidden.at[0, 0, 0].set(value)
+
+    with pytest.raises(
+        InputError, match=rf"hidden states of training example row \d+ are not finite in {dtype}"
+    ):
+        build(tmp_path, forward, dtype=dtype)

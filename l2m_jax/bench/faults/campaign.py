@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from l2m_jax.bench.faults import kills
+from l2m_jax.bench.faults import damage, disk, kills
 from l2m_jax.bench.faults.common import Outcome, Setting, Trial
 from l2m_jax.errors import InputError
 from l2m_jax.progress import console
@@ -16,7 +16,12 @@ _TRIALS = "trials.jsonl"
 
 # A kind yields its trials one after another; it sees the outcomes of those before, in the same order in each call.
 Kind = Callable[[Setting, Sequence[Outcome]], Iterator[Trial]]
-KINDS: Mapping[str, Kind] = {"killed": kills.killed, "preempted": kills.preempted}
+KINDS: Mapping[str, Kind] = {
+    "killed": kills.killed,
+    "preempted": kills.preempted,
+    "damaged": damage.damaged,
+    "full disk": disk.full_disk,
+}
 
 
 def run(*, workdir: Path, kills: int = 50, seed: int = 0, only: str = "") -> dict[str, Any]:

@@ -173,7 +173,8 @@ def _reader(
             for chunk in _row_chunks(slices):
                 start = chunk[0].start - slices[0].start
                 piece = target[start : start + _length(chunk[0])]
-                piece[...] = source.read(name, chunk)
+                with np.errstate(over="ignore"):
+                    piece[...] = source.read(name, chunk)
                 if not np.isfinite(piece).all():
                     raise InputError(
                         f"{source.place(name)}: tensor {name} has values that are not finite in {dtype}; "
