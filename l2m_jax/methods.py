@@ -224,7 +224,11 @@ def _refuse_unused(name: str, method: Method, overrides: Overrides) -> None:
 
 
 def subsets(
-    method: Method, curriculum: Curriculum, order: np.ndarray, seed: int = 0, strata_N: np.ndarray | None = None
+    method: Method,
+    curriculum: Curriculum,
+    order: np.ndarray,
+    seed: int = 0,
+    strata_N: np.ndarray | None = None,
 ) -> dict[int, np.ndarray]:
     """The subsets to train on by their number, in the order in which they open. Number 1 is the easiest.
 
@@ -273,7 +277,9 @@ def stages_over(
         rouge_l_N: of the student's own answer to each example, which `curriculum.weight` needs.
     """
     c, order = curriculum, np.concatenate(subsets)
-    alpha = {"rising": (0.0, c.alpha), "falling": (c.alpha, 0.0), "constant": (c.alpha / 2,) * 2}[method.alphas]
+    alpha = {"rising": (0.0, c.alpha), "falling": (c.alpha, 0.0), "constant": (c.alpha / 2,) * 2}[
+        method.alphas
+    ]
     beta = (c.beta_first, c.beta_last) if method.adaptive_beta else (method.beta, method.beta)
     found = baby_steps(
         subsets, epochs=c.epochs_per_stage, alpha=alpha, beta=beta, mix=c.mix, open_by=c.open_by, seed=seed

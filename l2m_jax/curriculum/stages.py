@@ -195,7 +195,9 @@ def shuffled_over_time(stages: Sequence[Stage], seed: int) -> tuple[Stage, ...]:
     lengths = [len(examples) for of_stage in passes for examples in of_stage]
     everything = shuffled(np.concatenate([p for of_stage in passes for p in of_stage]), seed)
     anew = iter(np.split(everything, np.cumsum(lengths)[:-1]))
-    return tuple(dataclasses.replace(stage, passes=tuple(next(anew) for _ in stage.passes)) for stage in stages)
+    return tuple(
+        dataclasses.replace(stage, passes=tuple(next(anew) for _ in stage.passes)) for stage in stages
+    )
 
 
 def single_stage(
