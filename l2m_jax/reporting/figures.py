@@ -263,7 +263,12 @@ def exposure(path: Path, exposures: Mapping[str, Exposure]) -> None:
             edges = np.append(0, seen.end_K)
             # Steps: each span's shares at both of its edges.
             x, y = np.repeat(edges, 2)[1:-1], 100 * np.repeat(shares, 2, axis=0)
-            colours = matplotlib.colormaps["cividis"](np.linspace(0.95, 0.05, len(seen.names)))
+            # Subsets have an order, categories have none.
+            colours = (
+                matplotlib.colormaps["cividis"](np.linspace(0.95, 0.05, len(seen.names)))
+                if kind == "subset"
+                else matplotlib.colormaps["tab20"](np.arange(len(seen.names)) % 20)
+            )
             axes.stackplot(x, y.T, colors=colours, linewidth=0.3, edgecolor="white", labels=seen.names)
             handles, labels = axes.get_legend_handles_labels()
             place: Any = {

@@ -30,7 +30,7 @@ from l2m_jax.multihost import first
 from l2m_jax.progress import console
 from l2m_jax.types import Params
 
-_MOST_CATEGORIES = 12
+_MOST_CATEGORIES = 16
 
 
 @dataclass(frozen=True, eq=False)
