@@ -41,6 +41,7 @@ class Plan:
         subsets: in the order in which they open, by number (1 is the easiest).
         strata_N: None unless examples are ranked within strata.
         rouge_l_N: of the student's own answers; None without a ranking.
+        ended: the stages before the subsets were last divided anew, as they were.
     """
 
     method: Method
@@ -49,6 +50,7 @@ class Plan:
     subsets: dict[int, np.ndarray]
     strata_N: np.ndarray | None
     rouge_l_N: np.ndarray | None
+    ended: tuple[Stage, ...] = ()
 
     @classmethod
     def of(
@@ -66,7 +68,8 @@ class Plan:
     @functools.cached_property
     def stages(self) -> tuple[Stage, ...]:
         opening = list(self.subsets.values())
-        return methods.stages_over(opening, self.method, self.curriculum, self.seed, self.rouge_l_N)
+        found = methods.stages_over(opening, self.method, self.curriculum, self.seed, self.rouge_l_N)
+        return self.ended + found[len(self.ended) :]
 
     def unopened(self, opened: int) -> np.ndarray:
         """The examples of the subsets behind the first `opened` ones."""
@@ -80,7 +83,7 @@ class Plan:
         if self.strata_N is not None:
             order = stratified(order, self.strata_N, len(numbers) - opened)
         anew = zip(numbers[opened:], partition(order, len(numbers) - opened), strict=True)
-        return dataclasses.replace(self, subsets=self.subsets | dict(anew))
+        return dataclasses.replace(self, subsets=self.subsets | dict(anew), ended=self.stages[:opened])
 
 
 def strata_of(train: Corpus, stratify: str) -> np.ndarray | None:

@@ -171,11 +171,18 @@ def test_mixing_takes_its_share_from_unopened_subsets_in_every_epoch(sizes, mix,
 
 def test_mixed_examples_are_drawn_by_the_seed():
     subsets = stages.partition(np.arange(40), 4)
-    first, again, other = (multiset(stages.baby_steps(subsets, epochs=1, mix=0.3, seed=s)[:1]) for s in (0, 0, 1))
+    first, again, other = (
+        multiset(stages.baby_steps(subsets, epochs=1, mix=0.3, seed=s)[:1]) for s in (0, 0, 1)
+    )
     assert first == again != other
 
 
-@given(st.integers(20, 200), st.integers(2, 5), st.sampled_from([2.0, 3.5, 8.0]), st.sampled_from([0.3, 0.4, 0.6]))
+@given(
+    st.integers(20, 200),
+    st.integers(2, 5),
+    st.sampled_from([2.0, 3.5, 8.0]),
+    st.sampled_from([0.3, 0.4, 0.6]),
+)
 def test_the_last_subset_opens_by_its_share_of_the_same_budget(size, n, epochs, open_by):
     sizes = [len(subset) for subset in stages.partition(np.arange(size), n)]
     plain, paced = stages.stage_examples(sizes, epochs), stages.stage_examples(sizes, epochs, open_by)
@@ -187,11 +194,15 @@ def test_the_last_subset_opens_by_its_share_of_the_same_budget(size, n, epochs, 
 
 def test_the_papers_pacing_has_all_data_open_after_six_tenths():
     sizes = [len(subset) for subset in stages.partition(np.arange(11_500), 4)]
-    assert stages.stage_examples(sizes, 8, open_by=0.6) == stages.stage_examples(sizes, 8) == [23000, 46000, 69000, 92000]
+    assert (
+        stages.stage_examples(sizes, 8, open_by=0.6)
+        == stages.stage_examples(sizes, 8)
+        == [23000, 46000, 69000, 92000]
+    )
 
 
 def test_a_stage_without_examples_is_refused():
-    with pytest.raises(InputError, match="with all data open by 0.01 of them leave stage 1 without"):
+    with pytest.raises(InputError, match=r"with all data open by 0\.01 of them leave stage 1 without"):
         stages.stage_examples([3, 3, 3, 3], 1, open_by=0.01)
 
 

@@ -1,5 +1,7 @@
 """Strata, against counts."""
 
+import itertools
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +25,7 @@ def test_every_subset_has_every_stratum_in_proportion_and_its_easiest_first(stra
         for part in of_stratum:
             assert whole // n <= len(part) <= -(-whole // n)
         ranks = [rank[part] for part in of_stratum if len(part)]
-        for easier, harder in zip(ranks, ranks[1:], strict=False):
+        for easier, harder in itertools.pairwise(ranks):
             assert easier.max() < harder.min()
     for subset in subsets:  # within a subset, by difficulty
         assert np.all(np.diff(rank[subset]) > 0)

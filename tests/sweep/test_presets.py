@@ -12,7 +12,10 @@ CONFIG = parse(defaults())
 OF_THE_STUDENT = (
     "overrides.",
     "training.",
-    *(f"curriculum.{name}" for name in ("alpha", "beta", "subsets", "mix", "stratify", "loss_by", "open_by", "rerank")),
+    *(
+        f"curriculum.{name}"
+        for name in ("alpha", "beta", "subsets", "mix", "stratify", "loss_by", "open_by", "rerank")
+    ),
     "curriculum.weight",
 )
 
