@@ -15,18 +15,34 @@ p is the teacher, q the student.
 | l2m | (1-β_i)·CE + β_i·KL(p‖α_i p+(1-α_i)q) | reference | four Baby-Step stages, easiest first |
 | l2m_no_beta | the same with β_i = 1 | reference | the same |
 | m2l | the same with α_i falling | reference | the same |
+| l2m_constant_alpha | the same with α_i = α/2, their mean | reference | the same |
 | random_order | as l2m | reference | the same stages, subsets drawn at random |
+| hard_first | as l2m | reference | the same stages, hardest first |
+| shuffled_multiset | as l2m | reference | the same stages; their examples, each as often in total, in random order over all |
 
 `overrides.policy` makes any method with a teacher on- or off-policy: `skl_on_policy` is skl with "on".
 """
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from l2m_jax.curriculum import Curriculum, Stage, baby_steps, examples_seen, partition, single_stage
+from l2m_jax.curriculum import (
+    Curriculum,
+    SampleCoefficients,
+    Stage,
+    baby_steps,
+    by_rank,
+    examples_seen,
+    partition,
+    sample_weights,
+    shuffled_over_time,
+    single_stage,
+    stratified,
+)
 from l2m_jax.errors import (
     InputError,
     require_at_least,
@@ -87,8 +103,10 @@ class Method:
         beta: weight of the divergence against cross-entropy; 0 is cross-entropy alone.
         staged: Baby-Step stages instead of a single stage with all data.
         adaptive_beta: β_i from the curriculum's settings instead of `beta` in all stages.
-        falling_alpha: α_i falls from α to 0 instead of rising.
-        ranking: overrides the curriculum's ranking.
+        alphas: of staged methods, with α from the curriculum's settings: "rising" from 0 to α, "falling" from α to 0,
+            or "constant", α/2.
+        ranking: what the curriculum's ranking is turned into: "random", or "reversed" (the hardest subset first).
+        shuffled: the stages' examples, each as often as in these, are shuffled over all stages.
         responses: "reference", or "teacher" (generated once).
         on_policy: use the current student's responses instead of some of these or, with `contrast`, in addition.
         refreshes: how often per epoch an on-policy method samples responses anew.
@@ -103,8 +121,9 @@ class Method:
     beta: float = 1.0
     staged: bool = False
     adaptive_beta: bool = False
-    falling_alpha: bool = False
+    alphas: str = "rising"
     ranking: str = ""
+    shuffled: bool = False
     responses: str = "reference"
     on_policy: bool = False
     refreshes: int = 4
@@ -130,8 +149,11 @@ METHODS: dict[str, Method] = {
     "distillm2_on_policy": Method(alpha=0.1, responses="teacher", contrast=1.0, on_policy=True, refreshes=1),
     "l2m": Method(staged=True, adaptive_beta=True),
     "l2m_no_beta": Method(staged=True),
-    "m2l": Method(staged=True, adaptive_beta=True, falling_alpha=True),
+    "m2l": Method(staged=True, adaptive_beta=True, alphas="falling"),
+    "l2m_constant_alpha": Method(staged=True, adaptive_beta=True, alphas="constant"),
     "random_order": Method(staged=True, adaptive_beta=True, ranking="random"),
+    "hard_first": Method(staged=True, adaptive_beta=True, ranking="reversed"),
+    "shuffled_multiset": Method(staged=True, adaptive_beta=True, shuffled=True),
 }
 
 
@@ -201,28 +223,82 @@ def _refuse_unused(name: str, method: Method, overrides: Overrides) -> None:
         )
 
 
-def stages(method: Method, curriculum: Curriculum, order: np.ndarray, seed: int = 0) -> tuple[Stage, ...]:
-    """The stages of a method. A single-stage method sees as many examples in total as the staged ones.
+def subsets(
+    method: Method,
+    curriculum: Curriculum,
+    order: np.ndarray,
+    seed: int = 0,
+    strata_N: np.ndarray | None = None,
+) -> dict[int, np.ndarray]:
+    """The subsets to train on by their number, in the order in which they open. Number 1 is the easiest.
 
     Args:
         order: indices of the training examples, easiest first.
         seed: for the subsets of a method with random stages.
+        strata_N: the stratum of each example; None: examples are ranked all together.
     """
-    c = curriculum
+    n, numbers = curriculum.stages, list(range(1, curriculum.stages + 1))
+    chosen = list(curriculum.subsets) or numbers
     if method.ranking == "random":
         order = np.random.default_rng(seed).permutation(len(order))
-    subsets = partition(order, c.stages)
-    chosen = [subsets[i - 1] for i in c.subsets] or subsets
-    staged = baby_steps(
-        chosen,
-        epochs=c.epochs_per_stage,
-        alpha=(c.alpha, 0.0) if method.falling_alpha else (0.0, c.alpha),
-        beta=(c.beta_first, c.beta_last) if method.adaptive_beta else (method.beta, method.beta),
+    if method.ranking == "reversed":
+        order, numbers, chosen = order[::-1], numbers[::-1], chosen[::-1]
+    if strata_N is not None and method.ranking != "random":
+        order = stratified(order, strata_N, n)
+    parts = dict(zip(numbers, partition(order, n), strict=True))
+    return {number: parts[number] for number in chosen}
+
+
+def stages(
+    method: Method,
+    curriculum: Curriculum,
+    order: np.ndarray,
+    seed: int = 0,
+    strata_N: np.ndarray | None = None,
+    rouge_l_N: np.ndarray | None = None,
+) -> tuple[Stage, ...]:
+    """The stages of a method, as `stages_over` its `subsets`."""
+    opening = subsets(method, curriculum, order, seed, strata_N)
+    return stages_over(list(opening.values()), method, curriculum, seed, rouge_l_N)
+
+
+def stages_over(
+    subsets: Sequence[np.ndarray],
+    method: Method,
+    curriculum: Curriculum,
+    seed: int = 0,
+    rouge_l_N: np.ndarray | None = None,
+) -> tuple[Stage, ...]:
+    """The stages of a method. A single-stage method sees as many examples in total as the staged ones.
+
+    Args:
+        subsets: in the order in which they open.
+        seed: for what is drawn at random within the stages.
+        rouge_l_N: of the student's own answer to each example, which `curriculum.weight` needs.
+    """
+    c, order = curriculum, np.concatenate(subsets)
+    alpha = {"rising": (0.0, c.alpha), "falling": (c.alpha, 0.0), "constant": (c.alpha / 2,) * 2}[
+        method.alphas
+    ]
+    beta = (c.beta_first, c.beta_last) if method.adaptive_beta else (method.beta, method.beta)
+    found = baby_steps(
+        subsets, epochs=c.epochs_per_stage, alpha=alpha, beta=beta, mix=c.mix, open_by=c.open_by, seed=seed
     )
-    if method.staged:
-        return staged
-    indices = np.sort(np.concatenate(chosen))
-    return single_stage(indices, examples_seen(staged), alpha=method.alpha, beta=method.beta)
+    alpha_N, beta_N, weight_N = None, None, None
+    if not method.staged:
+        found = single_stage(np.sort(order), examples_seen(found), alpha=method.alpha, beta=method.beta)
+    elif c.loss_by == "sample":
+        size = int(order.max()) + 1
+        alpha_N, beta_N = by_rank(order, size, *alpha), by_rank(order, size, *beta)
+        found = single_stage(np.sort(order), examples_seen(found), alpha=max(alpha), beta=min(beta))
+    elif method.shuffled:
+        found = shuffled_over_time(found, seed)
+    if c.weight and rouge_l_N is not None:
+        weight_N = sample_weights(rouge_l_N)
+    if alpha_N is None and weight_N is None:
+        return found
+    samples = SampleCoefficients(alpha_N, beta_N, weight_N)
+    return tuple(dataclasses.replace(stage, samples=samples) for stage in found)
 
 
 def objectives(method: Method, stage: Stage) -> tuple[Objective, ...]:
@@ -246,4 +322,5 @@ def needs_teacher(method: Method, curriculum: Curriculum) -> bool:
 
 def needs_ranking(method: Method, curriculum: Curriculum) -> bool:
     """Whether the examples' difficulty decides what the method trains on, or when."""
-    return method.ranking != "random" and (method.staged or bool(curriculum.subsets))
+    by_difficulty = method.ranking != "random" and (method.staged or bool(curriculum.subsets))
+    return by_difficulty or bool(curriculum.weight)

@@ -1,19 +1,125 @@
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 
 from l2m_jax import methods
 from l2m_jax.curriculum import Curriculum, examples_seen
+from l2m_jax.data.order import order_of_examples
 from l2m_jax.errors import InputError
 from l2m_jax.losses import Objective
 from l2m_jax.methods import Overrides, Rollouts
 
 
-def test_all_methods_see_as_many_examples():
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mix": 0.25}, {"open_by": 0.4}, {"loss_by": "sample"}, {"weight": "p(1-p)", "stratify": "length"}],
+)
+def test_all_methods_see_as_many_examples(changes):
     order = np.arange(103)
-    seen = {examples_seen(methods.stages(methods.get(name), Curriculum(), order)) for name in methods.METHODS}
+    seen = {
+        examples_seen(
+            methods.stages(methods.get(name), Curriculum(**changes), order, 1, order % 5, order / 103)
+        )
+        for name in methods.METHODS
+    }
     assert seen == {8 * (26 + 52 + 78 + 103)}
+
+
+def trained_on(stages, seed):
+    return [stage.order(epoch, seed).tolist() for stage in stages for epoch in range(stage.epochs)]
+
+
+def flat(lists):
+    return list(itertools.chain.from_iterable(lists))
+
+
+@pytest.mark.parametrize("name", ["l2m", "m2l", "random_order", "kld", "sft"])
+def test_the_defaults_train_on_algorithm_1_in_the_known_order(name):
+    """Written out for 40 examples: epochs over d_1 ∪ ... ∪ d_i, or over everything, in the order of each epoch."""
+    ranked, seed = np.random.default_rng(0).permutation(40), 5
+    random = np.random.default_rng(seed).permutation(40)
+    order = random if name == "random_order" else ranked
+    if methods.get(name).staged:
+        expected = [
+            order_of_examples(seed, i, e, order[: 10 * i]).tolist() for i in (1, 2, 3, 4) for e in range(8)
+        ]
+    else:
+        expected = [order_of_examples(seed, 1, e, np.arange(40)).tolist() for e in range(20)]
+    assert trained_on(methods.stages(methods.get(name), Curriculum(), ranked, seed), seed) == expected
+
+
+@pytest.mark.parametrize("changes", [{}, {"mix": 0.25, "open_by": 0.5}, {"epochs_per_stage": 1.5}])
+def test_shuffled_multiset_has_the_examples_and_schedules_of_l2m(changes):
+    order, curriculum = np.random.default_rng(0).permutation(50), Curriculum(**changes)
+    l2m, shuffled = (
+        methods.stages(methods.get(n), curriculum, order, 3) for n in ("l2m", "shuffled_multiset")
+    )
+    assert l2m == shuffled  # α_i, β_i and lengths
+    drawn, redrawn = (trained_on(stages, 3) for stages in (l2m, shuffled))
+    assert [len(epoch) for epoch in drawn] == [len(epoch) for epoch in redrawn]
+    assert sorted(flat(drawn)) == sorted(flat(redrawn))
+    if not changes:
+        counts = np.bincount(flat(redrawn))[order]
+        assert counts.tolist() == [32] * 13 + [24] * 13 + [16] * 12 + [8] * 12
+        easiest = np.isin(redrawn[0], order[:13]).mean()
+        assert 0.2 < easiest < 0.7  # 0.4 on average, all of them in l2m
+
+
+def test_hard_first_opens_the_subsets_in_reverse():
+    order = np.arange(40)[::-1]
+    opening = methods.subsets(methods.get("hard_first"), Curriculum(), order)
+    assert list(opening) == [4, 3, 2, 1]
+    assert set(opening[4].tolist()) == set(range(10)) and set(opening[1].tolist()) == set(range(30, 40))
+    some = methods.subsets(methods.get("hard_first"), Curriculum(subsets=(1, 3)), order)
+    assert list(some) == [3, 1] and set(some[3].tolist()) == set(opening[3].tolist())
+    stages = methods.stages(methods.get("hard_first"), Curriculum(), order)
+    assert set(stages[0].indices.tolist()) == set(range(10)) and stages[3].beta == 1.0
+
+
+def test_strata_are_for_what_is_ranked():
+    order, strata = np.arange(40), np.arange(40) // 20
+    parts = methods.subsets(methods.get("l2m"), Curriculum(), order, 0, strata)
+    assert parts[1].tolist() == [*range(5), *range(20, 25)]
+    hard = methods.subsets(methods.get("hard_first"), Curriculum(), order, 0, strata)
+    assert {n: sorted(p.tolist()) for n, p in hard.items()} == {n: p.tolist() for n, p in parts.items()}
+    with_strata, without = (
+        methods.subsets(methods.get("random_order"), Curriculum(), order, 0, s) for s in (strata, None)
+    )
+    assert all(with_strata[n].tolist() == without[n].tolist() for n in (1, 2, 3, 4))
+
+
+def test_alpha_and_beta_by_sample_follow_the_ranks_in_a_single_stage():
+    order = np.random.default_rng(1).permutation(21)
+    curriculum = Curriculum(loss_by="sample", alpha=0.2, beta_first=0.6, beta_last=0.9)
+    (stage,) = methods.stages(methods.get("l2m"), curriculum, order)
+    assert sorted(stage.indices.tolist()) == list(range(21))
+    np.testing.assert_allclose(stage.samples.alpha_N[order], [0.2 * r / 20 for r in range(21)], atol=1e-7)
+    np.testing.assert_allclose(
+        stage.samples.beta_N[order], [0.6 + 0.3 * r / 20 for r in range(21)], atol=1e-7
+    )
+    (falling,) = methods.stages(methods.get("m2l"), curriculum, order)
+    np.testing.assert_allclose(falling.samples.alpha_N[order[::-1]], stage.samples.alpha_N[order], atol=1e-7)
+    assert all(s.samples is None for s in methods.stages(methods.get("l2m"), Curriculum(), order))
+
+
+def test_paced_weighs_by_p_times_one_minus_p_and_leaves_no_example_out():
+    rouge = np.array([0.0, 0.25, 0.5, 0.9, 1.0])
+    for stage in methods.stages(
+        methods.get("kld"), Curriculum(weight="p(1-p)"), np.arange(5), rouge_l_N=rouge
+    ):
+        np.testing.assert_allclose(stage.samples.weight_N, [0.0025, 0.1875, 0.25, 0.09, 0.0025], rtol=1e-6)
+        assert stage.samples.alpha_N is None and stage.samples.beta_N is None
+
+
+def test_constant_alpha_is_the_mean_of_the_rising_one():
+    rising, constant = (
+        methods.stages(methods.get(n), Curriculum(), np.arange(8)) for n in ("l2m", "l2m_constant_alpha")
+    )
+    assert {stage.alpha for stage in constant} == {0.05}
+    assert np.mean([stage.alpha for stage in rising]) == pytest.approx(0.05)
+    assert [stage.beta for stage in rising] == [stage.beta for stage in constant]
 
 
 def test_objectives_are_those_of_the_table():
@@ -72,6 +178,10 @@ def test_what_makes_no_sense_is_refused(name, overrides, said):
         ("l2m", Curriculum(), True, True),
         ("l2m", Curriculum(beta_first=0.0, beta_last=0.0), True, False),
         ("random_order", Curriculum(), False, True),
+        ("random_order", Curriculum(weight="p(1-p)"), True, True),
+        ("sft", Curriculum(weight="p(1-p)"), True, False),
+        ("hard_first", Curriculum(), True, True),
+        ("shuffled_multiset", Curriculum(), True, True),
     ],
 )
 def test_what_a_method_needs(name, curriculum, ranked, taught):
@@ -90,3 +200,9 @@ def test_random_order_fills_the_stages_of_l2m_by_its_seed():
         ]
     first = [found[0].indices.tolist() for found in random]
     assert first[0] == first[1] != first[2] and first[0] != staged[0].indices.tolist()
+
+
+@pytest.mark.parametrize("name", ["mix", "open_by", "rerank"])
+def test_settings_of_stages_are_refused_without_stages(name):
+    with pytest.raises(InputError, match=f"{name}: has no effect in the single stage of loss_by 'sample'"):
+        Curriculum(loss_by="sample", **{name: True if name == "rerank" else 0.25})

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from l2m_jax import models
-from l2m_jax.data.batches import Examples, order_of_examples
+from l2m_jax.data.batches import Examples
+from l2m_jax.data.order import order_of_examples
 from l2m_jax.data.prompts import format_prompt
 from l2m_jax.data.sources import read_jsonl
 from l2m_jax.data.tokenizer import load_tokenizer

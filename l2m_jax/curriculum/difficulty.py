@@ -15,6 +15,7 @@ from l2m_jax.errors import InputError
 RANKINGS = ("fusion", "rouge", "rouge_then_cross_entropy", "random")
 
 _FUSION_CONSTANT = 60
+_LEAST_WEIGHT = 0.01 * 0.25
 
 
 def _standing(difficulty_N: np.ndarray) -> np.ndarray:
@@ -71,6 +72,16 @@ def rank(
     if method == "rouge":
         return np.argsort(-rouge_l_N, kind="stable").astype(np.int64)
     return np.lexsort((cross_entropy_N, -rouge_l_N)).astype(np.int64)
+
+
+def sample_weights(rouge_l_N: np.ndarray) -> np.ndarray:
+    """float32 [N], p(1−p) as in PACED, where p is the Rouge-L of the student's own answer: least for what the
+    student can do already, and for what it cannot do at all.
+
+    At least 1% of the largest possible weight, so that a batch of such examples alone has a loss.
+    """
+    weight_N = rouge_l_N * (1 - rouge_l_N)
+    return np.maximum(weight_N, _LEAST_WEIGHT).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

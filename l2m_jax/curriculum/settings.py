@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from l2m_jax.curriculum.difficulty import RANKINGS
+from l2m_jax.curriculum.strata import STRATA
 from l2m_jax.errors import (
     InputError,
     require_at_least,
@@ -10,6 +11,8 @@ from l2m_jax.errors import (
     require_fraction,
     require_positive,
 )
+
+WEIGHTS = ("", "p(1-p)")
 
 
 @dataclass(frozen=True)
@@ -21,20 +24,31 @@ class Curriculum:
     """
 
     stages: int = 4
-    epochs_per_stage: int = 8  # on cumulative quarters: 20 epochs' worth, which single-stage methods also get
+    # 8 on cumulative quarters are 20 epochs' worth, which single-stage methods also get. May be a fraction.
+    epochs_per_stage: float = 8.0
     ranking: str = "fusion"  # one of `difficulty.RANKINGS`
     ranking_model: str = ""  # folder of the student that ranks; empty: the student's initial weights
+    rerank: bool = False  # what is not open yet by the student's cross-entropy, at each stage's start
+    stratify: str = ""  # rank within strata: "category", or "length" (quarters of the references' lengths)
     subsets: tuple[int, ...] = ()  # the subsets to train on; 1 is the easiest (empty: all)
+    mix: float = 0.0  # share of a stage's examples from the subsets that are not open yet
+    open_by: float = 0.0  # share of the training after which all subsets are open (0: by equal epochs)
     alpha: float = 0.1  # α_n of Eq. 6
     beta_first: float = 0.7  # β_1 and β_n of Eq. 7
     beta_last: float = 1.0
+    loss_by: str = "stage"  # "sample": α and β by an example's rank, in a single stage in random order
+    weight: str = ""  # of an example: "p(1-p)", where p is the Rouge-L of the student's own answer
     restart_optimizer: bool = True  # a new schedule and optimiser state in each stage
     patience: int = 0  # end a stage after this many validations without a better Rouge-L (0: never)
 
     def __post_init__(self):
         require_positive(self, "stages", "epochs_per_stage")
         require_choice(self, "ranking", RANKINGS)
+        require_choice(self, "stratify", STRATA)
+        require_choice(self, "loss_by", ("stage", "sample"))
+        require_choice(self, "weight", WEIGHTS)
         require_fraction(self, "alpha", "beta_first", "beta_last")
+        require_fraction(self, "mix", "open_by", below_one=True)
         require_at_least(self, 0, "patience")
         if outside := [i for i in self.subsets if not 1 <= i <= self.stages]:
             raise InputError(
@@ -42,3 +56,9 @@ class Curriculum:
             )
         if len(set(self.subsets)) != len(self.subsets):
             raise InputError(f"subsets: {self.subsets} names a subset twice")
+        if self.loss_by == "sample":
+            for name in ("mix", "open_by", "rerank"):
+                if getattr(self, name):
+                    raise InputError(
+                        f"{name}: has no effect in the single stage of loss_by 'sample'; leave one of them out"
+                    )

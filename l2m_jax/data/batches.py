@@ -1,4 +1,4 @@
-"""Batches: the order of an epoch, the arrays of packed micro-batches, and prefetching."""
+"""Batches: the arrays of packed micro-batches, and prefetching."""
 
 import math
 import queue
@@ -89,13 +89,6 @@ class AnsweredExamples:
     def example_tokens(self, i: int) -> np.ndarray:
         tokens = self.answered.get(i)
         return self.examples.example_tokens(i) if tokens is None else tokens
-
-
-def order_of_examples(seed: int, stage: int, epoch: int, indices: np.ndarray) -> np.ndarray:
-    """`indices` in the random order of an epoch, which depends only on these numbers and on the set of indices."""
-    # numpy guarantees the same raw random bits in every version, but not the same permutations.
-    keys = np.random.PCG64(np.random.SeedSequence([seed, stage, epoch])).random_raw(len(indices))
-    return np.sort(indices)[np.argsort(keys, kind="stable")]
 
 
 def micro_batches(

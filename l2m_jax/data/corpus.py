@@ -93,6 +93,12 @@ class Corpus:
     def _ids(self) -> list[str]:
         return list(self.rows["id"])
 
+    @cached_property
+    def categories(self) -> tuple[list[str], np.ndarray]:
+        """The names of the categories, sorted, and the number of each example's, int64 [n]."""
+        names, category_N = np.unique(np.asarray(self.rows["category"], str), return_inverse=True)
+        return names.tolist(), category_N
+
     def row(self, i: int) -> Row:
         found = self.rows[int(i)]
         return Row(**{**found, "references": tuple(found["references"])})

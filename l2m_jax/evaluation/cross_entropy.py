@@ -19,20 +19,23 @@ def cross_entropy_by_example(
     placement: Placement,
     *,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
+    indices: np.ndarray | None = None,
 ) -> np.ndarray:
     """Mean cross-entropy over the response and end of sequence of each example: Eq. 1, divided by their length.
 
     Args:
         params: placed by `placement`.
         chunk_size: target tokens whose logits are held at once.
+        indices: the examples to measure; None: all.
 
     Returns:
-        cross_entropy_N: float64, nats a token, in the order of the corpus.
+        cross_entropy_N: float64, nats a token, in the order of the corpus; 0 for examples that are not measured.
     """
+    indices = np.arange(len(corpus)) if indices is None else indices
     token_losses = placement.map(cross_entropy_pass)
     sums_N = np.zeros(len(corpus))
-    with progress.bar("cross-entropy", len(corpus)) as bar:
-        for batch in prefetch(forward_batches(corpus, np.arange(len(corpus)), placement.num_devices)):
+    with progress.bar("cross-entropy", len(indices)) as bar:
+        for batch in prefetch(forward_batches(corpus, indices, placement.num_devices)):
             fed = placement.feed(batch.micro_batch)
             losses_AxT = placement.gather(token_losses(config, chunk_size, params, fed))
             real = batch.example_AxT >= 0

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from l2m_jax.curriculum import Difficulty
+from l2m_jax.curriculum import Difficulty, Exposure
 
 Metrics = Sequence[Mapping[str, Any]]
 
@@ -254,6 +254,51 @@ def difficulty(path: Path, graded: Difficulty) -> None:
             axes.set(xlabel="subset, from easy to hard", ylabel=label, title=title)
 
 
+def exposure(path: Path, exposures: Mapping[str, Exposure]) -> None:
+    """The share of each group in the examples of a step, over the steps: one panel for each kind of group."""
+    with _figure(path, 7.2, 2.4 * len(exposures) + 0.4) as figure:
+        panels = figure.subplots(len(exposures), 1, sharex=True, squeeze=False)[:, 0].tolist()
+        for axes, (kind, seen) in zip(panels, exposures.items(), strict=True):
+            shares = seen.seen_KxG / np.maximum(seen.seen_KxG.sum(axis=1, keepdims=True), 1)
+            edges = np.append(0, seen.end_K)
+            # Steps: each span's shares at both of its edges.
+            x, y = np.repeat(edges, 2)[1:-1], 100 * np.repeat(shares, 2, axis=0)
+            # Subsets have an order, categories have none.
+            colours = (
+                matplotlib.colormaps["cividis"](np.linspace(0.95, 0.05, len(seen.names)))
+                if kind == "subset"
+                else matplotlib.colormaps["tab20"](np.arange(len(seen.names)) % 20)
+            )
+            axes.stackplot(x, y.T, colors=colours, linewidth=0.3, edgecolor="white", labels=seen.names)
+            handles, labels = axes.get_legend_handles_labels()
+            place: Any = {
+                "loc": "center left",
+                "bbox_to_anchor": (1.01, 0.5),
+                "frameon": False,
+                "fontsize": 7,
+            }
+            axes.legend(handles[::-1], labels[::-1], title=kind, **place)
+            for edge in np.flatnonzero(np.diff(seen.stage_K)):
+                axes.axvline(seen.end_K[edge], color=_RED, linewidth=0.8, linestyle=":")
+            axes.set(ylabel="% of examples", ylim=(0, 100), xlim=(0, edges[-1]))
+        panels[0].set_title("Exposure: what each step is made of")
+        panels[-1].set_xlabel("step")
+
+
+@contextlib.contextmanager
+def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure to draw on. It replaces `path` atomically if the block ends without an error."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=130, metadata={"Software": ""})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.unfinished")
+    temporary.write_bytes(file.getvalue())
+    os.replace(temporary, path)
+
+
 class Interval(NamedTuple):
     """A line of a forest plot.
 
@@ -313,17 +358,3 @@ def _forest(axes: Axes, lines: Sequence[Interval]) -> None:
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.grid(axis="x")
     axes.grid(visible=False, axis="y")
-
-
-@contextlib.contextmanager
-def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure to draw on. It replaces `path` atomically if the block ends without an error."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=130, metadata={"Software": ""})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.unfinished")
-    temporary.write_bytes(file.getvalue())
-    os.replace(temporary, path)

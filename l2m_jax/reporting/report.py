@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from l2m_jax.curriculum import Difficulty, Stage, examples_seen, steps
+from l2m_jax.curriculum import Difficulty, Exposure, Stage, examples_seen, steps
 from l2m_jax.data.sources import Row
 from l2m_jax.evaluation.protocol import Results
 from l2m_jax.files import write_text
@@ -39,6 +39,7 @@ def write_report(
     batch_size: int = 1,
     seconds: Mapping[str, float] | None = None,
     difficulty: Difficulty | None = None,
+    exposures: Mapping[str, Exposure] | None = None,
     rows: Mapping[int, Row] | None = None,
     files: Mapping[str, str] | None = None,
 ) -> None:
@@ -56,6 +57,7 @@ def write_report(
         stages, batch_size: the student's planned training.
         seconds: the time of each phase, under the same names as in `metrics`.
         difficulty: that of the training examples.
+        exposures: how often the student saw each group of examples, by the kind of group.
         rows: the text of the examples from `extremes`, by index.
         files: descriptions of files by path, relative to `folder`.
     """
@@ -65,6 +67,9 @@ def write_report(
         figures.training(shown / "training.png", metrics)
         figures.schedule(shown / "schedule.png", metrics)
         sections += [_training(metrics, stages, batch_size)]
+    if exposures:
+        figures.exposure(shown / "exposure.png", exposures)
+        sections += [_exposure(exposures)]
     sections += [_phases(metrics, seconds or {})]
     if difficulty is not None:
         figures.difficulty(shown / "difficulty.png", difficulty)
@@ -154,7 +159,7 @@ def _training(metrics: Metrics, stages: Sequence[Stage], batch_size: int) -> str
             f"{stage.alpha:.3g}",
             f"{stage.beta:.3g}",
             f"{len(stage.indices):,}",
-            stage.epochs,
+            f"{stage.examples / len(stage.passes[0]):.3g}",
             f"{stage.examples:,}",
             f"{steps([stage], batch_size):,}",
         ]
@@ -167,6 +172,21 @@ def _training(metrics: Metrics, stages: Sequence[Stage], batch_size: int) -> str
         total += f"; {taken:,} steps were made"
     heading = ("stage", "α", "β", "examples", "epochs", "examples seen", "steps")
     return f"{text}\n{_table(heading, rows)}\n{total}.\n"
+
+
+def _exposure(exposures: Mapping[str, Exposure]) -> str:
+    text = "## Exposure\n\n![Shares of the examples over the steps](figures/exposure.png)\n"
+    text += "\nHow often training sees an example, on average over each group.\n"
+    for kind, seen in exposures.items():
+        stages = seen.stages if len(seen.stages) > 1 else []
+        columns = [seen.passes(stage) for stage in stages] + [seen.passes()]
+        rows = [
+            [_text(name), f"{size:,}", *(f"{passes[i]:.2f}" for passes in columns)]
+            for i, (name, size) in enumerate(zip(seen.names, seen.sizes, strict=True))
+        ]
+        heading = (kind, "examples", *(f"stage {stage}" for stage in stages), "in total")
+        text += f"\n{_table(heading, rows)}"
+    return text
 
 
 def _phases(metrics: Metrics, seconds: Mapping[str, float]) -> str:

@@ -8,9 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from l2m_jax import files
+from l2m_jax import files, methods
 from l2m_jax.config import Config
-from l2m_jax.curriculum import partition
 from l2m_jax.data.splits import check_sources
 from l2m_jax.data.tokenizer import tokenizer_fingerprint
 from l2m_jax.errors import InputError
@@ -23,6 +22,7 @@ from l2m_jax.run.artefacts import Source, refuse_changed
 from l2m_jax.run.models import ModelInputs, initial_config, read_config
 from l2m_jax.run.resolve import Artefacts
 from l2m_jax.run.responses import longest_prompt
+from l2m_jax.run.stages import strata_of
 from l2m_jax.training.optimizer import OptimizerSettings, make_optimizer
 from l2m_jax.training.step import state_shapes
 
@@ -133,7 +133,10 @@ def check_rows(config: Config, artefacts: Artefacts) -> None:
         InputError: naming the setting.
     """
     train = data.open_corpus(artefacts.corpora["train"])
-    partition(np.arange(len(train)), config.curriculum.stages)
+    for student in artefacts.students.values():
+        of = student.inputs
+        strata_N = strata_of(train, of.curriculum.stratify)
+        methods.stages(of.method, of.curriculum, np.arange(len(train)), of.seed, strata_N)
     _, student = _architectures(config, artefacts)
     room = longest_prompt(student, config.sampling, config.data.max_prompt_length)
     for part in ("validation", "test"):

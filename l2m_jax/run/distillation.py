@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from l2m_jax import methods, models
-from l2m_jax.curriculum import Curriculum, Difficulty, Stage, examples_seen, steps
+from l2m_jax.curriculum import Curriculum, Difficulty, Exposure, Stage, examples_seen, steps
 from l2m_jax.data.packing import Shape
+from l2m_jax.evaluation.cross_entropy import cross_entropy_by_example
 from l2m_jax.evaluation.protocol import evaluate
 from l2m_jax.evaluation.sets import from_corpus
 from l2m_jax.evaluation.settings import Evaluation
@@ -18,11 +20,13 @@ from l2m_jax.models.settings import with_dropout
 from l2m_jax.multihost import first
 from l2m_jax.progress import console
 from l2m_jax.run import data, responses, rollouts
+from l2m_jax.run import stages as stages_module
 from l2m_jax.run.artefacts import Artefact
 from l2m_jax.run.context import Context
 from l2m_jax.run.models import load_frozen, load_to_train, read_config, save
 from l2m_jax.run.ranking import RankingInputs
 from l2m_jax.run.responses import ResponsesInputs, longest_prompt
+from l2m_jax.run.stages import Plan
 from l2m_jax.run.store import StoreInputs, open_store
 from l2m_jax.training.checkpoint import Checkpoints
 from l2m_jax.training.loop import Task, Trainer
@@ -86,9 +90,15 @@ class StudentInputs:
 
 def relevant_curriculum(method: Method, curriculum: Curriculum) -> Curriculum:
     """`curriculum` with the settings that the method ignores at their defaults. The ranking is a separate artefact."""
-    kept = ["stages", "epochs_per_stage", "subsets", "patience"]
+    kept = ["stages", "epochs_per_stage", "subsets", "patience", "weight"]
+    ranked = method.ranking != "random" and (method.staged or curriculum.subsets)
+    if ranked:
+        kept += ["stratify"]
     if method.staged:
-        kept += ["alpha", "restart_optimizer"]
+        kept += ["alpha", "restart_optimizer", "loss_by"]
+    if method.staged and curriculum.loss_by == "stage":
+        kept += ["mix", "open_by"]
+        kept += ["rerank"] if ranked and not method.shuffled else []
     if method.adaptive_beta:
         kept += ["beta_first", "beta_last"]
     return Curriculum(**{name: getattr(curriculum, name) for name in kept})
@@ -102,11 +112,11 @@ def relevant_rollouts(method: Method, rollouts: methods.Rollouts) -> methods.Rol
     return methods.Rollouts(student_share=share, replay_share=rollouts.replay_share)
 
 
-def stages_of(inputs: StudentInputs) -> tuple[Stage, ...]:
-    """The stages of the student's training. Its ranking must be finished."""
-    size = len(data.open_corpus(inputs.train))
-    order = np.arange(size) if inputs.ranking is None else Difficulty.read(inputs.ranking.path).order
-    return methods.stages(inputs.method, inputs.curriculum, order, inputs.seed)
+def plan_of(inputs: StudentInputs) -> Plan:
+    """The stages of the student's training and what decides them. Its ranking must be finished."""
+    ranking = None if inputs.ranking is None else Difficulty.read(inputs.ranking.path)
+    train = data.open_corpus(inputs.train)
+    return Plan.of(inputs.method, inputs.curriculum, inputs.seed, train, ranking)
 
 
 def make_student(
@@ -149,11 +159,13 @@ class Student:
     def train(self) -> Params:
         """The student's parameters, placed."""
         inputs, context, artefact = self._inputs, self._context, self._artefact
-        stages = stages_of(inputs)
+        plan = plan_of(inputs)
+        stages = plan.stages
         console.print(
             f"  {steps(stages, inputs.training.batch_size):,} updates on {examples_seen(stages):,} examples"
             + ", two responses to each" * (inputs.method.contrast > 0)
         )
+        stages_module.show(self._record(plan))
         teacher_config, teacher = self._teacher()
         assert artefact.progress is not None
         checkpoints = Checkpoints(artefact.progress, context.placement, context.checkpoint_minutes)
@@ -165,10 +177,34 @@ class Student:
             checkpoints,
             context.metrics,
             self._validate,
+            self._reranking(plan).begin if inputs.curriculum.rerank else None,
         )
         params = trainer.run(lambda: load_to_train(inputs.initial, context.placement))
         checkpoints.close()
         return params
+
+    def _record(self, plan: Plan) -> dict[str, Exposure]:
+        """Keeps for the report what the student will see how often."""
+        found = stages_module.exposures(plan, self._references, self._inputs.training.batch_size)
+        stages_module.write_exposures(exposure_file(self._context.workdir, self._artefact), found)
+        return found
+
+    def _reranking(self, plan: Plan) -> stages_module.Reranking:
+        config, context, references = self._config, self._context, self._references
+
+        def cross_entropy(params: Params, indices: np.ndarray) -> np.ndarray:
+            return cross_entropy_by_example(
+                config, params, references, context.placement, chunk_size=context.chunk_size, indices=indices
+            )[indices]
+
+        return stages_module.Reranking(plan, self._kept("rerankings"), cross_entropy, self._record)
+
+    def _kept(self, what: str) -> Path:
+        """A folder for what is made during the training and outlives its checkpoints."""
+        assert self._artefact.progress is not None
+        # The key is in the name: a run with other settings must not read it.
+        name = f"{self._artefact.progress.name}-{self._artefact.key[:8]}"
+        return self._artefact.progress.parent.parent / what / name
 
     def _task(self, stages: tuple[Stage, ...], teacher: DecoderConfig | None) -> Task:
         inputs, method = self._inputs, self._inputs.method
@@ -237,11 +273,7 @@ class Student:
         def decode(tokens: tuple[int, ...]) -> str:
             return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
-        assert self._artefact.progress is not None
-        # The key is in the name because rollouts outlive the checkpoints: a run with other settings must not read them.
-        name = f"{self._artefact.progress.name}-{self._artefact.key[:8]}"
-        folder = self._artefact.progress.parent.parent / "rollouts" / name
-        return rollouts.Rollouts(inputs.rollouts, self._references, sampler, decode, folder)
+        return rollouts.Rollouts(inputs.rollouts, self._references, sampler, decode, self._kept("rollouts"))
 
     @property
     def _longest_example(self) -> int:
@@ -266,6 +298,10 @@ class Student:
         generator = Generator(self._config, params, context.placement, self._tokenizer, context.slots)
         found = evaluate(generator, [prompts], v.sampling, [v.seed], title="validation")
         return {"rouge_l": found.rouge_l}
+
+
+def exposure_file(workdir: Path, student: Artefact[StudentInputs]) -> Path:
+    return workdir / "exposure" / f"{student.path.name}.json"
 
 
 def longest_row(

@@ -131,6 +131,8 @@ class Rollouts:
 
         If the part's file exists, the result is the same as when it was written, whatever `params` are.
         """
+        # An epoch may have an example several times; its response is the same.
+        indices = indices[np.sort(np.unique(indices, return_index=True)[1])]
         file = self._folder / _name(part)
         latest = self._before(file)
         known = np.array([i for i in indices.tolist() if i in latest], np.int64)

@@ -14,8 +14,9 @@ from l2m_jax.reporting.card import ModelCard
 from l2m_jax.reporting.report import extremes, write_report
 from l2m_jax.run import data
 from l2m_jax.run.context import Context
-from l2m_jax.run.distillation import stages_of
+from l2m_jax.run.distillation import exposure_file, plan_of
 from l2m_jax.run.resolve import Artefacts
+from l2m_jax.run.stages import read_exposures
 from l2m_jax.training.metrics import missing_steps, read_metrics
 
 
@@ -23,7 +24,7 @@ def card(
     config: Config, artefacts: Artefacts, name: str, rouge_l: dict[str, float] | None = None
 ) -> ModelCard:
     """The model card of a student. Its ranking must be finished."""
-    stages = stages_of(artefacts.students[name].inputs)
+    stages = plan_of(artefacts.students[name].inputs).stages
     return ModelCard(
         name=f"{name} student",
         student=config.student.model.path or "random weights",
@@ -45,13 +46,15 @@ def write(
 ) -> None:
     """Writes report.md with its figures, and prints the scores."""
     workdir, train = context.workdir, data.open_corpus(artefacts.corpora["train"])
-    stages = stages_of(artefacts.students[config.method].inputs)
+    student = artefacts.students[config.method]
+    stages = plan_of(student.inputs).stages
     easiest, hardest = extremes(difficulty) if difficulty is not None else ((), ())
     devices, batch_size = context.placement.devices, config.training.batch_size
     listed = {
         "student/": "the distilled student, a Hugging Face folder",
         f"{os.path.relpath(artefacts.teacher.path, workdir)}/": "the fine-tuned teacher",
         "metrics.jsonl": "losses, rates and validations",
+        "exposure/": "how often each student saw each subset and category",
         "evaluation/": "scores and answers of each model",
         "config.json": "every setting of this run",
     }
@@ -78,6 +81,7 @@ def write(
         batch_size=batch_size,
         seconds=context.seconds,
         difficulty=difficulty,
+        exposures=read_exposures(exposure_file(workdir, student)),
         rows={i: train.row(i) for i in (*easiest, *hardest)},
         files=listed,
     )
@@ -99,7 +103,7 @@ def _irregular(
     # A stage that patience ended has fewer updates than planned.
     planned = 0
     if config.curriculum.patience == 0:
-        planned = steps(stages_of(artefacts.students[config.method].inputs), config.training.batch_size)
+        planned = steps(plan_of(artefacts.students[config.method].inputs).stages, config.training.batch_size)
     at_least = {"student": planned}
     phases = dict.fromkeys([*at_least, *(line["phase"] for line in metrics)])
     if missing := sum(missing_steps(metrics, phase, at_least.get(phase, 0)) for phase in phases):

@@ -18,7 +18,9 @@ def points_of(grid: Grid) -> dict[str, dict[str, Any]]:
     """The settings of each point of the grid, by a name such as "learning_rate=0.001"."""
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     return {
-        ",".join(f"{name.rpartition('.')[2]}={value}" for name, value in point.items()): point
+        ",".join(f"{name.rpartition('.')[2]}={value}" for name, value in point.items()).replace(
+            "/", "_"
+        ): point
         for point in points
     }
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from l2m_jax import preemption, progress
 from l2m_jax.curriculum import Stage, steps
-from l2m_jax.data.batches import Examples, micro_batches, order_of_examples, prefetch
+from l2m_jax.data.batches import Examples, micro_batches, prefetch
 from l2m_jax.data.packing import Shape
 from l2m_jax.errors import InputError
 from l2m_jax.losses import Objective
@@ -107,6 +107,9 @@ class Trainer:
             within the part passes later parameters, and must get the same terms.
         teacher: placed; None without one.
         validate: returns at least "rouge_l" for placed parameters.
+        begin: returns the stage that begins, given its number in `task.stages` and the placed parameters at its start;
+            as long as the planned one, perhaps with other examples. A run that resumes within the stage passes later
+            parameters, and must get the same stage. None: the planned stage.
     """
 
     def __init__(
@@ -118,9 +121,11 @@ class Trainer:
         checkpoints: Checkpoints,
         metrics: MetricsLog,
         validate: Callable[[Params], dict[str, float]] | None = None,
+        begin: Callable[[int, Params], Stage] | None = None,
     ):
         self._task, self._placement, self._data, self._teacher = task, placement, data, teacher
         self._checkpoints, self._metrics, self._validate = checkpoints, metrics, validate
+        self._begin = begin or (lambda number, params: task.stages[number])
         self._optimizer = make_optimizer(task.optimizer)
         self._accumulate = placement.map(step_functions.accumulate)
         update = step_functions.update_if_finite if task.skip_nonfinite else step_functions.update
@@ -151,9 +156,10 @@ class Trainer:
             del found
         self._metrics.drop_after(task.phase, self._position.step, self._position.validated)
         with preemption.deferred():
-            for number, stage in enumerate(task.stages):
-                if number >= self._position.stage:
-                    self._train_stage(number, stage)
+            for number in range(self._position.stage, len(task.stages)):
+                with preemption.at_once():
+                    stage = self._begin(number, self._state.params)
+                self._train_stage(number, stage)
         params = self._state.params
         best = self._position.best_step
         if task.keep_best and 0 <= best < self._position.step:
@@ -344,8 +350,7 @@ def _dropout_key(task: Task, step: int, micro_batch: int) -> jax.Array | None:
 
 def _parts(task: Task, stage: Stage, position: Position) -> Iterator[Part]:
     """The parts of an epoch that are not finished at `position`."""
-    order = order_of_examples(task.seed, stage.index, position.epoch, stage.indices)
-    order = order[: stage.examples_in_epoch(position.epoch)]
+    order = stage.order(position.epoch, task.seed)
     batches = math.ceil(len(order) / task.batch_size)
     for number in range(task.parts):
         first, end = (batches * n // task.parts for n in (number, number + 1))

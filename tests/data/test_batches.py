@@ -9,10 +9,10 @@ from l2m_jax.data.batches import (
     ListedExamples,
     forward_batches,
     micro_batches,
-    order_of_examples,
     padded_batch,
     prefetch,
 )
+from l2m_jax.data.order import order_of_examples
 from l2m_jax.data.packing import Shape
 
 EOS = 0  # also what empty slots hold: a pad token equal to it must not cost the end of sequence its loss

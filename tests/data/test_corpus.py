@@ -39,6 +39,8 @@ def test_rows_come_back(corpus):
     assert [corpus.row(i) for i in range(3)] == kept
     assert corpus.references(0) == ["red", "blue"]
     assert [corpus.category(i) for i in range(3)] == ["naming", "sorting", ""]
+    names, category_N = corpus.categories
+    assert (names, category_N.tolist()) == (["", "naming", "sorting"], [1, 2, 0])
     assert corpus.prompt_text(1) == format_prompt("Sort.", "dog cat")
     assert corpus.counts == Counts(kept=3, empty_response=1)
 

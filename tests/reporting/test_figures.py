@@ -2,7 +2,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from l2m_jax.curriculum import Difficulty
+from l2m_jax.curriculum import Difficulty, Exposure
 from l2m_jax.reporting import figures
 
 
@@ -116,3 +116,22 @@ def test_a_figure_that_fails_leaves_the_old_one(tmp_path):
     with pytest.raises(TypeError):
         figures.schedule(path, [{"phase": "student", "step": 1, "loss": 1.0, "alpha": "x"}])
     assert path.read_bytes() == b"old"
+
+
+def test_exposure_stacks_the_shares_of_each_span(tmp_path, drawn):
+    stage, end, seen = np.array([1, 1, 2]), np.array([2, 4, 8]), np.array([[4, 0], [3, 1], [2, 6]])
+    subsets = Exposure(("1", "2"), (4, 4), stage, end, seen)
+    path = tmp_path / "exposure.png"
+    figures.exposure(path, {"subset": subsets, "category": subsets})
+    upper, lower = drawn[0].axes
+    assert is_picture(path) and upper.get_ylim() == (0, 100) and lower.get_xlim() == (0, 8)
+    lowest = upper.collections[0].get_paths()[0].vertices
+    heights = {x: sorted(set(lowest[lowest[:, 0] == x, 1])) for x in (0, 2, 4, 8)}
+    assert (
+        heights[0] == [0, 100]
+        and heights[2] == [0, 75, 100]
+        and heights[4] == [0, 25, 75]
+        and heights[8] == [0, 25]
+    )
+    assert [line.get_xdata()[0] for line in upper.lines] == [4]  # where the second stage begins
+    assert [text.get_text() for text in upper.get_legend().get_texts()] == ["2", "1"]

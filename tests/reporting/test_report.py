@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from l2m_jax.curriculum import Difficulty, baby_steps, partition
+from l2m_jax.curriculum import Difficulty, baby_steps, exposure, partition
 from l2m_jax.data.sources import Row
 from l2m_jax.evaluation.protocol import Group, Results, Score, SetResult
 from l2m_jax.generation import SamplingRules
@@ -52,6 +52,7 @@ def report(tmp_path, graded):
     rows = {
         i: Row(f"d/{i}", f"do {i} | <b>*now*</b>\nplease", "in" * 200, (f"answer {i}",)) for i in range(N)
     }
+    stages = baby_steps(partition(graded.order, 2), epochs=2, alpha=(0.0, 0.1))
     write_report(
         tmp_path,
         title="l2m",
@@ -59,10 +60,11 @@ def report(tmp_path, graded):
         teacher="teacher",
         facts={"method": "l2m", "training rows": N},
         metrics=metrics(),
-        stages=baby_steps(partition(graded.order, 2), epochs=2, alpha=(0.0, 0.1)),
+        stages=stages,
         batch_size=4,
         seconds={"difficulty": 61.2, "student": 3725.0},
         difficulty=graded,
+        exposures={"category": exposure(stages, 0, 4, ["a|b", "c"], np.arange(N) % 2)},
         rows=rows,
         files={"student/": "the distilled student"},
     )
@@ -71,10 +73,10 @@ def report(tmp_path, graded):
 
 def test_sections_and_figures(report, tmp_path):
     assert re.findall(r"^#+ .*$", report, re.M) == [
-        "# l2m", "## Results", "## Training", "## Phases", "## Difficulty", "## Files",
+        "# l2m", "## Results", "## Training", "## Exposure", "## Phases", "## Difficulty", "## Files",
     ]  # fmt: skip
     shown = re.findall(r"!\[.+\]\((figures/\w+\.png)\)", report)
-    assert shown == ["figures/training.png", "figures/schedule.png", "figures/difficulty.png"]
+    assert shown == [f"figures/{name}.png" for name in ("training", "schedule", "exposure", "difficulty")]
     for name in shown:
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
         assert (tmp_path / name).stat().st_size < 300_000
@@ -99,6 +101,11 @@ def test_stages_and_phases(report):
     assert "12 steps of 4 examples in total, 48 examples seen; 8 steps were made." in report
     assert "| difficulty | 0:01:01 | – | – | – | – | – | – |" in report
     assert "| student | 1:02:05 | 8 | 32 | 0.375 | 22.0 | 50 | 6,000 |" in report
+
+
+def test_exposure_is_a_table_by_stage(report):
+    assert "| category | examples | stage 1 | stage 2 | in total |" in report
+    assert r"| a\|b | 8 | 1.00 | 2.00 | 3.00 |" in report
 
 
 def test_samples(report, graded):

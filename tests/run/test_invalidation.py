@@ -47,6 +47,11 @@ OTHERS: dict[str, Any] = {
     "curriculum.ranking": "rouge",
     "curriculum.ranking_model": "model",
     "curriculum.subsets": (1, 2),
+    "curriculum.stratify": "length",
+    "curriculum.mix": 0.25,
+    "curriculum.open_by": 0.4,
+    "curriculum.loss_by": "sample",
+    "curriculum.weight": "p(1-p)",
     "overrides.divergence": "jsd",
     "overrides.policy": "on",
     "evaluation.sets": ("test", "mine=other.jsonl"),
@@ -194,6 +199,11 @@ def test_a_changed_setting_makes_anew_what_the_table_says(folder, monkeypatch, f
             {"curriculum.beta_first": 0.5, "curriculum.alpha": 0.5, "curriculum.restart_optimizer": False},
         ),
         ("kld", {"curriculum.ranking": "rouge", "evaluation.seeds": (10, 21)}),
+        ("kld", {"curriculum.mix": 0.3, "curriculum.open_by": 0.4, "curriculum.stratify": "length"}),
+        ("kld", {"curriculum.rerank": True}),
+        ("kld", {"curriculum.loss_by": "sample"}),
+        ("random_order", {"curriculum.rerank": True, "curriculum.stratify": "length"}),
+        ("shuffled_multiset", {"curriculum.rerank": True}),
     ],
 )
 def test_a_student_is_not_made_anew_for_what_its_method_does_not_use(folder, monkeypatch, method, changes):

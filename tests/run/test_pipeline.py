@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from l2m_jax.config import defaults, parse
@@ -53,6 +54,10 @@ def test_the_workdir_holds_what_the_readme_says(finished):
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     student = [line for line in steps if line["phase"] == "student" and "loss" in line]
     assert [line["step"] for line in student] == list(range(1, len(student) + 1))
+    exposure = json.loads((run / "exposure" / "student.json").read_text())
+    for seen in exposure.values():
+        assert np.sum(seen["seen_KxG"]) == sum(line["examples"] for line in student)
+        assert seen["end_K"][-1] == student[-1]["step"]
     # Eq. 6 and 7 for n = 4, as the steps saw them.
     assert list(dict.fromkeys(line["alpha"] for line in student)) == pytest.approx([0, 0.1 / 3, 0.2 / 3, 0.1])
     assert list(dict.fromkeys(line["beta"] for line in student)) == pytest.approx([0.7, 0.8, 0.9, 1.0])
@@ -155,6 +160,7 @@ def test_a_run_killed_within_a_stage_ends_as_one_that_was_not(finished, tmp_path
         ("--config.curriculum.stages=100 --config.method=kld", "100 difficulty subsets of 48"),
         ("--config.student.model.path=/does/not/exist", "config.student.model.path: "),
         ("--config.curriculum.ranking_model=/does/not/exist", "config.curriculum.ranking_model: "),
+        ("--config.curriculum.open_by=0.01", "leave stage 1 without examples"),
         ("--config.curriculum.alpha=2.0", "config.curriculum.alpha: 2.0 must be between 0 and 1"),
         ("--config.nonsense=1", "nonsense"),
     ],

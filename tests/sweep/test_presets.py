@@ -9,7 +9,15 @@ from l2m_jax.sweep.presets import PRESETS, Row
 
 CONFIG = parse(defaults())
 # The settings that nothing before the student's training depends on.
-OF_THE_STUDENT = ("overrides.", "training.", "curriculum.alpha", "curriculum.beta", "curriculum.subsets")
+OF_THE_STUDENT = (
+    "overrides.",
+    "training.",
+    *(
+        f"curriculum.{name}"
+        for name in ("alpha", "beta", "subsets", "mix", "stratify", "loss_by", "open_by", "rerank")
+    ),
+    "curriculum.weight",
+)
 
 
 def every_row():
