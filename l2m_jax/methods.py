@@ -15,7 +15,6 @@ p is the teacher, q the student.
 | l2m | (1-β_i)·CE + β_i·KL(p‖α_i p+(1-α_i)q) | reference | four Baby-Step stages, easiest first |
 | l2m_no_beta | the same with β_i = 1 | reference | the same |
 | m2l | the same with α_i falling | reference | the same |
-| l2m_constant_alpha | the same with α_i = α/2, their mean | reference | the same |
 | random_order | as l2m | reference | the same stages, subsets drawn at random |
 | hard_first | as l2m | reference | the same stages, hardest first |
 | shuffled_multiset | as l2m | reference | the same stages; their examples, each as often in total, in random order over all |
@@ -103,8 +102,7 @@ class Method:
         beta: weight of the divergence against cross-entropy; 0 is cross-entropy alone.
         staged: Baby-Step stages instead of a single stage with all data.
         adaptive_beta: β_i from the curriculum's settings instead of `beta` in all stages.
-        alphas: of staged methods, with α from the curriculum's settings: "rising" from 0 to α, "falling" from α to 0,
-            or "constant", α/2.
+        falling_alpha: α_i falls from α to 0 instead of rising.
         ranking: what the curriculum's ranking is turned into: "random", or "reversed" (the hardest subset first).
         shuffled: the stages' examples, each as often as in these, are shuffled over all stages.
         responses: "reference", or "teacher" (generated once).
@@ -121,7 +119,7 @@ class Method:
     beta: float = 1.0
     staged: bool = False
     adaptive_beta: bool = False
-    alphas: str = "rising"
+    falling_alpha: bool = False
     ranking: str = ""
     shuffled: bool = False
     responses: str = "reference"
@@ -149,8 +147,7 @@ METHODS: dict[str, Method] = {
     "distillm2_on_policy": Method(alpha=0.1, responses="teacher", contrast=1.0, on_policy=True, refreshes=1),
     "l2m": Method(staged=True, adaptive_beta=True),
     "l2m_no_beta": Method(staged=True),
-    "m2l": Method(staged=True, adaptive_beta=True, alphas="falling"),
-    "l2m_constant_alpha": Method(staged=True, adaptive_beta=True, alphas="constant"),
+    "m2l": Method(staged=True, adaptive_beta=True, falling_alpha=True),
     "random_order": Method(staged=True, adaptive_beta=True, ranking="random"),
     "hard_first": Method(staged=True, adaptive_beta=True, ranking="reversed"),
     "shuffled_multiset": Method(staged=True, adaptive_beta=True, shuffled=True),
@@ -277,9 +274,7 @@ def stages_over(
         rouge_l_N: of the student's own answer to each example, which `curriculum.weight` needs.
     """
     c, order = curriculum, np.concatenate(subsets)
-    alpha = {"rising": (0.0, c.alpha), "falling": (c.alpha, 0.0), "constant": (c.alpha / 2,) * 2}[
-        method.alphas
-    ]
+    alpha = (c.alpha, 0.0) if method.falling_alpha else (0.0, c.alpha)
     beta = (c.beta_first, c.beta_last) if method.adaptive_beta else (method.beta, method.beta)
     found = baby_steps(
         subsets, epochs=c.epochs_per_stage, alpha=alpha, beta=beta, mix=c.mix, open_by=c.open_by, seed=seed

@@ -113,15 +113,6 @@ def test_paced_weighs_by_p_times_one_minus_p_and_leaves_no_example_out():
         assert stage.samples.alpha_N is None and stage.samples.beta_N is None
 
 
-def test_constant_alpha_is_the_mean_of_the_rising_one():
-    rising, constant = (
-        methods.stages(methods.get(n), Curriculum(), np.arange(8)) for n in ("l2m", "l2m_constant_alpha")
-    )
-    assert {stage.alpha for stage in constant} == {0.05}
-    assert np.mean([stage.alpha for stage in rising]) == pytest.approx(0.05)
-    assert [stage.beta for stage in rising] == [stage.beta for stage in constant]
-
-
 def test_objectives_are_those_of_the_table():
     def first(name, **overrides):
         method = methods.get(name, Overrides(**overrides))

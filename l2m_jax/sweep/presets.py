@@ -56,7 +56,7 @@ PRESETS: dict[str, dict[str, Row]] = {
         "skl_alpha_0.1": Row("skl", {"overrides.alpha": 0.1}),
         "l2m_beta_0.9": Row("l2m", {"curriculum.beta_first": 0.9, "curriculum.beta_last": 0.9}),
         "l2m_falling_beta": Row("l2m", {"curriculum.beta_first": 1.0, "curriculum.beta_last": 0.7}),
-        **rows_of(("l2m_no_beta", "m2l", "l2m_constant_alpha")),
+        **rows_of(("l2m_no_beta", "m2l")),
         "l2m_alpha_0": Row("l2m", {"curriculum.alpha": 0.0}),
     },
     # Changes to the curriculum that may beat it, beside what they have to beat.
