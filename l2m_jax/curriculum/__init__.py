@@ -6,6 +6,7 @@ Pure functions that need neither JAX nor a model.
 from l2m_jax.curriculum.difficulty import RANKINGS, Difficulty, rank
 from l2m_jax.curriculum.settings import Curriculum
 from l2m_jax.curriculum.stages import (
+    SampleCoefficients,
     Stage,
     alpha_at,
     baby_step_examples,
@@ -21,6 +22,7 @@ __all__ = [
     "RANKINGS",
     "Curriculum",
     "Difficulty",
+    "SampleCoefficients",
     "Stage",
     "alpha_at",
     "baby_step_examples",

@@ -9,6 +9,21 @@ import numpy as np
 from l2m_jax.errors import InputError
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class SampleCoefficients:
+    """Coefficients of the loss that vary by sample: float32 arrays, one entry for each example of the corpus.
+
+    Attributes:
+        alpha_N, beta_N: in place of the stage's α_i and β_i.
+        weight_N: factor of the weight of all targets of an example. The loss is a weighted mean, so that only ratios
+            between the examples of a batch count.
+    """
+
+    alpha_N: np.ndarray | None = None
+    beta_N: np.ndarray | None = None
+    weight_N: np.ndarray | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """One stage of training: its examples, its length and its objective.
@@ -20,6 +35,8 @@ class Stage:
         indices: int64, the examples of this stage, easiest subset first. Ignored by == and hash.
         epochs: passes over `indices`; the last one may be incomplete.
         examples: the total number of examples seen, at most epochs · len(indices).
+        temperature: T_i of both models' logits in the divergence.
+        samples: what varies by sample instead; None: nothing does. Ignored by == and hash.
     """
 
     index: int
@@ -28,6 +45,8 @@ class Stage:
     indices: np.ndarray = dataclasses.field(compare=False, repr=False)
     epochs: int
     examples: int
+    temperature: float = 1.0
+    samples: SampleCoefficients | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def examples_in_epoch(self, epoch: int) -> int:
         """The number of examples in an epoch (0, 1, ...): the first ones of that epoch's order."""
