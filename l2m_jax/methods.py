@@ -49,7 +49,7 @@ from l2m_jax.errors import (
     require_fraction,
     require_positive,
 )
-from l2m_jax.losses import DIVERGENCE_NAMES, Objective
+from l2m_jax.losses import DIVERGENCES, Objective, SkewReverseKL
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Overrides:
     policy: str = "own"  # "on" (with responses of the current student, see `Rollouts`) or "off"
 
     def __post_init__(self):
-        require_choice(self, "divergence", ("", *DIVERGENCE_NAMES))
+        require_choice(self, "divergence", ("", *DIVERGENCES))
         require_choice(self, "policy", ("own", "on", "off"))
         require_positive(self, "temperature")
         for name in ("alpha", "beta"):
@@ -97,7 +97,7 @@ class Rollouts:
 class Method:
     """
     Attributes:
-        divergence: one of `losses.DIVERGENCE_NAMES`.
+        divergence: one of `losses.DIVERGENCES`.
         alpha: skew of a single-stage method; staged methods take theirs from the curriculum's settings.
         beta: weight of the divergence against cross-entropy; 0 is cross-entropy alone.
         staged: Baby-Step stages instead of a single stage with all data.
@@ -298,12 +298,13 @@ def stages_over(
 
 def objectives(method: Method, stage: Stage) -> tuple[Objective, ...]:
     """The static objectives of a stage: on `method.responses` and, with `contrast`, on the student's responses."""
-    objective = Objective(method.divergence, stage.alpha, stage.beta, method.temperature)
+    divergence = DIVERGENCES[method.divergence].with_alpha(stage.alpha)
+    objective = Objective(divergence, stage.beta, method.temperature)
     if not method.contrast:
         return (objective,)
     # Both terms have equally many responses, so the mean over all is half the sum of the two means.
     first, second = (2 * factor for factor in (2 - method.contrast, method.contrast))
-    student = "skew_reverse_kl_fixed_mixture"
+    student = SkewReverseKL(stage.alpha, mixture_gradient=False)
     return (
         dataclasses.replace(objective, scale=first),
         dataclasses.replace(objective, divergence=student, scale=second),

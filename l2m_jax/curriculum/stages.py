@@ -11,14 +11,14 @@ from l2m_jax.data.order import order_of_examples, shuffled
 from l2m_jax.errors import InputError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class SampleCoefficients:
-    """What differs from example to example in the loss: float32 [N] each, by the example's number, or None.
+    """Coefficients of the loss that vary by sample: float32 arrays, one entry for each example of the corpus.
 
     Attributes:
-        alpha_N: α of each example, instead of the stage's.
-        beta_N: β of each example, instead of the stage's.
-        weight_N: the weight of each example's targets.
+        alpha_N, beta_N: in place of the stage's α_i and β_i.
+        weight_N: factor of the weight of all targets of an example. The loss is a weighted mean, so that only ratios
+            between the examples of a batch count.
     """
 
     alpha_N: np.ndarray | None = None
@@ -37,7 +37,8 @@ class Stage:
         passes: int64, the examples of each epoch: a multiset, whose order is drawn when it is trained on. Ignored by
             == and hash.
         examples: the total number of examples seen; fewer than in `passes` cut the last epoch's order short.
-        samples: what differs from example to example in the loss. Ignored by == and hash.
+        temperature: T_i of both models' logits in the divergence.
+        samples: what varies by sample instead; None: nothing does. Ignored by == and hash.
     """
 
     index: int
@@ -45,6 +46,7 @@ class Stage:
     beta: float
     passes: tuple[np.ndarray, ...] = dataclasses.field(compare=False, repr=False)
     examples: int
+    temperature: float = 1.0
     samples: SampleCoefficients | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
