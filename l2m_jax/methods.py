@@ -284,8 +284,12 @@ def stages_over(
         found = single_stage(np.sort(order), examples_seen(found), alpha=method.alpha, beta=method.beta)
     elif c.loss_by == "sample":
         size = int(order.max()) + 1
-        alpha_N, beta_N = by_rank(order, size, *alpha), by_rank(order, size, *beta)
-        found = single_stage(np.sort(order), examples_seen(found), alpha=max(alpha), beta=min(beta))
+        alpha_N, beta_N = (
+            by_rank(order, size, *ends) if len(set(ends)) > 1 else None for ends in (alpha, beta)
+        )
+        # The means are what logs and model cards show; a constant needs no array.
+        means = {"alpha": sum(alpha) / 2, "beta": sum(beta) / 2}
+        found = single_stage(np.sort(order), examples_seen(found), **means)
     elif method.shuffled:
         found = shuffled_over_time(found, seed)
     if c.weight and rouge_l_N is not None:

@@ -99,6 +99,9 @@ def test_alpha_and_beta_by_sample_follow_the_ranks_in_a_single_stage():
     np.testing.assert_allclose(
         stage.samples.beta_N[order], [0.6 + 0.3 * r / 20 for r in range(21)], atol=1e-7
     )
+    assert (stage.alpha, stage.beta) == pytest.approx((0.1, 0.75))
+    (constant,) = methods.stages(methods.get("l2m_no_beta"), curriculum, order)
+    assert constant.samples.beta_N is None and constant.beta == 1.0
     (falling,) = methods.stages(methods.get("m2l"), curriculum, order)
     np.testing.assert_allclose(falling.samples.alpha_N[order[::-1]], stage.samples.alpha_N[order], atol=1e-7)
     assert all(s.samples is None for s in methods.stages(methods.get("l2m"), Curriculum(), order))
