@@ -4,6 +4,7 @@ Pure functions that need neither JAX nor a model.
 """
 
 from l2m_jax.curriculum.difficulty import RANKINGS, Difficulty, rank
+from l2m_jax.curriculum.schedules import Schedule
 from l2m_jax.curriculum.settings import Curriculum
 from l2m_jax.curriculum.stages import (
     SampleCoefficients,
@@ -23,6 +24,7 @@ __all__ = [
     "Curriculum",
     "Difficulty",
     "SampleCoefficients",
+    "Schedule",
     "Stage",
     "alpha_at",
     "baby_step_examples",
