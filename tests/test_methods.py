@@ -8,7 +8,7 @@ from l2m_jax import methods
 from l2m_jax.curriculum import Curriculum, examples_seen
 from l2m_jax.data.order import order_of_examples
 from l2m_jax.errors import InputError
-from l2m_jax.losses import Objective, SkewKL, SkewReverseKL
+from l2m_jax.losses import ForwardKL, Objective, SkewKL, SkewReverseKL
 from l2m_jax.methods import Overrides, Rollouts
 
 
@@ -121,7 +121,7 @@ def test_objectives_are_those_of_the_table():
         method = methods.get(name, Overrides(**overrides))
         return methods.objectives(method, methods.stages(method, Curriculum(), np.arange(8))[0])
 
-    assert first("seqkd") == first("sft") == (Objective(SkewKL(0.0), beta=0.0),)
+    assert first("seqkd") == first("sft") == (Objective(ForwardKL(), beta=0.0),)
     assert first("skl_on_policy") == first("skl") == (Objective(SkewKL(0.5)),)
     assert first("skl", alpha=0.3, beta=0.9, temperature=2.0) == (Objective(SkewKL(0.3), 0.9, 2.0),)
     # Twice the factors 2 - b and b, for the mean is over the responses of both terms.
