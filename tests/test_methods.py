@@ -8,7 +8,7 @@ from l2m_jax import methods
 from l2m_jax.curriculum import Curriculum, examples_seen
 from l2m_jax.data.order import order_of_examples
 from l2m_jax.errors import InputError
-from l2m_jax.losses import Objective
+from l2m_jax.losses import ForwardKL, Objective, SkewKL, SkewReverseKL
 from l2m_jax.methods import Overrides, Rollouts
 
 
@@ -99,6 +99,9 @@ def test_alpha_and_beta_by_sample_follow_the_ranks_in_a_single_stage():
     np.testing.assert_allclose(
         stage.samples.beta_N[order], [0.6 + 0.3 * r / 20 for r in range(21)], atol=1e-7
     )
+    assert (stage.alpha, stage.beta) == pytest.approx((0.1, 0.75))
+    (constant,) = methods.stages(methods.get("l2m_no_beta"), curriculum, order)
+    assert constant.samples.beta_N is None and constant.beta == 1.0
     (falling,) = methods.stages(methods.get("m2l"), curriculum, order)
     np.testing.assert_allclose(falling.samples.alpha_N[order[::-1]], stage.samples.alpha_N[order], atol=1e-7)
     assert all(s.samples is None for s in methods.stages(methods.get("l2m"), Curriculum(), order))
@@ -113,28 +116,19 @@ def test_paced_weighs_by_p_times_one_minus_p_and_leaves_no_example_out():
         assert stage.samples.alpha_N is None and stage.samples.beta_N is None
 
 
-def test_constant_alpha_is_the_mean_of_the_rising_one():
-    rising, constant = (
-        methods.stages(methods.get(n), Curriculum(), np.arange(8)) for n in ("l2m", "l2m_constant_alpha")
-    )
-    assert {stage.alpha for stage in constant} == {0.05}
-    assert np.mean([stage.alpha for stage in rising]) == pytest.approx(0.05)
-    assert [stage.beta for stage in rising] == [stage.beta for stage in constant]
-
-
 def test_objectives_are_those_of_the_table():
     def first(name, **overrides):
         method = methods.get(name, Overrides(**overrides))
         return methods.objectives(method, methods.stages(method, Curriculum(), np.arange(8))[0])
 
-    assert first("seqkd") == first("sft") == (Objective(beta=0.0, alpha=0.0),)
-    assert first("skl_on_policy") == first("skl") == (Objective("skew_kl", alpha=0.5),)
-    assert first("skl", alpha=0.3, beta=0.9, temperature=2.0) == (Objective("skew_kl", 0.3, 0.9, 2.0),)
+    assert first("seqkd") == first("sft") == (Objective(ForwardKL(), beta=0.0),)
+    assert first("skl_on_policy") == first("skl") == (Objective(SkewKL(0.5)),)
+    assert first("skl", alpha=0.3, beta=0.9, temperature=2.0) == (Objective(SkewKL(0.3), 0.9, 2.0),)
     # Twice the factors 2 - b and b, for the mean is over the responses of both terms.
     assert first("distillm2") == first("distillm2_on_policy")
     assert first("distillm2") == (
-        Objective("skew_kl", alpha=0.1, scale=2.0),
-        Objective("skew_reverse_kl_fixed_mixture", alpha=0.1, scale=2.0),
+        Objective(SkewKL(0.1), scale=2.0),
+        Objective(SkewReverseKL(0.1, mixture_gradient=False), scale=2.0),
     )
 
 

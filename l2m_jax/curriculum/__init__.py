@@ -5,6 +5,7 @@ Pure functions that need neither JAX nor a model.
 
 from l2m_jax.curriculum.difficulty import RANKINGS, Difficulty, rank, sample_weights
 from l2m_jax.curriculum.exposure import Exposure, exposure
+from l2m_jax.curriculum.schedules import Schedule
 from l2m_jax.curriculum.settings import Curriculum
 from l2m_jax.curriculum.stages import (
     SampleCoefficients,
@@ -29,6 +30,7 @@ __all__ = [
     "Difficulty",
     "Exposure",
     "SampleCoefficients",
+    "Schedule",
     "Stage",
     "alpha_at",
     "baby_step_examples",

@@ -1,8 +1,10 @@
 """The settings of a curriculum."""
 
+import math
 from dataclasses import dataclass
 
 from l2m_jax.curriculum.difficulty import RANKINGS
+from l2m_jax.curriculum.schedules import SCHEDULED_BY
 from l2m_jax.curriculum.strata import STRATA
 from l2m_jax.errors import (
     InputError,
@@ -36,6 +38,12 @@ class Curriculum:
     alpha: float = 0.1  # α_n of Eq. 6
     beta_first: float = 0.7  # β_1 and β_n of Eq. 7
     beta_last: float = 1.0
+    alphas: tuple[float, ...] = ()  # instead of 0 and `alpha`: first and last, the only one, or one a stage
+    betas: tuple[float, ...] = ()  # instead of `beta_first` and `beta_last`
+    temperatures: tuple[float, ...] = ()  # instead of the method's own
+    alpha_by: str = "stage"  # one of `schedules.SCHEDULED_BY`: "stage", or by step "linear" or "cosine"
+    beta_by: str = "stage"
+    temperature_by: str = "stage"
     loss_by: str = "stage"  # "sample": α and β by an example's rank, in a single stage in random order
     weight: str = ""  # of an example: "p(1-p)", where p is the Rouge-L of the student's own answer
     restart_optimizer: bool = True  # a new schedule and optimiser state in each stage
@@ -50,6 +58,8 @@ class Curriculum:
         require_fraction(self, "alpha", "beta_first", "beta_last")
         require_fraction(self, "mix", "open_by", below_one=True)
         require_at_least(self, 0, "patience")
+        for name in ("alpha", "beta", "temperature"):
+            self._check_schedule(name, getattr(self, f"{name}s"), getattr(self, f"{name}_by"))
         if outside := [i for i in self.subsets if not 1 <= i <= self.stages]:
             raise InputError(
                 f"subsets: {outside[0]} is not one of the {self.stages} subsets, which are numbered from 1"
@@ -57,8 +67,26 @@ class Curriculum:
         if len(set(self.subsets)) != len(self.subsets):
             raise InputError(f"subsets: {self.subsets} names a subset twice")
         if self.loss_by == "sample":
-            for name in ("mix", "open_by", "rerank"):
-                if getattr(self, name):
+            for name in ("mix", "open_by", "rerank", "alpha_by", "beta_by"):
+                if getattr(self, name) != getattr(Curriculum, name):
                     raise InputError(
                         f"{name}: has no effect in the single stage of loss_by 'sample'; leave one of them out"
                     )
+
+    def _check_schedule(self, name: str, values: tuple[float, ...], by: str) -> None:
+        require_choice(self, f"{name}_by", SCHEDULED_BY)
+        one_a_stage = by == self.loss_by == "stage"
+        lengths = (0, 1, 2, *([len(self.subsets) or self.stages] if one_a_stage else ()))
+        if len(values) not in lengths:
+            raise InputError(
+                f"{name}s: {values} must be first and last, or a single value"
+                + (
+                    f", or one for each of {lengths[-1]} stages"
+                    if by == "stage"
+                    else f" with {name}_by {by!r}"
+                )
+            )
+        for value in values:
+            if not (0 < value < math.inf if name == "temperature" else 0 <= value <= 1):
+                where = "above 0" if name == "temperature" else "between 0 and 1"
+                raise InputError(f"{name}s: {value} must be {where}")

@@ -7,23 +7,29 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from l2m_jax.curriculum.schedules import Schedule
 from l2m_jax.data.order import order_of_examples, shuffled
 from l2m_jax.errors import InputError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class SampleCoefficients:
-    """What differs from example to example in the loss: float32 [N] each, by the example's number, or None.
+    """Coefficients of the loss that vary by sample: float32 arrays, one entry for each example of the corpus.
 
     Attributes:
-        alpha_N: α of each example, instead of the stage's.
-        beta_N: β of each example, instead of the stage's.
-        weight_N: the weight of each example's targets.
+        alpha_N, beta_N: in place of the stage's α_i and β_i.
+        weight_N: factor of the weight of all targets of an example. The loss is a weighted mean, so that only ratios
+            between the examples of a batch count.
     """
 
     alpha_N: np.ndarray | None = None
     beta_N: np.ndarray | None = None
     weight_N: np.ndarray | None = None
+
+    @property
+    def by_name(self) -> dict[str, np.ndarray]:
+        found = {"alpha": self.alpha_N, "beta": self.beta_N, "weight": self.weight_N}
+        return {name: values for name, values in found.items() if values is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +43,8 @@ class Stage:
         passes: int64, the examples of each epoch: a multiset, whose order is drawn when it is trained on. Ignored by
             == and hash.
         examples: the total number of examples seen; fewer than in `passes` cut the last epoch's order short.
-        samples: what differs from example to example in the loss. Ignored by == and hash.
+        temperature: T_i of both models' logits in the divergence.
+        samples: what varies by sample instead; None: nothing does. Ignored by == and hash.
     """
 
     index: int
@@ -45,6 +52,7 @@ class Stage:
     beta: float
     passes: tuple[np.ndarray, ...] = dataclasses.field(compare=False, repr=False)
     examples: int
+    temperature: float = 1.0
     samples: SampleCoefficients | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
@@ -90,24 +98,17 @@ def partition(order: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, ..
     return tuple(np.array_split(order, n))
 
 
-def _linear(i: int, n: int, first: float, last: float) -> float:
-    if not 1 <= i <= n:
-        raise ValueError(f"stage {i} of {n}: stages count from 1 to n")
-    # The ends of a schedule, and a constant schedule, must be exact: these values decide what is compiled.
-    return last if i == n else first + (last - first) * (i - 1) / (n - 1)
-
-
 def alpha_at(i: int, n: int, alpha_first: float = 0.0, alpha_last: float = 0.1) -> float:
     """α_i = α·(i−1)/(n−1) of Eq. 6, for i = 1 ... n, or any other straight line from `alpha_first`.
 
     With n = 1, the only stage gets `alpha_last`: like the last of several, it sees all data.
     """
-    return _linear(i, n, alpha_first, alpha_last)
+    return Schedule((alpha_first, alpha_last)).at_stage(i, n)
 
 
 def beta_at(i: int, n: int, beta_first: float = 0.7, beta_last: float = 1.0) -> float:
     """β_i = β_1 − (β_1 − β_n)·(i−1)/(n−1) of Eq. 7, for i = 1 ... n; with n = 1, `beta_last`."""
-    return _linear(i, n, beta_first, beta_last)
+    return Schedule((beta_first, beta_last)).at_stage(i, n)
 
 
 def baby_steps(
@@ -159,7 +160,7 @@ def stage_examples(sizes: Sequence[int], epochs: float, open_by: float = 0.0) ->
         stage = examples.index(min(examples)) + 1
         early = f" with all data open by {open_by:g} of them" if open_by else ""
         raise InputError(
-            f"{epochs:g} epochs a stage{early} leave stage {stage} without examples; ask for more epochs"
+            f"{epochs:g} epochs a stage{early} leave stage {stage} without examples; raise curriculum.epochs_per_stage"
         )
     return examples
 
@@ -213,9 +214,9 @@ def single_stage(
     return (Stage(1, alpha, beta, (indices,) * math.ceil(examples / len(indices)), examples),)
 
 
-def by_rank(order: np.ndarray, size: int, first: float, last: float) -> np.ndarray:
-    """float32 [size], by example: a straight line from `first` to `last` over the ranks of `order`; 0 outside it."""
-    values_N = np.zeros(size, np.float32)
+def by_rank(order: np.ndarray, first: float, last: float) -> np.ndarray:
+    """float32 by example: a straight line from `first` to `last` over the ranks of `order`; 0 for examples not in it."""
+    values_N = np.zeros(int(order.max()) + 1, np.float32)
     values_N[order] = np.linspace(first, last, len(order)) if len(order) > 1 else last
     return values_N
 

@@ -95,12 +95,14 @@ def relevant_curriculum(method: Method, curriculum: Curriculum) -> Curriculum:
     if ranked:
         kept += ["stratify"]
     if method.staged:
-        kept += ["alpha", "restart_optimizer", "loss_by"]
+        kept += ["restart_optimizer", "temperatures", "temperature_by", "loss_by"]
     if method.staged and curriculum.loss_by == "stage":
         kept += ["mix", "open_by"]
         kept += ["rerank"] if ranked and not method.shuffled else []
-    if method.adaptive_beta:
-        kept += ["beta_first", "beta_last"]
+    if method.alpha in ("rising", "falling"):
+        kept += ["alphas" if curriculum.alphas else "alpha", "alpha_by"]
+    if method.beta == "rising":
+        kept += ["betas", "beta_by"] if curriculum.betas else ["beta_first", "beta_last", "beta_by"]
     return Curriculum(**{name: getattr(curriculum, name) for name in kept})
 
 
@@ -108,7 +110,7 @@ def relevant_rollouts(method: Method, rollouts: methods.Rollouts) -> methods.Rol
     """`rollouts` with what the method does not use, or holds itself, at its default; None off-policy."""
     if not method.on_policy:
         return None
-    share = methods.Rollouts.student_share if method.contrast else rollouts.student_share
+    share = methods.Rollouts.student_share if method.contrast is not None else rollouts.student_share
     return methods.Rollouts(student_share=share, replay_share=rollouts.replay_share)
 
 
@@ -163,7 +165,7 @@ class Student:
         stages = plan.stages
         console.print(
             f"  {steps(stages, inputs.training.batch_size):,} updates on {examples_seen(stages):,} examples"
-            + ", two responses to each" * (inputs.method.contrast > 0)
+            + ", two responses to each" * (inputs.method.contrast is not None)
         )
         stages_module.show(self._record(plan))
         teacher_config, teacher = self._teacher()
@@ -220,6 +222,7 @@ class Student:
             batch_size=inputs.training.batch_size,
             seed=inputs.seed,
             parts=method.refreshes if method.on_policy else 1,
+            by_step=methods.by_step(method, inputs.curriculum),
             restart_optimizer=inputs.curriculum.restart_optimizer,
             patience=inputs.curriculum.patience,
             validations=self._monitored.count,

@@ -298,4 +298,4 @@ class _Resolver:
 def _generated_for(method: methods.Method) -> list[str]:
     """Whose responses, generated once, the method trains on."""
     names = ["teacher"] if method.responses == "teacher" else []
-    return [*names, "initial_student"] if method.contrast and not method.on_policy else names
+    return [*names, "initial_student"] if method.contrast is not None and not method.on_policy else names

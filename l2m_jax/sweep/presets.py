@@ -51,19 +51,19 @@ PRESETS: dict[str, dict[str, Row]] = {
     | {"two_stage": Row("l2m_no_beta", {"curriculum.subsets": (1, 4), "curriculum.alpha": 0.5})},
     # What separates the effects of the order, of the weight of easy examples, of β and of α.
     "controls": {
-        **rows_of(("sft", "kld", "skl", "l2m", "random_order", "hard_first", "shuffled_multiset")),
-        "kld_beta_0.9": Row("kld", {"overrides.beta": 0.9}),
+        **rows_of(
+            ("sft", "kld", "kld_beta09", "skl", "l2m", "random_order", "hard_first", "shuffled_multiset")
+        ),
         "skl_alpha_0.1": Row("skl", {"overrides.alpha": 0.1}),
-        "l2m_beta_0.9": Row("l2m", {"curriculum.beta_first": 0.9, "curriculum.beta_last": 0.9}),
         "l2m_falling_beta": Row("l2m", {"curriculum.beta_first": 1.0, "curriculum.beta_last": 0.7}),
-        **rows_of(("l2m_no_beta", "m2l", "l2m_constant_alpha")),
+        **rows_of(("l2m_no_beta", "l2m_beta09", "m2l")),
+        "l2m_constant_alpha": Row("l2m", {"curriculum.alphas": (0.05,)}),
         "l2m_alpha_0": Row("l2m", {"curriculum.alpha": 0.0}),
     },
     # Changes to the curriculum that may beat it, beside what they have to beat.
     "recipes": {
-        **rows_of(("l2m", "random_order")),
-        "kld_beta_0.9": Row("kld", {"overrides.beta": 0.9}),
-        "kld_beta_0.9_temperature_2": Row("kld", {"overrides.beta": 0.9, "overrides.temperature": 2.0}),
+        **rows_of(("l2m", "random_order", "kld_beta09")),
+        "kld_beta09_temperature_2": Row("kld_beta09", {"overrides.temperature": 2.0}),
         "l2m_mix": Row("l2m", {"curriculum.mix": 0.25}),
         "l2m_by_category": Row("l2m", {"curriculum.stratify": "category"}),
         "l2m_by_length": Row("l2m", {"curriculum.stratify": "length"}),

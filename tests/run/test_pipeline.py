@@ -160,7 +160,6 @@ def test_a_run_killed_within_a_stage_ends_as_one_that_was_not(finished, tmp_path
         ("--config.curriculum.stages=100 --config.method=kld", "100 difficulty subsets of 48"),
         ("--config.student.model.path=/does/not/exist", "config.student.model.path: "),
         ("--config.curriculum.ranking_model=/does/not/exist", "config.curriculum.ranking_model: "),
-        ("--config.curriculum.open_by=0.01", "leave stage 1 without examples"),
         ("--config.curriculum.alpha=2.0", "config.curriculum.alpha: 2.0 must be between 0 and 1"),
         ("--config.nonsense=1", "nonsense"),
     ],
