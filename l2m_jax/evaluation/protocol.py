@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from l2m_jax import files
-from l2m_jax.errors import InputError
+from l2m_jax.errors import InputError, require_type
 from l2m_jax.evaluation.rouge import exact_match, rouge_l_many
 from l2m_jax.evaluation.sets import PromptSet
 from l2m_jax.generation import Answer, Generator, ResponseFile, SamplingRules, generate
@@ -167,7 +167,8 @@ def evaluate(
 def _finished(path: Path, made_from: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = files.read_json(path, "delete it to score the answers again")
+    require_type(str(path), value, dict)
     if value.get("made_from") != made_from:
         raise InputError(
             f"{path}: holds the results of another model, or with other sets, sampling rules or seeds; choose another "

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from l2m_jax.errors import InputError
+from l2m_jax.files import parse_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +54,13 @@ class ResponseFile:
         if not lines:
             return []
         try:
-            key = json.loads(lines[0])["key"]
-            rows = [json.loads(line) for line in lines[1:]]
+            key = parse_json(lines[0])["key"]
+            rows = [parse_json(line) for line in lines[1:]]
             answers = [Answer(r["prompt"], r["seed"], tuple(r["tokens"]), r["text"]) for r in rows]
+            if not {type(n) for a in answers for n in (a.prompt, a.seed, *a.tokens)} <= {int}:
+                raise TypeError("prompts, seeds and tokens must be whole numbers")
+            if not {type(a.text) for a in answers} <= {str}:
+                raise TypeError("texts must be strings")
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{self.path}: not a file of generated answers ({error!r}); move it away or choose another folder"

@@ -1,7 +1,6 @@
 """What all phases of a run share. It changes only cost or rounding, never the result."""
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -94,7 +93,7 @@ def start(config: Config, workdir: Path) -> Context:
         metrics=MetricsLog(
             workdir / "metrics.jsonl", workdir / "tensorboard" if config.tensorboard else None
         ),
-        seconds=first(lambda: json.loads(times.read_text()) if times.is_file() else {}),
+        seconds=first(lambda: files.read_json(times, "delete it") if times.is_file() else {}),
     )
 
 

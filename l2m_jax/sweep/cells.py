@@ -1,6 +1,5 @@
 """The cells of a sweep, one run for each row and seed: lists them, runs them, and reads their results."""
 
-import json
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -60,10 +59,15 @@ def finished(cell: Cell, workdir: Path) -> dict[str, Results] | None:
     file = workdir / cell.name / _RESULT
     if not file.is_file():
         return None
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if found["made_from"] != _key(cell, workdir):
-        return None
-    return {name: Results.from_json(value) for name, value in found["results"].items()}
+    found = files.read_json(file, "delete it; the run's own files are kept")
+    try:
+        if found["made_from"] != _key(cell, workdir):
+            return None
+        return {name: Results.from_json(value) for name, value in found["results"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{file}: not the result of a run ({error!r}); delete it; the run's own files are kept"
+        ) from error
 
 
 def _key(cell: Cell, workdir: Path) -> str:
