@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from l2m_jax.errors import InputError
+from l2m_jax.errors import InputError, shown
 
 _OVERRIDE = "--config."
 _LONGEST_MESSAGE = 2000
@@ -146,15 +146,15 @@ def _require_folder(path: Path, text: str) -> None:
 
 def comma_separated(text: str) -> list[str]:
     """A flag's value such as `sft,l2m`."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise argparse.ArgumentTypeError(f"expected one or more, separated by commas, got {text!r}")
+    return parts
 
 
 def whole_numbers(text: str) -> list[int]:
     """A flag's value such as `0,1,2`."""
     try:
-        numbers = [int(part) for part in comma_separated(text)]
-    except ValueError:
-        numbers = []
-    if not numbers:
-        raise argparse.ArgumentTypeError(f"expected whole numbers such as 0,1,2, got {text!r}")
-    return numbers
+        return [int(part) for part in comma_separated(text)]
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 0,1,2, got {shown(text)}") from None

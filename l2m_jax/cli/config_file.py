@@ -201,7 +201,7 @@ def _items(text: str) -> list[str]:
         try:
             found = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            text = text.strip("([])")  # as in (a,b)
+            text = text[1:-1] if text[-1] in ")]" else text  # as in (a,b)
         else:
             return [str(item) for item in (found if isinstance(found, tuple | list) else (found,))]
     return [item.strip() for item in text.split(",") if item.strip()]

@@ -40,6 +40,8 @@ def load_tokenizer(folder_or_name: str | Path) -> "PreTrainedTokenizerBase":
             if not files.issuperset({"vocab.json", "merges.txt"}):
                 raise InputError(f"'{folder}' contains no tokenizer: pass {_FOLDER}")
             return _from_vocabulary(folder)
+        for file in files & {"config.json", "tokenizer.json", "tokenizer_config.json"}:
+            require_type(str(folder / file), read_json(folder / file), dict)
     elif folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise InputError(f"no such folder '{folder}': pass {_FOLDER}, or a hub name")
     try:

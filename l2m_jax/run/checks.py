@@ -1,5 +1,6 @@
 """Checks before the first phase: files, models, tokenizers, evaluation sets, rows and room on the disk."""
 
+import functools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,7 +63,7 @@ def check_models(config: Config, artefacts: Artefacts) -> None:
     refuse_changed(artefacts)
     _check_tokenizers(config, artefacts.tokenizer)
     teacher, student = _architectures(config, artefacts)
-    first(lambda: _check_weights(config, artefacts))
+    _check_weights(config, artefacts)
     if teacher.family != student.family:
         console.print(f"  note: a {teacher.family} teacher and a {student.family} student with one tokenizer")
     found = [("teacher", teacher), ("student", student)]
@@ -109,7 +110,7 @@ def _check_weights(config: Config, artefacts: Artefacts) -> None:
     for setting, path, artefact in given:
         if path and not artefact.is_finished:
             try:
-                models.check(path)
+                first(functools.partial(models.check, path))
             except InputError as error:
                 raise InputError(f"config.{setting}: {error}") from error
 
@@ -165,7 +166,8 @@ def check_rows(config: Config, artefacts: Artefacts) -> None:
                 "or lower sampling.max_new_tokens to leave them more of the model's positions"
             )
     tokenizer = data.load(artefacts.tokenizer)
-    first(lambda: _check_prompts(config, artefacts, tokenizer))
+    if not all(evaluation.is_finished for evaluation in artefacts.evaluations.values()):
+        first(lambda: _check_prompts(config, artefacts, tokenizer))
     needed, there = bytes_needed(config, artefacts), _bytes_there(artefacts)
     shared, workdir = artefacts.teacher.path.parent, artefacts.evaluations[config.method].path.parents[1]
     first(lambda: _check_room(needed, there, shared, workdir))
@@ -178,9 +180,7 @@ def _check_prompts(config: Config, artefacts: Artefacts, tokenizer: Any) -> None
         for model in _architectures(config, artefacts)
     )
     for source in config.evaluation.sets:
-        if source != "test" and not all(
-            evaluation.is_finished for evaluation in artefacts.evaluations.values()
-        ):
+        if source != "test":
             try:
                 require_prompts(
                     source,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from l2m_jax import files
+from l2m_jax import files, models
 from l2m_jax.errors import InputError, require_at_least
 from l2m_jax.evaluation import protocol
 from l2m_jax.evaluation.judge import Judge, WinRate, check_baseline, read_comparisons, win_rates
@@ -54,6 +54,8 @@ def evaluate_folder(asked: FolderEvaluation, devices: Devices, output: Path) -> 
             evaluation in `output`.
     """
     placement, e = placement_of(devices), asked.evaluation
+    if Path(asked.model).is_dir():  # its config is read before its tokenizer, whose reader says less
+        models.read_config(asked.model)
     inputs = EvaluationInputs(
         model=data.given_model(asked.model),
         sets=tuple(map(set_inputs, e.sets)),

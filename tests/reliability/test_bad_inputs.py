@@ -10,13 +10,14 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import bad_settings  # noqa: F401  (adds its cases to the table)
-from bad_inputs import CASES, ROOT, TINY, Case, World, make_good
+from bad_inputs import CASES, ROOT, Case, World, make_good
 
 from l2m_jax.cli.main import main
 
@@ -65,7 +66,7 @@ class Reached(BaseException):
 
 
 class _Judge(BaseHTTPRequestHandler):
-    requests: list[str] = []
+    requests: ClassVar[list[str]] = []
 
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
@@ -82,7 +83,9 @@ class _Judge(BaseHTTPRequestHandler):
         elif kind in BODIES:
             self._answer(200, BODIES[kind])
         else:
-            self._answer(302 if kind == "redirect" else int(kind), f"no: {self.headers['Authorization']}".encode())
+            self._answer(
+                302 if kind == "redirect" else int(kind), f"no: {self.headers['Authorization']}".encode()
+            )
 
     def _answer(self, status: int, body: bytes) -> None:
         self.send_response(status)
@@ -183,7 +186,11 @@ def test_case(case: Case, world: World, capsys):
     said = capsys.readouterr()
     assert not _trained(world.workdir)
     assert SENTINEL not in said.out + said.err
-    assert not any(SENTINEL.encode() in p.read_bytes() for p in world.own.rglob("*") if p.is_file() and not p.is_symlink())
+    assert not any(
+        SENTINEL.encode() in p.read_bytes()
+        for p in world.own.rglob("*")
+        if p.is_file() and not p.is_symlink()
+    )
     if case.tolerated:
         assert status in (0, "reached"), said.err
         read = "\n".join(world.reached.get("rows", [said.out]))
@@ -202,7 +209,9 @@ def test_there_are_200_cases_with_different_names():
     assert sum(not case.tolerated for case in CASES) >= 200
 
 
-@pytest.mark.parametrize("name", ["row: not JSON", "YAML config: deep", "flags: workdir is a file", "index: a shard above"])
+@pytest.mark.parametrize(
+    "name", ["row: not JSON", "YAML config: deep", "flags: workdir is a file", "index: a shard above"]
+)
 def test_in_a_process_of_its_own(name, good, tmp_path):
     (case,) = [case for case in CASES if case.name == name]
     arguments = case.make(World(good, tmp_path))

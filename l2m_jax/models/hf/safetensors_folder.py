@@ -15,7 +15,7 @@ from l2m_jax.errors import InputError, reason, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")  # a file in the index's own folder
+_SHARD = re.compile(r"[\w-][\w.-]{0,200}\.safetensors", re.ASCII)  # a file in the index's own folder
 _DTYPES = ("F32", "F16", "BF16", "F64")
 
 
