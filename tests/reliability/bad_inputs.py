@@ -222,7 +222,7 @@ READ = {
     "line separators": (json_lines([{**row, "instruction": "a\u2028b"} for row in ROWS]), "a\u2028b"),
     "some empty responses": (json_lines([*ROWS, {**ROW, "output": ""}]), "Name fruit"),
     "one long prompt": (json_lines([*ROWS, {**ROW, "instruction": "pear " * 999}]), "Name fruit"),
-    "a prompt of 1 MB": (json_lines([*ROWS, {**ROW, "instruction": "pear " * 200_000}]), "Name fruit"),
+    "a prompt of 200 kB": (json_lines([*ROWS, {**ROW, "instruction": "pear " * 40_000}]), "Name fruit"),
     "Dolly's names": (json_lines([{"instruction": r["instruction"], "context": "", "response": "b"} for r in ROWS]), "fruit"),
     "duplicate keys": (b'{"instruction": "x", "instruction": "Name", "output": "b"}\n' * 12, "Name"),
 }  # fmt: skip
@@ -281,11 +281,12 @@ case(
 case(
     "rows: prompts longer than the model",
     lambda w: w.train_on(
-        w.file("r.jsonl", json_lines([{**ROW, "instruction": "pear " * 60}] * 12)),
+        w.file("r.jsonl", json_lines([{**ROW, "instruction": "q" * 50}] * 12)),
         f"--config.student.model.path={w.good / 'model'}",
         "--config.data.max_length=96",
+        "--config.sampling.max_new_tokens=60",
     ),
-    "has 0 rows within the token limits.*raise data.max_length",
+    "config.data.validation: none of 2 prompts has at most 36 tokens; set data.truncate",
 )
 
 # --- Evaluation sets -------------------------------------------------------------------------------------------------
@@ -629,7 +630,11 @@ GGUF = {
 }  # fmt: skip
 for _name, (_change, _says) in GGUF.items():
     # The tokenizer is the folder's, because the file has none.
-    case(f"gguf: {_name}", lambda w, m=_gguf(_change): [*m(w), f"--tokenizer={w.good / 'model'}"], _says)
+    case(
+        f"gguf: {_name}",
+        lambda w, c=_change: [*_gguf(c)(w), f"--tokenizer={w.good / 'model'}"],
+        _says,
+    )
 case(
     "gguf: no tokenizer",
     _gguf(lambda d: None),
