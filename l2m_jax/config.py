@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from l2m_jax import methods
 from l2m_jax.curriculum import Curriculum
 from l2m_jax.data.settings import Data
-from l2m_jax.errors import InputError, require_at_least, require_choice, require_positive
+from l2m_jax.errors import InputError, require_at_least, require_choice, require_positive, shown
 from l2m_jax.evaluation.settings import Evaluation
 from l2m_jax.generation.sampling import SamplingRules
 from l2m_jax.methods import Overrides, Rollouts
@@ -165,14 +165,14 @@ def change(config: Config, changes: Mapping[str, Any]) -> Config:
 
 def _build(kind: type, values: Any, place: str) -> Any:
     if not isinstance(values, Mapping):
-        raise InputError(f"{place}: expected settings by name, got {values!r}")
+        raise InputError(f"{place}: expected settings by name, got {shown(values)}")
     hints = typing.get_type_hints(kind)
     unknown = set(values) - set(hints)
     if unknown:
-        name = sorted(unknown)[0]
+        name = min(map(str, unknown))
         near = difflib.get_close_matches(name, hints, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(hints)}"
-        raise InputError(f"{place}.{name}: no such setting ({hint})")
+        raise InputError(f"{place}.{name if len(name) < 80 else shown(name)}: no such setting ({hint})")
     built = {}
     for name, value in values.items():
         hint, where = hints[name], f"{place}.{name}"
@@ -189,12 +189,12 @@ def _build(kind: type, values: Any, place: str) -> Any:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, types.GenericAlias):  # tuple[X, ...]
         if not isinstance(value, tuple | list):
-            raise InputError(f"{where}: expected a tuple such as (1, 2), got {value!r}")
+            raise InputError(f"{where}: expected a tuple such as (1, 2), got {shown(value)}")
         return tuple(_convert(hint.__args__[0], item, where) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < 2**63 else value  # a larger one is refused as out of range
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise InputError(f"{where}: expected {hint.__name__}, got {value!r}")
+        raise InputError(f"{where}: expected {hint.__name__}, got {shown(value)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{where}: {value} must be a finite number")
     return value

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -12,7 +13,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from l2m_jax.errors import InputError, reason
+
 _DIGITS = 16
+# No row of text is longer; a file without line ends must not be read into memory as one line.
+_LONGEST_LINE = 1 << 26
 
 
 def _plain(value: Any) -> Any:
@@ -138,6 +143,67 @@ def disk_is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def parse_json(text: bytes) -> Any:
+    """The value of JSON in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, nested too deeply, or with half of a surrogate pair, which no file can hold.
+    """
+    decoded = text.decode("utf-8-sig")
+    try:
+        value = json.loads(decoded)
+        if "\\u" in decoded:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
+
+
+def read_json(file: Path, way_out: str = "fetch it again") -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        InputError: the file cannot be read, or is not JSON; the message ends with `way_out`.
+    """
+    try:
+        return parse_json(file.read_bytes())
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({reason(error)}); {way_out}") from error
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON ({reason(error)}); {way_out}") from error
+
+
+def json_lines(file: Path) -> Iterator[tuple[str, Any]]:
+    """The value of each line that is not blank, with its place ("FILE, line 3"). Read lazily.
+
+    Raises:
+        InputError: the file cannot be read, or a line is not JSON; the place is named.
+    """
+    try:
+        with file.open("rb") as lines:
+            for number in itertools.count(1):
+                line, place = lines.readline(_LONGEST_LINE), f"{file}, line {number}"
+                if not line:
+                    return
+                if len(line) == _LONGEST_LINE:
+                    raise InputError(
+                        f"{place}: longer than {_LONGEST_LINE >> 20} MiB; expected one object per line"
+                    )
+                if not line.strip():
+                    continue
+                try:
+                    value = parse_json(line)
+                except ValueError as error:
+                    raise InputError(
+                        f"{place}: not JSON ({reason(error)}); expected one object per line, in UTF-8"
+                    ) from error
+                yield place, value
+    except OSError as error:
+        raise InputError(
+            f"{file} cannot be read ({reason(error)}); check the file and its permissions"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -25,6 +25,7 @@ class _Examples:
     def __init__(self, prompt_lengths: np.ndarray, response_lengths: np.ndarray):
         self.prompt_lengths, self.response_lengths = prompt_lengths, response_lengths
         self.lengths = prompt_lengths + response_lengths
+        self.ids = [str(i) for i in range(len(self.lengths))]
 
     def __len__(self) -> int:
         return len(self.lengths)

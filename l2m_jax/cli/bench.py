@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from l2m_jax.cli.common import Parser, comma_separated, run
+from l2m_jax.cli.common import Parser, comma_separated, output_file, run
 from l2m_jax.errors import InputError
 
 # A suite is a module of `l2m_jax.bench` with a function `run`, which returns a dictionary for JSON; its `rows` become a
@@ -32,7 +32,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--suite", type=comma_separated, required=True, help="one or more, separated by commas"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="also write all figures to this file"
+    )
     parser.add_argument("--repeats", type=int, help="timed runs of each figure, after one to warm up")
     parser.add_argument("--data", type=Path, help="JSON lines with instruction, input and output")
     parser.add_argument("--tokenizer", type=Path, help="folder of a Hugging Face tokenizer")

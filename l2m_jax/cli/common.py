@@ -1,20 +1,43 @@
 """What all commands share: their parser, their exit statuses, and the kinds of values that flags take."""
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from l2m_jax import files, preemption
-from l2m_jax.errors import InputError
+from l2m_jax.errors import InputError, shown
 
 _OVERRIDE = "--config."
+_LONGEST_MESSAGE = 2000
+# A path that cannot be used as it was given, whatever is done with it.
+_WRONG_PATH = (
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
 
 
 def refuse(message: str) -> NoReturn:
     """Prints one sentence and exits with status 2, which tells supervisors that a retry would not help."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {_one_line(message)}", file=sys.stderr)
     sys.exit(2)
+
+
+def _one_line(message: str) -> str:
+    """What is quoted may hold line ends, control characters, or a whole file."""
+    text = " ".join(message.splitlines())
+    if len(text) > _LONGEST_MESSAGE:
+        text = f"{text[: _LONGEST_MESSAGE // 2]} ... {text[-_LONGEST_MESSAGE // 2 :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,7 +56,11 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        flags, overrides = _split(sys.argv[1:] if args is None else args)
+        given = sys.argv[1:] if args is None else args
+        for argument in given:
+            if not argument.isascii() and argument != argument.encode(errors="ignore").decode():
+                self.error(f"{argument}: not UTF-8; rename the file")
+        flags, overrides = _split(given)
         options = super().parse_args(flags, namespace)
         if overrides and not hasattr(options, "config"):
             self.error(f"{_OVERRIDE}{overrides[0][0]}: this command has no --config")
@@ -87,12 +114,15 @@ def run(
     except InputError as error:
         refuse(str(error))
     except Exception as error:
-        if not files.disk_is_full(error):
-            raise
         place = getattr(error, "filename", None)
-        refuse(
-            f"{f'{place}: ' if place else ''}the disk or the quota is full; make room and run the same command again"
-        )
+        if files.disk_is_full(error):
+            refuse(
+                f"{f'{place}: ' if place else ''}the disk or the quota is full; make room and run the same command "
+                "again"
+            )
+        if not isinstance(error, OSError) or error.errno not in _WRONG_PATH or not place:
+            raise
+        refuse(f"{place}: {error.strerror}; check this path and its permissions")
     except preemption.Preempted:
         print("ended as asked: run the same command again to resume", file=sys.stderr)
         preemption.end_others()
@@ -102,17 +132,42 @@ def run(
         sys.exit(130)
 
 
+def output_file(text: str) -> Path:
+    """A flag's value: a file to write, which may be there already."""
+    path = Path(text)
+    _require_folder(path.parent, text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"'{text}' is a folder; name a file")
+    return path
+
+
+def output_folder(text: str) -> Path:
+    """A flag's value: a folder to write into, which may be there already."""
+    path = Path(text)
+    _require_folder(path, text)
+    return path
+
+
+def _require_folder(path: Path, text: str) -> None:
+    """Of a folder that is yet to be made, the nearest one that is there counts."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"'{text}': '{there}' is a file, not a folder; choose another place")
+    if not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"'{text}': '{there}' is not writable; choose another place")
+
+
 def comma_separated(text: str) -> list[str]:
     """A flag's value such as `sft,l2m`."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise argparse.ArgumentTypeError(f"expected one or more, separated by commas, got {text!r}")
+    return parts
 
 
 def whole_numbers(text: str) -> list[int]:
     """A flag's value such as `0,1,2`."""
     try:
-        numbers = [int(part) for part in comma_separated(text)]
-    except ValueError:
-        numbers = []
-    if not numbers:
-        raise argparse.ArgumentTypeError(f"expected whole numbers such as 0,1,2, got {text!r}")
-    return numbers
+        return [int(part) for part in comma_separated(text)]
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 0,1,2, got {shown(text)}") from None

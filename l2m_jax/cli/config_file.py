@@ -29,10 +29,11 @@ import yaml
 from ml_collections import ConfigDict
 
 from l2m_jax import config as settings
-from l2m_jax.errors import InputError
+from l2m_jax.errors import InputError, reason, shown
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _BOOLEANS = {"true": True, "false": False}
+_MOST_YAML = 1 << 18  # bytes; the reader takes a second for so much
 
 
 def read(source: str, overrides: Iterable[tuple[str, str]] = ()) -> settings.Config:
@@ -87,17 +88,17 @@ def _read_python(source: str, file: Path, variant: str) -> dict[str, Any]:
         if variant and not inspect.signature(get_config).parameters:
             raise InputError("get_config has no parameter, so there are no variants")
         found = get_config(variant) if variant else get_config()
-    except Exception as error:
+        if not isinstance(found, ConfigDict):
+            raise InputError(
+                "get_config must return a ConfigDict, such as l2m_jax.config.defaults() with changes; "
+                f"got {shown(found)}"
+            )
+        return found.to_dict()
+    except (Exception, SystemExit) as error:
         raise InputError(f"--config {source}: {_describe(error, file)}") from error
-    if not isinstance(found, ConfigDict):
-        raise InputError(
-            f"--config {source}: get_config must return a ConfigDict, such as l2m_jax.config.defaults() with changes; "
-            f"got {found!r}"
-        )
-    return found.to_dict()
 
 
-def _describe(error: Exception, file: Path) -> str:
+def _describe(error: BaseException, file: Path) -> str:
     """One sentence. A ValueError is a message to the user (an unknown variant); any other error is a mistake in the file."""
     said = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, SyntaxError):
@@ -129,18 +130,27 @@ class TextLoader(yaml.BaseLoader):
 
 def _read_yaml(source: str, file: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), TextLoader)
+        text = file.read_bytes()
+        if len(text) > _MOST_YAML:
+            raise InputError(f"{len(text):,} bytes; a file of settings has at most {_MOST_YAML:,}")
+        values = yaml.load(text.decode("utf-8"), TextLoader)
         if not isinstance(values, dict):
-            raise InputError(f"expected settings by name, such as 'method: l2m', got {values!r}")
+            raise InputError(f"expected settings by name, such as 'method: l2m', got {shown(values)}")
         preset = values.pop("preset", "paper")
         if not isinstance(preset, str) or preset not in settings.PRESETS:
-            near = _near(str(preset), settings.PRESETS)
-            raise InputError(f"preset: no preset {preset!r} (known: {', '.join(settings.PRESETS)}){near}")
+            near = _near(shown(preset), settings.PRESETS)
+            raise InputError(
+                f"preset: no preset {shown(preset)} (known: {', '.join(settings.PRESETS)}){near}"
+            )
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise InputError(f"--config {source}: {line}not valid YAML ({error.problem})") from error
-    except (InputError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--config {source}: {str(error).splitlines()[0]}") from error
+    except RecursionError as error:
+        raise InputError(
+            f"--config {source}: nested too deeply; settings have at most four levels"
+        ) from error
+    except (InputError, OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"--config {source}: {reason(error)}") from error
     defaults = settings.defaults(preset).to_dict()
     return _merge(defaults, typed_fields(settings.Config, values, "config"))
 
@@ -195,11 +205,11 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
         items = value if isinstance(value, list) else _items(value)
         return tuple(_convert(hint.__args__[0], item, place) for item in items)
     if not isinstance(value, str):
-        raise InputError(f"{place}: expected {_KINDS[hint]}, got {value!r}")
+        raise InputError(f"{place}: expected {_KINDS[hint]}, got {shown(value)}")
     try:
         return _BOOLEANS[value.lower()] if hint is bool else hint(value)
     except (KeyError, ValueError):
-        raise InputError(f"{place}: expected {_KINDS[hint]}, got {value!r}") from None
+        raise InputError(f"{place}: expected {_KINDS[hint]}, got {shown(value)}") from None
 
 
 def _items(text: str) -> list[str]:
@@ -207,8 +217,8 @@ def _items(text: str) -> list[str]:
     if text[:1] in ("(", "[", "'", '"'):
         try:
             found = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            text = text.strip("([])")  # as in (a,b)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            text = text[1:-1] if text[-1] in ")]" else text  # as in (a,b)
         else:
             return [str(item) for item in (found if isinstance(found, tuple | list) else (found,))]
     return [item.strip() for item in text.split(",") if item.strip()]

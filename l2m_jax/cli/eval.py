@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from l2m_jax.cli.common import Parser, comma_separated, run, whole_numbers
+from l2m_jax.cli.common import Parser, comma_separated, output_folder, run, whole_numbers
 from l2m_jax.errors import InputError
 
 
@@ -23,7 +23,7 @@ def _parser() -> Parser:
     parser = Parser("eval", __doc__)
     parser.add_argument("--model", required=True, help="a Hugging Face folder, a GGUF file or a hub name")
     parser.add_argument(
-        "--output", type=Path, required=True, help="where scores, responses and the report are kept"
+        "--output", type=output_folder, required=True, help="where scores, responses and the report are kept"
     )
     parser.add_argument(
         "--sets",
@@ -96,7 +96,6 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise InputError("--judge-model and --baseline: a win rate needs both")
 
     from l2m_jax import multihost, preemption
-    from l2m_jax.evaluation.judge import Judge
     from l2m_jax.evaluation.settings import Evaluation
     from l2m_jax.generation.sampling import SamplingRules
     from l2m_jax.multihost import Devices
@@ -106,6 +105,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     from l2m_jax.run import folder_evaluation as folder
 
     baseline = None if options.baseline is None else folder.responses_file(options.baseline)
+    judge = (
+        None
+        if baseline is None
+        else folder.checked_judge(options.judge_model, options.judge_url, baseline, options.output)
+    )
     try:
         asked = folder.FolderEvaluation(
             model=options.model,
@@ -130,8 +134,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     title = f"Evaluation of {Path(options.model).name}"
     multihost.first(lambda: write_report(options.output, title=title, results=results))
     console.print(results_table(results).markdown())
-    if baseline is not None:
-        judge = Judge(options.judge_model, options.judge_url)
+    if baseline is not None and judge is not None:
         rates = multihost.first(
             lambda: {s: str(rate) for s, rate in folder.compare(options.output, baseline, judge).items()}
         )

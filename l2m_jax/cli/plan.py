@@ -9,9 +9,11 @@ the run fits: `fits` in the output says so.
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
-from l2m_jax.cli.common import Parser, add_config, run
+from l2m_jax.cli.common import Parser, add_config, output_file, run
+from l2m_jax.errors import InputError
+
+_MOST_DEVICES = 8192  # of the largest TPU slice
 
 
 def _parser() -> Parser:
@@ -23,7 +25,9 @@ def _parser() -> Parser:
         help="the device: a100_80gb, h100_80gb, a TPU such as v5e:4x4, or cpu (default: %(default)s)",
     )
     parser.add_argument("--devices", type=int, default=1, help="the number of devices (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="also write all figures to this file"
+    )
     return parser
 
 
@@ -31,6 +35,9 @@ def _plan(options: argparse.Namespace) -> None:
     # Read when jax starts: nothing here runs on an accelerator, and compiler warnings about missing ones help nobody.
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+    if not 1 <= options.devices <= _MOST_DEVICES:
+        raise InputError(f"--devices: {options.devices} must be between 1 and {_MOST_DEVICES}")
 
     from l2m_jax.cli import config_file
 

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from l2m_jax.cli.common import Parser, add_config, comma_separated, run, whole_numbers
+from l2m_jax.cli.common import Parser, add_config, comma_separated, output_folder, run, whole_numbers
 from l2m_jax.errors import InputError
 from l2m_jax.sweep.presets import PRESETS, rows_of
 
@@ -61,7 +61,9 @@ def _parser() -> Parser:
         metavar="NAME=A,B",
         help="with --worlds: values of a setting, of which each row chooses one by validation in world 0",
     )
-    parser.add_argument("--workdir", type=Path, required=True, help="where all runs and the table are kept")
+    parser.add_argument(
+        "--workdir", type=output_folder, required=True, help="where all runs and the table are kept"
+    )
     parser.add_argument(
         "--task", type=int, help="run only the run of this number (default: $SLURM_ARRAY_TASK_ID, if set)"
     )

@@ -8,20 +8,19 @@ resume.
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from l2m_jax.cli.common import Parser, add_config, run
+from l2m_jax.cli.common import Parser, add_config, output_folder, run
 
 
 def _parser() -> Parser:
     parser = Parser("train", __doc__)
     add_config(parser)
     parser.add_argument(
-        "--workdir", type=Path, required=True, help="where everything that the run makes is kept"
+        "--workdir", type=output_folder, required=True, help="where everything that the run makes is kept"
     )
     parser.add_argument(
         "--shared",
-        type=Path,
+        type=output_folder,
         help="where data, teacher, initial student, ranking and teacher store are kept, for several runs to share; "
         "by default the workdir",
     )

@@ -18,7 +18,7 @@ from l2m_jax.data.encoding import ROWS_AT_ONCE, Counts, Encoded, TokenLimits, en
 from l2m_jax.data.prompts import format_prompt
 from l2m_jax.data.sources import Row
 from l2m_jax.errors import InputError
-from l2m_jax.files import write_json, writing
+from l2m_jax.files import read_json, write_json, writing
 
 if TYPE_CHECKING:
     import datasets
@@ -53,7 +53,7 @@ class Corpus:
         folder = Path(folder)
         if not (folder / _FACTS).is_file():
             raise InputError(f"'{folder}' contains no corpus (there is no {_FACTS}); build it first")
-        return cls(folder, json.loads((folder / _FACTS).read_text()))
+        return cls(folder, read_json(folder / _FACTS, f"delete {folder} to make it again"))
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from l2m_jax import files
 from l2m_jax.data.online import require_hub
 from l2m_jax.errors import InputError
 
@@ -28,7 +29,7 @@ def is_hub_name(source: str | Path) -> bool:
     """Whether `source` is a data set on the hub ("owner/name") and not a file."""
     path, text = Path(source), str(source)
     looks_like_a_name = text.count("/") == 1 and not path.suffix and not text.startswith((".", "/"))
-    return looks_like_a_name and not path.is_file()
+    return looks_like_a_name and not path.exists()
 
 
 def read_rows(source: str | Path, use: str = "train") -> Iterator[Row]:
@@ -63,6 +64,8 @@ def read_jsonl(path: str | Path) -> Iterator[Row]:
         InputError: the file does not exist, has no rows, or has a line that is not of this form.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"'{path}' is a folder; give a file ({ROW_FORM})")
     if not path.is_file():
         raise InputError(f"no such file '{path}' ({ROW_FORM}; or a name on the hub such as {DOLLY})")
     return _read_lines(path)
@@ -70,17 +73,9 @@ def read_jsonl(path: str | Path) -> Iterator[Row]:
 
 def _read_lines(path: Path) -> Iterator[Row]:
     empty = True
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{place}: not JSON ({error}); expected one object per line") from error
-            yield _row(value, f"{path.stem}/{number}", place)
-            empty = False
+    for place, value in files.json_lines(path):
+        yield _row(value, f"{path.stem}/{place.rpartition(' ')[2]}", place)
+        empty = False
     if empty:
         raise InputError(f"{path} has no rows ({ROW_FORM})")
 
@@ -125,7 +120,7 @@ def _row(value: Any, default_id: str, place: str) -> Row:
     if not isinstance(references, list) or not all(isinstance(reference, str) for reference in references):
         raise InputError(f"{place}: 'output' must be a string or a list of strings, not {_shown(answer)}")
     return Row(
-        id=str(value.get("id", default_id)),
+        id=default_id if value.get("id") is None else str(value["id"]),
         instruction=text("instruction", needed=True),
         input=text("input", "context"),
         references=tuple(reference for reference in references if reference.strip()),

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from l2m_jax.data.online import require_hub
 from l2m_jax.data.prompts import TEMPLATE_PHRASES
-from l2m_jax.errors import InputError
-from l2m_jax.files import fingerprint
+from l2m_jax.errors import InputError, reason, require_type
+from l2m_jax.files import fingerprint, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -40,6 +40,8 @@ def load_tokenizer(folder_or_name: str | Path) -> "PreTrainedTokenizerBase":
             if not files.issuperset({"vocab.json", "merges.txt"}):
                 raise InputError(f"'{folder}' contains no tokenizer: pass {_FOLDER}")
             return _from_vocabulary(folder)
+        for file in files & {"config.json", "tokenizer.json", "tokenizer_config.json"}:
+            require_type(str(folder / file), read_json(folder / file), dict)
     elif folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise InputError(f"no such folder '{folder}': pass {_FOLDER}, or a hub name")
     try:
@@ -47,12 +49,14 @@ def load_tokenizer(folder_or_name: str | Path) -> "PreTrainedTokenizerBase":
         local = local or isinstance(try_to_load_from_cache(name, "tokenizer_config.json"), str)
         if not local:
             require_hub(name, _FOLDER)
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        # False and not None: transformers would ask on the terminal whether to run a folder's own code.
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except InputError:
         raise
     except Exception as error:  # loaders raise errors of many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"cannot load a tokenizer from '{name}' ({reason}): pass {_FOLDER}") from error
+        raise InputError(
+            f"cannot load a tokenizer from '{name}' ({reason(error)}): pass {_FOLDER}"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of '{folder_or_name}' has no eos_token in its tokenizer_config.json")
     return tokenizer
@@ -61,13 +65,21 @@ def load_tokenizer(folder_or_name: str | Path) -> "PreTrainedTokenizerBase":
 def _from_vocabulary(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import GPT2Tokenizer
 
-    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    vocabulary = read_json(folder / "vocab.json")
+    require_type(str(folder / "vocab.json"), vocabulary, dict)
     files: dict[str, Any] = {"vocab": str(folder / "vocab.json"), "merges": str(folder / "merges.txt")}
-    # OPT's vocabulary begins with <s> <pad> </s> <unk>, but its models were trained with </s> as the first token.
-    if "</s>" in vocabulary:
-        return GPT2Tokenizer(**files, bos_token="</s>", eos_token="</s>", unk_token="</s>", pad_token="<pad>")
-    if END_OF_TEXT in vocabulary:
-        return GPT2Tokenizer(**files)
+    try:
+        # OPT's vocabulary begins with <s> <pad> </s> <unk>, but its models were trained with </s> as the first token.
+        if "</s>" in vocabulary:
+            return GPT2Tokenizer(
+                **files, bos_token="</s>", eos_token="</s>", unk_token="</s>", pad_token="<pad>"
+            )
+        if END_OF_TEXT in vocabulary:
+            return GPT2Tokenizer(**files)
+    except Exception as error:  # loaders raise errors of many kinds
+        raise InputError(
+            f"cannot load vocab.json and merges.txt of '{folder}' ({reason(error)}): pass {_FOLDER}"
+        ) from error
     raise InputError(f"{folder / 'vocab.json'} has no end-of-sequence entry ('{END_OF_TEXT}' or '</s>')")
 
 

@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from l2m_jax import progress
-from l2m_jax.errors import InputError
-from l2m_jax.files import fingerprint
+from l2m_jax.errors import InputError, reason, require_type, shown
+from l2m_jax.files import fingerprint, json_lines, parse_json
 
 if TYPE_CHECKING:
     import openai
@@ -36,6 +36,7 @@ _SYSTEM = (
 )
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")
 _RESAMPLES = 10_000
+_RESPONSE = {"set": str, "id": str, "seed": int, "prompt": str, "response": str}  # a line of responses.jsonl
 
 
 class Comparison(NamedTuple):
@@ -67,6 +68,21 @@ class Judge:
     retries: int = 5
     timeout: float = 120.0
     at_once: int = 8
+
+    def __post_init__(self):
+        if not self.model.strip():
+            raise InputError(f"judge: {self.model!r} is not the name of a model")
+        url = self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://"
+        if not url.startswith(("http://", "https://")) or not _is_url(url):
+            raise InputError(f"judge: {shown(url)} is not a URL such as http://localhost:8000/v1")
+
+    def check(self, api_key: str | None = None) -> None:
+        """Checks what can be checked without asking: the package and the key.
+
+        Raises:
+            InputError: one of them is missing, or the key is not one.
+        """
+        _client(self, api_key).close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,15 +133,26 @@ def read_comparisons(answers: Path, baseline: Path) -> list[Comparison]:
 def _read_responses(path: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file (responses.jsonl of an evaluation)")
-    with path.open(encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
-    found = {(line["set"], line["id"], line["seed"]): line for line in lines}
-    if len(found) < len(lines):
-        raise InputError(
-            f"{path}: several answers to one prompt with one seed; give the responses.jsonl of one model, as in "
-            "evaluation/teacher/responses.jsonl"
-        )
+    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for place, line in json_lines(path):
+        require_type(place, line, dict)
+        for name, kind in _RESPONSE.items():
+            require_type(f"{place}: {name}", line.get(name), kind)
+        key = line["set"], line["id"], line["seed"]
+        if key in found:
+            raise InputError(
+                f"{place}: several answers to one prompt with one seed (set, id and seed {key}); give the "
+                "responses.jsonl of one model, as in evaluation/teacher/responses.jsonl, and different ids to rows"
+            )
+        found[key] = line
+    if not found:
+        raise InputError(f"{path} has no answers; give responses.jsonl of an evaluation")
     return found
+
+
+def check_baseline(path: Path) -> None:
+    """Raises InputError unless `path` is a responses.jsonl."""
+    _read_responses(path)
 
 
 def win_rates(
@@ -220,7 +247,7 @@ def _ask(questions: Sequence[Any], judge: Judge, cache: Path, api_key: str | Non
                 with lock:
                     replies[key] = reply
                     if reply.strip():  # an empty reply is no verdict: the next call asks again
-                        file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
+                        file.write(json.dumps({"key": key, "reply": reply}) + "\n")
                         file.flush()
                     bar.advance()
 
@@ -250,7 +277,10 @@ def _client(judge: Judge, api_key: str | None) -> "openai.OpenAI":
     except ImportError:
         raise InputError("the judge needs the openai package: pip install 'l2m_jax[judge]'") from None
     own = judge.base_url is None and not os.environ.get("OPENAI_BASE_URL")
-    api_key = api_key or os.environ.get("OPENAI_API_KEY")
+    api_key = (api_key or os.environ.get("OPENAI_API_KEY") or "").strip()
+    if not api_key.isascii() or not api_key.isprintable():
+        # Refused here, because the client would quote it.
+        raise InputError("OPENAI_API_KEY: holds characters that no key has; set it to the key alone")
     if not api_key and own:
         raise InputError(
             "the judge needs a key: set OPENAI_API_KEY, or pass the URL of an endpoint without one"
@@ -266,14 +296,24 @@ def _reply(client: "openai.OpenAI", judge: Judge, messages: Any) -> str:
     options: dict[str, Any] = {} if judge.temperature is None else {"temperature": judge.temperature}
     try:
         answer = client.chat.completions.create(model=judge.model, messages=messages, **options)
-    except (openai.OpenAIError, ValueError) as error:
+    except (openai.OpenAIError, ValueError, RecursionError) as error:
         # An endpoint may quote the key that it rejects.
-        reason = str(error).replace(client.api_key, "***").strip() or type(error).__name__
-        raise _NoAnswer(reason.splitlines()[0][:300]) from None
+        raise _NoAnswer(reason(error).replace(client.api_key, "***")[:300]) from None
     try:
-        return answer.choices[0].message.content or ""
-    except (AttributeError, IndexError, TypeError):
-        raise _NoAnswer("its reply is not a chat completion") from None
+        content = answer.choices[0].message.content or ""
+    except (AttributeError, IndexError, KeyError, TypeError):
+        content = None
+    if not isinstance(content, str):
+        raise _NoAnswer("its reply is not a chat completion")
+    return content
+
+
+def _is_url(text: str) -> bool:
+    try:
+        urlsplit(text).port  # noqa: B018  (raises ValueError for a wrong port)
+        return True
+    except ValueError:
+        return False
 
 
 def _host(client: "openai.OpenAI") -> str:
@@ -283,19 +323,20 @@ def _host(client: "openai.OpenAI") -> str:
 def _read_cache(path: Path) -> dict[str, str]:
     replies: dict[str, str] = {}
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            # An incomplete last line, after a kill: this verdict is asked for again.
-            with contextlib.suppress(json.JSONDecodeError):
-                entry = json.loads(line)
-                replies[entry["key"]] = entry["reply"]
+        for line in path.read_bytes().split(b"\n"):
+            # An incomplete last line, after a kill, or a damaged one: this verdict is asked for again.
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                entry = parse_json(line)
+                if isinstance(entry["key"], str) and isinstance(entry["reply"], str):
+                    replies[entry["key"]] = entry["reply"]
     return replies
 
 
 @contextlib.contextmanager
 def _appending(path: Path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        file.seek(0)
-        if (text := file.read()) and not text.endswith("\n"):
+    complete = not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        if not complete:
             file.write("\n")
         yield file

@@ -170,7 +170,7 @@ def _finished(path: Path, made_from: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        value = dict(json.loads(path.read_text(encoding="utf-8")))
+        value = dict(files.parse_json(path.read_bytes()))
         answers = path.with_name(RESPONSES)
         damaged = (
             path if _DIGEST not in value else answers if files.digest(answers) != value[_DIGEST] else None

@@ -6,8 +6,8 @@ Here stems are cached, and `rapidfuzz` finds the subsequence with bit-parallel a
 
 import concurrent.futures
 import functools
+import json
 import os
-import pickle
 import re
 import string
 import subprocess
@@ -113,18 +113,18 @@ def _in_another_process(pairs: list[tuple[str, str | Sequence[str]]]) -> list[fl
     # script again unless the script guards against it.
     done = subprocess.run(
         [sys.executable, "-c", f"from {__name__} import _answer_parent; _answer_parent()"],
-        input=pickle.dumps(pairs),
+        input=json.dumps(pairs).encode(),
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         check=True,
     )
-    return pickle.loads(done.stdout)
+    return json.loads(done.stdout)
 
 
 def _answer_parent() -> None:
     # nltk would spend seconds on importing SciPy, which stemming does not need.
     sys.modules.setdefault("scipy", None)  # pyright: ignore[reportArgumentType]
-    pickle.dump([rouge_l(*pair) for pair in pickle.load(sys.stdin.buffer)], sys.stdout.buffer)
+    json.dump([rouge_l(*pair) for pair in json.load(sys.stdin.buffer)], sys.stdout)
 
 
 def exact_match(prediction: str, references: str | Sequence[str]) -> bool:

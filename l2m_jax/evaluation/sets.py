@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from l2m_jax.data.corpus import Corpus, build_corpus
-from l2m_jax.data.encoding import TokenLimits
-from l2m_jax.data.sources import check_rows
+from l2m_jax.data.encoding import Counts, TokenLimits, encode_rows
+from l2m_jax.data.sources import is_hub_name, read_jsonl
 from l2m_jax.errors import InputError
 from l2m_jax.evaluation.sources import EVALUATION_SETS, parse_set, read_evaluation_set, require_set
 from l2m_jax.multihost import first
@@ -97,7 +97,7 @@ def from_corpus(
 
 
 def check_set(source: str) -> None:
-    """Checks a source of `read_set` cheaply: that it is known or exists, and that the first row of a file parses.
+    """Checks a source of `read_set` cheaply: that it is known or exists, and that the rows of a file parse.
 
     "test" is the test part of the data, which is always there. Asks no hub.
 
@@ -108,8 +108,9 @@ def check_set(source: str) -> None:
         return
     require_set(source)
     _, path = parse_set(source)
-    if path:
-        check_rows(path)
+    if path and not is_hub_name(path):
+        for _ in read_jsonl(path):  # all rows: a run reads them only after the training
+            pass
 
 
 def read_set(
@@ -137,14 +138,7 @@ def read_set(
         InputError: the source is neither a known set nor a file, has no references, or no prompt that fits.
     """
     name, _ = parse_set(source)
-    # Answers are compared as text, so a long reference must not drop a row. Its tokens are not used.
-    limits = TokenLimits(
-        max_length=max(3, 2 * max_prompt_length),
-        max_prompt_length=max_prompt_length,
-        long_prompt=long_prompt,
-        long_response="truncate",
-        bos=bos,
-    )
+    limits = _limits(max_prompt_length, long_prompt, bos)
 
     def build() -> int:
         chosen = itertools.islice(read_evaluation_set(source), rows or None)
@@ -152,3 +146,39 @@ def read_set(
 
     dropped = first(build)
     return dataclasses.replace(from_corpus(name, Corpus.open(folder / name)), left_out=dropped)
+
+
+def require_prompts(
+    source: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_prompt_length: int,
+    long_prompt: str = "drop",
+    bos: bool = False,
+    rows: int = 0,
+) -> None:
+    """Checks that `read_set` would find a prompt in a file. Arguments as there; sets on the hub are not read.
+
+    Raises:
+        InputError: no row of the file has a reference and a prompt that fits.
+    """
+    if not parse_set(source)[1]:
+        return
+    counts, limits = Counts(), _limits(max_prompt_length, long_prompt, bos)
+    chosen = itertools.islice(read_evaluation_set(source), rows or None)
+    if next(encode_rows(chosen, tokenizer, limits, counts), None) is None:
+        raise InputError(
+            f"'{source}': no example is left: {counts}; prompts may have {max_prompt_length} tokens; set data.truncate, or "
+            "give other rows"
+        )
+
+
+def _limits(max_prompt_length: int, long_prompt: str, bos: bool) -> TokenLimits:
+    # Answers are compared as text, so a long reference must not drop a row. Its tokens are not used.
+    return TokenLimits(
+        max_length=max(3, 2 * max_prompt_length),
+        max_prompt_length=max_prompt_length,
+        long_prompt=long_prompt,
+        long_response="truncate",
+        bos=bos,
+    )

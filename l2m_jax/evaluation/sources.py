@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from l2m_jax.data.sources import ROW_FORM, Row, read_rows
 from l2m_jax.data.tokenizer import load_tokenizer
-from l2m_jax.errors import InputError
+from l2m_jax.errors import InputError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_LONGEST_NAME = 200  # bytes; file systems allow 255, and suffixes are added
 
 
 class EvaluationSet(NamedTuple):
@@ -46,11 +48,18 @@ def parse_set(source: str) -> tuple[str, str]:
         InputError: the name cannot be that of a folder.
     """
     name, separator, path = source.partition("=")
-    if separator and (not path or not name or "/" in name or name.startswith(".")):
-        raise InputError(f"evaluation set '{source}': expected name=file, where the name holds no '/'")
-    if separator or source in EVALUATION_SETS:
-        return name, path
-    return Path(source).stem, source
+    if not separator and source not in EVALUATION_SETS:
+        name, path = Path(source).stem, source
+    if (separator and not path) or not _is_file_name(name):
+        raise InputError(
+            f"evaluation set {shown(source)}: expected name=file, where the name holds no '/' and could be a file's"
+        )
+    return name, path
+
+
+def _is_file_name(name: str) -> bool:
+    plain = name.isprintable() and "/" not in name and not name.startswith(".")
+    return plain and 0 < len(name.encode(errors="replace")) <= _LONGEST_NAME
 
 
 def read_evaluation_set(source: str) -> Iterator[Row]:

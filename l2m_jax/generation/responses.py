@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from l2m_jax.errors import InputError
+from l2m_jax.files import parse_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +55,8 @@ class ResponseFile:
         if not lines:
             return []
         try:
-            key = json.loads(lines[0])["key"]
-            rows = [json.loads(line) for line in lines[1:]]
-            answers = [_checked(row) for row in rows]
+            key = parse_json(lines[0])["key"]
+            answers = [_checked(parse_json(line)) for line in lines[1:]]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{self.path}: not a file of generated answers ({error!r}); move it away or choose another folder"

@@ -14,7 +14,7 @@ from l2m_jax.models.decoder import (
     prefill,
     unstack_layers,
 )
-from l2m_jax.models.hf.folder import load, load_head, read_config, save
+from l2m_jax.models.hf.folder import check, load, load_head, read_config, save
 from l2m_jax.models.settings import (
     Architecture,
     Compute,
@@ -32,6 +32,7 @@ __all__ = [
     "Model",
     "Rope",
     "apply_head",
+    "check",
     "decode_step",
     "empty_cache",
     "head",

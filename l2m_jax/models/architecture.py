@@ -5,7 +5,15 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from l2m_jax.errors import InputError, require_choice, require_fraction, require_positive
+from l2m_jax.errors import (
+    InputError,
+    require_at_least,
+    require_choice,
+    require_fraction,
+    require_positive,
+    require_types,
+    shown,
+)
 from l2m_jax.models.activations import ACTIVATIONS
 
 _CHOICES = {
@@ -16,6 +24,19 @@ _CHOICES = {
     "param_dtype": ("float32", "bfloat16", "float16"),
     "activation": tuple(ACTIVATIONS),
 }
+# Indices on the devices are int32.
+_INT32 = (
+    "vocab_size",
+    "hidden_size",
+    "embed_size",
+    "head_dim",
+    "intermediate_size",
+    "max_positions",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+_MOST_LAYERS = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +56,12 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+
+    def __post_init__(self):
+        require_types(self)
+        require_positive(
+            self, "theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_positions"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +141,19 @@ class DecoderConfig:
         # Accepts jnp.bfloat16 and the like, but stores the name, which JSON and command lines can hold.
         for field in ("dtype", "param_dtype"):
             object.__setattr__(self, field, jnp.dtype(getattr(self, field)).name)
+        require_types(self)
         for field, choices in _CHOICES.items():
             require_choice(self, field, choices)
         require_positive(self, "vocab_size", "hidden_size", "embed_size", "num_layers", "num_heads")
         require_positive(self, "num_kv_heads", "head_dim", "intermediate_size", "max_positions")
+        require_at_least(self, 0, "norm_eps", "init_std", "position_offset")
+        for field in _INT32:
+            numbers = getattr(self, field)
+            for number in numbers if isinstance(numbers, tuple) else (numbers,):
+                if number is not None and not -(2**31) <= number < 2**31:
+                    raise InputError(f"{field}: {shown(number)} must fit into 32 bits")
+        if self.num_layers > _MOST_LAYERS:
+            raise InputError(f"num_layers: {self.num_layers} must be at most {_MOST_LAYERS}")
         require_fraction(self, "embedding_dropout", "attention_dropout", "residual_dropout", below_one=True)
         if self.num_heads % self.num_kv_heads:
             raise InputError(

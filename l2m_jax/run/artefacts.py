@@ -8,7 +8,6 @@ in no key.
 import contextlib
 import dataclasses
 import functools
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,11 +15,12 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from l2m_jax import files
-from l2m_jax.errors import InputError
+from l2m_jax.errors import InputError, require_type
 from l2m_jax.losses import Divergence
 from l2m_jax.multihost import first
 
 _RECORD = "inputs.json"
+_RECORDED = {"key": str, "finished": bool, "inputs": dict, "files": dict}
 # Written anew when scores are known, and read by nobody here.
 _NOT_CHECKED = (_RECORD, "README.md")
 _ANOTHER = "another "
@@ -124,12 +124,15 @@ def _read_record(place: Path) -> dict[str, Any] | None:
     if not (file.is_file() and place.exists()):  # a record beside a file may outlive it
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        record = {name: found[name] for name in ("key", "finished", "inputs", "files")}
-        if not (isinstance(record["inputs"], dict) and isinstance(record["files"], dict)):
-            raise ValueError("inputs or files are not there by name")
-        return record
-    except (ValueError, KeyError, TypeError) as error:
+        found = files.parse_json(file.read_bytes())
+        for name, kind in _RECORDED.items():
+            require_type(name, found[name], kind)
+        for entry in found["files"].values():
+            size, modified, digest = entry
+            require_type("files", (size, modified), tuple[int, ...])
+            require_type("files", digest, str)
+        return {name: found[name] for name in _RECORDED}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{file}: cannot read what {place} was made from ({error}); delete {place} to make it again"
         ) from error

@@ -1,24 +1,26 @@
 """Checks before the first phase: files, models, tokenizers, evaluation sets, rows and room on the disk."""
 
 import contextlib
+import functools
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from l2m_jax import files, methods
+from l2m_jax import files, methods, models
 from l2m_jax.config import Config
 from l2m_jax.data.splits import check_sources
 from l2m_jax.data.tokenizer import tokenizer_fingerprint
 from l2m_jax.errors import InputError
-from l2m_jax.evaluation.sets import check_set
+from l2m_jax.evaluation.sets import check_set, require_prompts
 from l2m_jax.models import DecoderConfig
 from l2m_jax.multihost import first
 from l2m_jax.progress import console
 from l2m_jax.run import data
-from l2m_jax.run.artefacts import Source, refuse_changed
+from l2m_jax.run.artefacts import Artefact, Source, refuse_changed
 from l2m_jax.run.models import ModelInputs, initial_config, read_config
 from l2m_jax.run.resolve import Artefacts
 from l2m_jax.run.responses import longest_prompt
@@ -32,7 +34,7 @@ CHECKPOINTS_AT_ONCE = 3
 
 
 def check_files(config: Config) -> None:
-    """Checks that data files and evaluation sets exist, and that their first rows can be read.
+    """Checks that data files and evaluation sets exist, and that the first rows of the data and all of the sets can be read.
 
     Raises:
         InputError: naming the setting.
@@ -62,6 +64,7 @@ def check_models(config: Config, artefacts: Artefacts) -> None:
     refuse_changed(artefacts)
     _check_tokenizers(config, artefacts.tokenizer)
     teacher, student = _architectures(config, artefacts)
+    _check_weights(config, artefacts)
     if teacher.family != student.family:
         console.print(f"  note: a {teacher.family} teacher and a {student.family} student with one tokenizer")
     found = [("teacher", teacher), ("student", student)]
@@ -91,6 +94,26 @@ def _architectures(config: Config, artefacts: Artefacts) -> tuple[DecoderConfig,
         except InputError as error:
             raise InputError(f"config.{who}.model: {error}") from error
     return found[0], found[1]
+
+
+def _check_weights(config: Config, artefacts: Artefacts) -> None:
+    """The student's weights are read only after the teacher's training."""
+    given: list[tuple[str, str, Artefact]] = [
+        (f"{who}.model.path", model.path, artefact)
+        for who, model, artefact in (
+            ("teacher", config.teacher.model, artefacts.teacher),
+            ("student", config.student.model, artefacts.initial_student),
+        )
+        if model.init == "pretrained"
+    ]
+    if artefacts.ranking is not None:
+        given.append(("curriculum.ranking_model", config.curriculum.ranking_model, artefacts.ranking))
+    for setting, path, artefact in given:
+        if path and not artefact.is_finished:
+            try:
+                first(functools.partial(models.check, path))
+            except InputError as error:
+                raise InputError(f"config.{setting}: {error}") from error
 
 
 def _ranking_model(config: Config, artefacts: Artefacts) -> DecoderConfig | None:
@@ -146,6 +169,9 @@ def check_rows(config: Config, artefacts: Artefacts) -> None:
                 f"config.data.{part}: none of {len(corpus)} prompts has at most {room} tokens; set data.truncate, "
                 "or lower sampling.max_new_tokens to leave them more of the model's positions"
             )
+    tokenizer = data.load(artefacts.tokenizer)
+    if not all(evaluation.is_finished for evaluation in artefacts.evaluations.values()):
+        first(lambda: _check_prompts(config, artefacts, tokenizer))
     needed, there = bytes_needed(config, artefacts), _bytes_there(artefacts)
     shared, workdir = artefacts.teacher.path.parent, artefacts.evaluations[config.method].path.parents[1]
     first(lambda: _check_room(needed, there, shared, workdir))
@@ -187,6 +213,27 @@ def _full_disk(config: Config, artefacts: Artefacts) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _check_prompts(config: Config, artefacts: Artefacts, tokenizer: Any) -> None:
+    """Every set must have a prompt that fits each model: the sets are tokenised only after the training."""
+    room = min(
+        longest_prompt(model, config.sampling, config.data.max_prompt_length)
+        for model in _architectures(config, artefacts)
+    )
+    for source in config.evaluation.sets:
+        if source != "test":
+            try:
+                require_prompts(
+                    source,
+                    tokenizer,
+                    max_prompt_length=room,
+                    long_prompt="truncate" if config.data.truncate else "drop",
+                    bos=config.data.bos in ("evaluation", "both"),
+                    rows=config.evaluation.rows,
+                )
+            except InputError as error:
+                raise InputError(f"config.evaluation.sets: {error}") from error
 
 
 def bytes_needed(config: Config, artefacts: Artefacts) -> dict[str, int]:

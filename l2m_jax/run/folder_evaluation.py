@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from l2m_jax import files
+from l2m_jax import files, models
 from l2m_jax.errors import InputError, require_at_least
 from l2m_jax.evaluation import protocol
-from l2m_jax.evaluation.judge import Judge, WinRate, read_comparisons, win_rates
+from l2m_jax.evaluation.judge import Judge, WinRate, check_baseline, read_comparisons, win_rates
 from l2m_jax.evaluation.protocol import Results
 from l2m_jax.evaluation.settings import Evaluation
 from l2m_jax.generation import SamplingRules
@@ -16,6 +16,8 @@ from l2m_jax.run import data
 from l2m_jax.run.artefacts import Artefact, refuse_changed
 from l2m_jax.run.context import placement_of
 from l2m_jax.run.evaluation import EvaluationInputs, make_evaluation, set_inputs
+
+_VERDICTS = "verdicts.jsonl"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ def evaluate_folder(asked: FolderEvaluation, devices: Devices, output: Path) -> 
             evaluation in `output`.
     """
     placement, e = placement_of(devices), asked.evaluation
+    if Path(asked.model).is_dir():  # its config is read before its tokenizer, whose reader says less
+        models.read_config(asked.model)
     inputs = EvaluationInputs(
         model=data.given_model(asked.model),
         sets=tuple(map(set_inputs, e.sets)),
@@ -82,14 +86,25 @@ def responses_file(baseline: Path) -> Path:
     return file
 
 
+def checked_judge(model: str, url: str | None, baseline: Path, output: Path) -> Judge:
+    """A judge to compare with the responses in `baseline`, checked before a model answers anything.
+
+    Raises:
+        InputError: a wrong name, URL, key or baseline. Once there are verdicts in `output`, the key may be missing.
+    """
+    judge = Judge(model, url)
+    check_baseline(baseline)
+    if not (output / _VERDICTS).is_file():
+        judge.check()
+    return judge
+
+
 def compare(output: Path, baseline: Path, judge: Judge) -> dict[str, WinRate]:
     """Win rates of the responses in `output` against those of the file `baseline`, kept in win_rates.json.
 
     Raises:
         InputError: responses to other prompts, or a judge that does not answer.
     """
-    rates = win_rates(
-        read_comparisons(output / protocol.RESPONSES, baseline), judge, output / "verdicts.jsonl"
-    )
+    rates = win_rates(read_comparisons(output / protocol.RESPONSES, baseline), judge, output / _VERDICTS)
     files.write_json(output / "win_rates.json", rates)
     return rates

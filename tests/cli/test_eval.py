@@ -110,7 +110,7 @@ def test_long_prompts_are_left_out_unless_they_are_to_be_truncated(folder, tmp_p
     assert (found["rows"], found["left_out"]) == (4, 0)
 
 
-def test_the_win_rate_stands_in_the_report_and_the_key_nowhere(folder, monkeypatch):
+def test_the_win_rate_stands_in_the_report_and_the_key_nowhere(folder, monkeypatch, capfd):
     """The judge always prefers A, so that every pair of verdicts is a tie."""
     keys = set()
 
@@ -153,6 +153,7 @@ def test_the_win_rate_stands_in_the_report_and_the_key_nowhere(folder, monkeypat
     assert keys == {"Bearer sk-secret"}
     files = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
     assert not any(b"sk-secret" in content for content in files)
+    assert not any("sk-secret" in output for output in capfd.readouterr())
 
 
 @pytest.mark.parametrize(

@@ -38,18 +38,18 @@ def test_unknown_set(use):
         use("vicuna=none.jsonl")
 
 
-def test_a_check_asks_no_hub_and_reads_one_row(tmp_path, monkeypatch):
+def test_a_check_asks_no_hub_and_reads_all_rows_of_a_file(tmp_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("no network in a check")
 
     monkeypatch.setattr("l2m_jax.data.sources.require_hub", refuse)
     monkeypatch.setattr(sources, "load_tokenizer", refuse)
     file = tmp_path / "rows.jsonl"
-    file.write_text('{"instruction": "a", "output": "b"}\nnot json\n')
+    file.write_text('{"instruction": "a", "output": "b"}\n' * 3)
     for source in ("test", "dolly", "s_ni", str(file), f"mine={file}"):
         check_set(source)
-    file.write_text("not json\n")
-    with pytest.raises(InputError, match="line 1: not JSON"):
+    file.write_text('{"instruction": "a", "output": "b"}\nnot json\n')
+    with pytest.raises(InputError, match="line 2: not JSON"):
         check_set(f"mine={file}")
 
 

@@ -38,7 +38,7 @@ def test_configs_are_values():
         ({"rope": Rope(), "head_dim": 5}, "head_dim: 5 must be even"),
         ({"num_kv_heads": 0}, "num_kv_heads: 0 must be greater than 0"),
         ({"residual_dropout": 1.0}, "residual_dropout: 1.0 must be at least 0 and below 1"),
-        ({"attention_dropout": float("nan")}, "attention_dropout: nan must be at least 0 and below 1"),
+        ({"attention_dropout": float("nan")}, "attention_dropout: expected a finite number, got nan"),
         ({"valid_vocab_size": 10}, "valid_vocab_size: 10 must be between 1 and vocab_size 9"),
     ],
 )

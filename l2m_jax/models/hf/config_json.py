@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from l2m_jax.errors import InputError
+from l2m_jax.errors import InputError, field_types, require_type, shown
 from l2m_jax.models.architecture import DecoderConfig
 
 Json = dict[str, Any]
@@ -27,18 +27,22 @@ def read(hf: Json, table: Mapping[str, Key], required: Mapping[str, Any]) -> dic
         required: key -> the only supported value.
 
     Raises:
-        InputError: a key of `required` has another value.
+        InputError: a key of `required` has another value, or a key of `table` a value of another type.
     """
     for key, value in required.items():
         if hf.get(key, value) != value:
             raise InputError(
-                f"config.json: {key} = {hf[key]!r} is not supported for {hf['model_type']} models "
+                f"config.json: {key} = {shown(hf[key])} is not supported for {hf['model_type']} models "
                 f"(only {value!r}); choose another checkpoint"
             )
-    fields = {key.field: hf.get(name, key.default) for name, key in table.items()}
-    eos = fields.get("eos_token_id")
-    if isinstance(eos, list):  # Llama 3 has several
-        fields["eos_token_id"] = tuple(eos)
+    hints, fields = field_types(DecoderConfig), {}
+    for name, key in table.items():
+        value = hf.get(name, key.default)
+        if isinstance(value, list):  # Llama 3 has several ends of sequence
+            value = tuple(value)
+        if value is not None or key.default is not None:
+            require_type(f"config.json: {name}", value, hints[key.field])
+        fields[key.field] = value
     return fields
 
 
@@ -53,6 +57,10 @@ def head_dim(width: int, heads: int) -> int:
     Raises:
         InputError: the heads do not divide the width.
     """
+    if width < 1 or heads < 1:
+        raise InputError(
+            f"config.json: {heads} attention heads of a width of {width}; both must be 1 or more"
+        )
     if width % heads:
         raise InputError(f"config.json: the width {width} is not a multiple of the {heads} attention heads")
     return width // heads

@@ -1,7 +1,6 @@
 """Models from and to Hugging Face folders."""
 
 import dataclasses
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from l2m_jax import files
-from l2m_jax.errors import InputError
+from l2m_jax.errors import InputError, reason, require_type, shown
 from l2m_jax.models.architecture import DecoderConfig
 from l2m_jax.models.hf import config_json, llama, safetensors_folder, weights
 from l2m_jax.models.hf.families import FAMILIES
@@ -81,6 +80,12 @@ def load_head(folder_or_name: str | os.PathLike, *, dtype: str, put: Put | None 
     shapes = weights.parameter_shapes(config)
     weights.check(table, shapes, source)
     return weights.load_parameter(weight, shapes[path], source, dtype, put=put)
+
+
+def check(folder_or_name: str | os.PathLike) -> None:
+    """Checks the names, dtypes and shapes of all weights without reading them. Errors as in `load`."""
+    config, table, source = _open(folder_or_name)
+    weights.check(table, weights.parameter_shapes(config), source)
 
 
 def read_config(folder_or_name: str | os.PathLike) -> DecoderConfig:
@@ -190,22 +195,17 @@ def _folder(folder_or_name: str | os.PathLike, patterns: list[str]) -> Path:
         ) from error
 
 
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON ({error}); fetch it again") from error
-
-
 def _read_config(folder: Path) -> DecoderConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise InputError(f"{folder} has no config.json; pass a folder in Hugging Face's format")
-    hf = _read_json(file)
-    family = FAMILIES.get(hf.get("model_type"))
+    hf = files.read_json(file)
+    require_type(str(file), hf, dict)
+    model_type = hf.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise InputError(
-            f"{file}: model_type {hf.get('model_type')!r} is not supported; choose one of {', '.join(FAMILIES)}"
+            f"{file}: model_type {shown(model_type)} is not supported; choose one of {', '.join(FAMILIES)}"
         )
     if hf.get("quantization_config"):
         raise InputError(
@@ -222,13 +222,21 @@ def _read_config(folder: Path) -> DecoderConfig:
 def _count_tokens(folder: Path) -> int | None:
     """One more than the largest token id of the folder's tokenizer; None if it has no tokenizer that can be counted."""
     ids: list[int] = []
-    if (file := folder / "tokenizer.json").is_file():
-        tokenizer = _read_json(file)
-        vocab = tokenizer["model"]["vocab"]
-        ids += range(len(vocab)) if isinstance(vocab, list) else vocab.values()
-        ids += [token["id"] for token in tokenizer.get("added_tokens", [])]
-    elif (file := folder / "vocab.json").is_file():
-        ids += _read_json(file).values()
-        if (added := folder / "added_tokens.json").is_file():
-            ids += _read_json(added).values()
+    file = folder / "tokenizer.json"
+    try:
+        if file.is_file():
+            tokenizer = files.read_json(file)
+            vocab = tokenizer["model"]["vocab"]
+            ids += range(len(vocab)) if isinstance(vocab, list) else vocab.values()
+            ids += [token["id"] for token in tokenizer.get("added_tokens", [])]
+        elif (file := folder / "vocab.json").is_file():
+            ids += files.read_json(file).values()
+            if (file := folder / "added_tokens.json").is_file():
+                ids += files.read_json(file).values()
+        for id in ids:
+            require_type("the id of a token", id, int)
+    except (KeyError, TypeError, AttributeError, InputError) as error:
+        if str(file) in str(error):
+            raise
+        raise InputError(f"{file.name}: not a tokenizer ({reason(error)}); fetch it again") from error
     return max(ids) + 1 if ids else None

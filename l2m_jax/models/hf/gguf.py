@@ -1,13 +1,14 @@
 """Llama-family models in llama.cpp's GGUF format, read with the `gguf` package (extra "gguf")."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from l2m_jax.errors import InputError
+from l2m_jax.errors import InputError, reason, shown
 from l2m_jax.models.architecture import DecoderConfig
-from l2m_jax.models.hf import llama
+from l2m_jax.models.hf import gguf_header, llama
 
 # llama.cpp's names -> Hugging Face's.
 _TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
@@ -40,20 +41,30 @@ class GgufFile:
             raise InputError(f"reading {file} needs the gguf package: pip install 'l2m_jax[gguf]'") from error
         self.file = file
         try:
+            gguf_header.check(file, functools.partial(_tensor_bytes, gguf))
             reader = gguf.GGUFReader(file)
-        except (ValueError, OSError, IndexError) as error:
-            raise InputError(f"{file} is cut off or not a GGUF file ({error}); fetch it again") from error
+        except Exception as error:  # the reader raises errors of many kinds
+            raise InputError(
+                f"{file} is cut off or not a GGUF file ({reason(error)}); fetch it again"
+            ) from error
         self._dequantize = gguf.quants.dequantize
         self._metadata = reader.fields
         if (architecture := self._get("general.architecture")) != "llama":
-            raise InputError(f"{file} holds a {architecture!r} model; only llama is supported in GGUF files")
+            raise InputError(
+                f"{file} holds a {shown(architecture)} model; only llama is supported in GGUF files"
+            )
         self._tensors = {self._name(tensor.name): tensor for tensor in reader.tensors}
         # GGUF lists the fastest axis first.
         self.shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in self._tensors.items()}
 
     def _get(self, key: str, default: Any = None) -> Any:
         field = self._metadata.get(key)
-        return default if field is None else field.contents()
+        try:
+            return default if field is None else field.contents()
+        except (ValueError, IndexError) as error:
+            raise InputError(
+                f"{self.file}: cannot read {key} ({reason(error)}); convert the model again"
+            ) from error
 
     def _name(self, stored: str) -> str:
         if stored in _TOP:
@@ -80,29 +91,30 @@ class GgufFile:
             )
         if "model.embed_tokens.weight" not in self.shapes:
             raise InputError(f"{self.file} lacks token_embd.weight; convert the model again")
-        width, heads = need("embedding_length"), need("attention.head_count")
         layer = "model.layers.0"
-        return llama.read_config(
-            {
-                "model_type": "llama",
-                "vocab_size": self.shapes["model.embed_tokens.weight"][0],
-                "hidden_size": width,
-                "num_hidden_layers": need("block_count"),
-                "num_attention_heads": heads,
-                "num_key_value_heads": self._get("llama.attention.head_count_kv", heads),
-                "head_dim": self._get("llama.attention.key_length", width // heads),
-                "intermediate_size": need("feed_forward_length"),
-                "max_position_embeddings": need("context_length"),
-                "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
-                "rope_theta": self._get("llama.rope.freq_base", 10_000.0),
-                "attention_bias": f"{layer}.self_attn.q_proj.bias" in self.shapes,
-                "mlp_bias": f"{layer}.mlp.up_proj.bias" in self.shapes,
-                "tie_word_embeddings": "lm_head.weight" not in self.shapes,
-                "bos_token_id": self._get("tokenizer.ggml.bos_token_id"),
-                "eos_token_id": self._get("tokenizer.ggml.eos_token_id"),
-                "pad_token_id": self._get("tokenizer.ggml.padding_token_id"),
-            }
-        )
+        described = {
+            "model_type": "llama",
+            "vocab_size": self.shapes["model.embed_tokens.weight"][0],
+            "hidden_size": need("embedding_length"),
+            "num_hidden_layers": need("block_count"),
+            "num_attention_heads": need("attention.head_count"),
+            "num_key_value_heads": self._get("llama.attention.head_count_kv"),
+            "head_dim": self._get("llama.attention.key_length"),
+            "intermediate_size": need("feed_forward_length"),
+            "max_position_embeddings": need("context_length"),
+            "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
+            "rope_theta": self._get("llama.rope.freq_base", 10_000.0),
+            "attention_bias": f"{layer}.self_attn.q_proj.bias" in self.shapes,
+            "mlp_bias": f"{layer}.mlp.up_proj.bias" in self.shapes,
+            "tie_word_embeddings": "lm_head.weight" not in self.shapes,
+            "bos_token_id": self._get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self._get("tokenizer.ggml.eos_token_id"),
+            "pad_token_id": self._get("tokenizer.ggml.padding_token_id"),
+        }
+        try:
+            return llama.read_config(described)
+        except InputError as error:
+            raise InputError(f"{self.file}: {str(error).removeprefix('config.json: ')}") from error
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         tensor = self._tensors[name]
@@ -123,13 +135,24 @@ class GgufFile:
         Raises:
             InputError: it is not a byte-level BPE that the metadata describes completely.
         """
+        try:
+            return self._tokenizer()
+        except InputError:
+            raise
+        except Exception as error:  # missing or wrong entries
+            raise InputError(
+                f"{self.file}: cannot build a tokenizer from its metadata ({type(error).__name__}: {reason(error)}); "
+                "name the model's tokenizer folder instead"
+            ) from error
+
+    def _tokenizer(self) -> Any:
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
         kind, splitting = self._get("tokenizer.ggml.model"), self._get("tokenizer.ggml.pre", "default")
         if kind != "gpt2" or splitting not in _BYTE_LEVEL:
             raise InputError(
-                f"{self.file} has a {kind!r} tokenizer with {splitting!r} splitting, which cannot be built from "
+                f"{self.file} has a {shown(kind)} tokenizer with {shown(splitting)} splitting, which cannot be built from "
                 "the file; name the model's tokenizer folder instead"
             )
         tokens = self._get("tokenizer.ggml.tokens")
@@ -155,6 +178,15 @@ class GgufFile:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **named)
         tokenizer.chat_template = self._get("tokenizer.chat_template")
         return tokenizer
+
+
+def _tensor_bytes(gguf: Any, kind: int, elements: int) -> int:
+    kinds = gguf.GGMLQuantizationType
+    readable = {kinds.F32, kinds.F16, *gguf.quants._type_traits}
+    if kind not in {int(known) for known in readable}:
+        raise ValueError(f"tensors of type {kind} are not supported")
+    block, size = gguf.GGML_QUANT_SIZES[kinds(kind)]
+    return elements * size // block
 
 
 def _halves(rows: np.ndarray, heads: int) -> np.ndarray:

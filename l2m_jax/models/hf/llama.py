@@ -1,6 +1,6 @@
 """Llama in Hugging Face's names: Llama 1 to 3, OpenLLaMA, TinyLlama, SmolLM2."""
 
-from l2m_jax.errors import InputError
+from l2m_jax.errors import InputError, require_type, shown
 from l2m_jax.models.architecture import DecoderConfig, Rope
 from l2m_jax.models.hf import config_json
 from l2m_jax.models.hf.config_json import Json, Key
@@ -68,17 +68,23 @@ def read_config(hf: Json) -> DecoderConfig:
 
 def _read_rope(hf: Json) -> Rope:
     # transformers 5 writes "rope_parameters"; before it, "rope_theta" and "rope_scaling".
-    given = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    given: Json = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        require_type(f"config.json: {key}", found := hf.get(key), dict | None)
+        given |= found or {}
     theta = given.get("rope_theta", hf.get("rope_theta", 10_000.0))
     scaling = given.get("rope_type", given.get("type", "default"))
-    if scaling not in ("default", "linear", "llama3"):
+    if scaling not in ["default", "linear", "llama3"]:
         raise InputError(
-            f"config.json: rope type {scaling!r} is not supported (default, linear, llama3); choose another checkpoint"
+            f"config.json: rope type {shown(scaling)} is not supported (default, linear, llama3); choose another checkpoint"
         )
     if given.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError("config.json: partial_rotary_factor is not supported; choose another checkpoint")
     numbers = {field: given[key] for key, field in _ROPE_KEYS.items() if given.get(key) is not None}
-    return Rope(theta=float(theta), scaling=scaling, **numbers)
+    try:
+        return Rope(theta=theta, scaling=scaling, **numbers)
+    except InputError as error:
+        raise InputError(f"config.json: rope: {error}") from error
 
 
 def write_config(config: DecoderConfig) -> Json:

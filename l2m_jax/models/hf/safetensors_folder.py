@@ -1,6 +1,5 @@
 """Reads model.safetensors, or its shards with an index, piece by piece, and writes them shard by shard."""
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -12,10 +11,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from l2m_jax import files
-from l2m_jax.errors import InputError
+from l2m_jax.errors import InputError, reason, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"[\w-][\w.-]{0,200}\.safetensors", re.ASCII)  # a file in the index's own folder
+_DTYPES = ("F32", "F16", "BF16", "F64")
 
 
 class SafetensorsFolder:
@@ -41,8 +42,19 @@ class SafetensorsFolder:
                     if ignored and re.fullmatch(ignored, bare):
                         continue
                     name = stored if stored.startswith((prefix, "lm_head.")) else prefix + stored
+                    if name in self._stored:
+                        raise InputError(
+                            f"{file} has tensor {shown(stored)}, which {self._stored[name][0].name} has too; "
+                            "keep one of them"
+                        )
+                    tensor = opened.get_slice(stored)
+                    if (dtype := tensor.get_dtype()) not in _DTYPES:
+                        raise InputError(
+                            f"{file}: tensor {shown(stored)} has dtype {dtype}, which is not supported "
+                            f"({', '.join(_DTYPES)}); choose a checkpoint in full precision"
+                        )
                     self._stored[name] = (file, stored)
-                    self.shapes[name] = tuple(opened.get_slice(stored).get_shape())
+                    self.shapes[name] = tuple(tensor.get_shape())
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         file, stored = self._stored[name]
@@ -63,9 +75,16 @@ def _files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise InputError(f"{index} is not a safetensors index ({error}); fetch it again") from error
+            names = sorted(set(files.read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{index} is not a safetensors index ({reason(error)}); fetch it again"
+            ) from error
+        if wrong := [name for name in names if not _SHARD.fullmatch(str(name))]:
+            raise InputError(
+                f"{index} names the shard {shown(wrong[0])}; shards are .safetensors files in the same folder; "
+                "fetch it again"
+            )
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             raise InputError(
@@ -88,7 +107,9 @@ def _opened(file: Path):
     try:
         return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is cut off or not a safetensors file ({error}); fetch it again") from error
+        raise InputError(
+            f"{file} is cut off or not a safetensors file ({reason(error)}); fetch it again"
+        ) from error
 
 
 def write(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], dtype: str, shard_bytes: int) -> None:

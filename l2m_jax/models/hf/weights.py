@@ -199,6 +199,12 @@ def _row_chunks(slices: list[slice]) -> Iterator[tuple[slice, ...]]:
 
 def check(table: list[Weight], shapes: Mapping[str, tuple[int, ...]], source: Source) -> None:
     """Raises InputError unless `source` has exactly the tensors of `table`, in the right shapes."""
+    layers = max(_layers(weight, shapes[weight.path]).stop for weight in table)
+    if layers > len(source.shapes):  # a wrong config.json must not take minutes to be refused
+        raise InputError(
+            f"{source.place('')} has {len(source.shapes)} tensors, too few for the {layers} layers of its config; "
+            "the file is incomplete or belongs to another model"
+        )
     expected = {
         weight.name.format(layer): tensor_shape(weight, shapes[weight.path])
         for weight in table
