@@ -1,9 +1,8 @@
 """report.md: what a run did, and its results, with figures."""
 
 import datetime
-import html
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ from l2m_jax.curriculum import Difficulty, Stage, examples_seen, steps
 from l2m_jax.data.sources import Row
 from l2m_jax.evaluation.protocol import Results
 from l2m_jax.files import write_text
-from l2m_jax.reporting import figures
+from l2m_jax.reporting import diagnostics, figures, markdown
 from l2m_jax.reporting.figures import Metrics
 from l2m_jax.reporting.tables import Spread, Table, results_table
 
-_LONGEST_TEXT = 160
 _MOST_CATEGORIES_SHOWN = 12
 
 
@@ -40,6 +38,7 @@ def write_report(
     seconds: Mapping[str, float] | None = None,
     difficulty: Difficulty | None = None,
     rows: Mapping[int, Row] | None = None,
+    sampled: Mapping[str, Row] | None = None,
     files: Mapping[str, str] | None = None,
 ) -> None:
     """Writes `folder`/report.md and the PNG files that it shows into `folder`/figures.
@@ -57,6 +56,7 @@ def write_report(
         seconds: the time of each phase, under the same names as in `metrics`.
         difficulty: that of the training examples.
         rows: the text of the examples from `extremes`, by index.
+        sampled: the validation rows whose answers are in `metrics`, by id.
         files: descriptions of files by path, relative to `folder`.
     """
     sections = [f"# {title}\n", _facts(facts or {}), _results(results, teacher)]
@@ -65,6 +65,11 @@ def write_report(
         figures.training(shown / "training.png", metrics)
         figures.schedule(shown / "schedule.png", metrics)
         sections += [_training(metrics, stages, batch_size)]
+    if figures.diagnosed(metrics):
+        figures.agreement(shown / "agreement.png", metrics)
+        sections += [diagnostics.section(metrics, sampled or {})]
+    if sampled:
+        write_text(folder / "samples.md", diagnostics.all_samples(metrics, sampled))
     sections += [_phases(metrics, seconds or {})]
     if difficulty is not None:
         figures.difficulty(shown / "difficulty.png", difficulty)
@@ -114,7 +119,9 @@ def _sets(results: Mapping[str, Results]) -> str:
         for model, result in results.items()
         for found in result.sets
     ]
-    return _table(("model", "set", "prompts", "Rouge-L", "exact match", "tokens an answer"), rows, left=2)
+    return markdown.table(
+        ("model", "set", "prompts", "Rouge-L", "exact match", "tokens an answer"), rows, left=2
+    )
 
 
 def _with_categories(results: Mapping[str, Results]) -> list[str]:
@@ -166,7 +173,7 @@ def _training(metrics: Metrics, stages: Sequence[Stage], batch_size: int) -> str
     if taken != planned:
         total += f"; {taken:,} steps were made"
     heading = ("stage", "α", "β", "examples", "epochs", "examples seen", "steps")
-    return f"{text}\n{_table(heading, rows)}\n{total}.\n"
+    return f"{text}\n{markdown.table(heading, rows)}\n{total}.\n"
 
 
 def _phases(metrics: Metrics, seconds: Mapping[str, float]) -> str:
@@ -199,7 +206,7 @@ def _phases(metrics: Metrics, seconds: Mapping[str, float]) -> str:
             ]
         )
     heading = ("phase", "time", "steps", "examples", "last loss", "best validation", "examples/s", "tokens/s")
-    return f"## Phases\n\n{_table(heading, rows)}"
+    return f"## Phases\n\n{markdown.table(heading, rows)}"
 
 
 def _difficulty(graded: Difficulty, rows: Mapping[int, Row]) -> str:
@@ -210,42 +217,22 @@ def _difficulty(graded: Difficulty, rows: Mapping[int, Row]) -> str:
         summary.append(
             [number, f"{len(indices):,}", f"{np.mean(rouge_l):.1f}", f"{np.mean(cross_entropy):.2f}"]
         )
-    text += "\n" + _table(("subset", "examples", "mean Rouge-L", "mean cross-entropy"), summary)
+    text += "\n" + markdown.table(("subset", "examples", "mean Rouge-L", "mean cross-entropy"), summary)
     for heading, indices in zip(("easiest", "hardest"), extremes(graded), strict=True):
         shown = [
             [
                 f"{graded.rank[i] + 1:,}",
                 f"{100 * graded.rouge_l[i]:.1f}",
                 f"{graded.cross_entropy[i]:.2f}",
-                _text(graded.ids[i]),
-                _text(rows[i].instruction),
-                _text(rows[i].input),
-                _text(rows[i].references[0] if rows[i].references else ""),
+                markdown.short(graded.ids[i]),
+                markdown.short(rows[i].instruction),
+                markdown.short(rows[i].input),
+                markdown.short(rows[i].references[0] if rows[i].references else ""),
             ]
             for i in indices
             if i in rows
         ]
         if shown:
             columns = ("rank", "Rouge-L", "cross-entropy", "id", "instruction", "input", "reference")
-            text += f"\nThe {len(shown)} {heading}:\n\n{_table(columns, shown, right=3)}"
+            text += f"\nThe {len(shown)} {heading}:\n\n{markdown.table(columns, shown, right=3)}"
     return text
-
-
-def _text(text: str) -> str:
-    """`text` on one line, shortened to 160 characters and escaped for Markdown."""
-    text = " ".join(text.split())
-    text = text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 1] + "…"
-    text = html.escape(text, quote=False)
-    return "".join("\\" + c if c in "\\|*_`[]~$" else c for c in text)
-
-
-def _table(
-    heading: Sequence[str], rows: Iterable[Sequence[Any]], *, left: int = 1, right: int | None = None
-) -> str:
-    """A Markdown table. The first `left` columns are left-aligned, or all but the first `right` ones."""
-    count = len(heading)
-    aligned = ["---"] * left + ["---:"] * (count - left)
-    if right is not None:
-        aligned = ["---:"] * right + ["---"] * (count - right)
-    lines = [heading, aligned, *rows]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)

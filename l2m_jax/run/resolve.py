@@ -12,6 +12,7 @@ from l2m_jax import methods
 from l2m_jax.config import Config
 from l2m_jax.run import data
 from l2m_jax.run.artefacts import Artefact
+from l2m_jax.run.diagnostics import DiagnosticsInputs, diagnostics_artefact
 from l2m_jax.run.distillation import (
     StudentInputs,
     relevant_curriculum,
@@ -44,6 +45,7 @@ class Artefacts:
 
     Attributes:
         corpora: by part.
+        diagnostics: the teacher's states on the rows of the diagnostics; None without them.
         generated: responses that are generated once, by the name of their model.
         students, evaluations: by name; a student is named after its method.
     """
@@ -54,6 +56,7 @@ class Artefacts:
     initial_student: Artefact[ModelInputs]
     ranking: Artefact[RankingInputs] | None
     store: Artefact[StoreInputs] | None
+    diagnostics: Artefact[DiagnosticsInputs] | None
     generated: dict[str, Artefact[ResponsesInputs]]
     students: dict[str, Artefact[StudentInputs]]
     evaluations: dict[str, Artefact[EvaluationInputs]]
@@ -66,6 +69,8 @@ class Artefacts:
             yield from (self.ranking.inputs.answers, self.ranking)
         if self.store is not None:
             yield self.store
+        if self.diagnostics is not None:
+            yield self.diagnostics
         yield from (*self.generated.values(), *self.students.values(), *self.evaluations.values())
 
 
@@ -119,6 +124,7 @@ class _Resolver:
             self.initial,
             ranking,
             store,
+            self._diagnostics(),
             generated,
             students,
             evaluations,
@@ -210,6 +216,16 @@ class _Resolver:
         dtype = self.config.teacher.store_dtype
         inputs = StoreInputs(self.teacher, self.corpora["train"], self.tokenizer, dtype)
         return Artefact(inputs, self.shared / "teacher_store", settings={"dtype": "teacher.store_dtype"})
+
+    def _diagnostics(self) -> Artefact[DiagnosticsInputs] | None:
+        rows = self.config.evaluation.diagnostic_rows
+        if not rows:
+            return None
+        corpora = self.corpora
+        inputs = DiagnosticsInputs(
+            self.teacher, corpora["validation"], corpora["train"], self.tokenizer, rows
+        )
+        return diagnostics_artefact(inputs, self.shared)
 
     def _reads_store(self, method: methods.Method) -> bool:
         stored = self.config.teacher.signal == "store" and method.on_references_alone

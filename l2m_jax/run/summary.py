@@ -1,12 +1,15 @@
 """The end of a run: the report, the model cards, and a table on screen."""
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from l2m_jax.config import Config
 from l2m_jax.curriculum import Difficulty, examples_seen, steps
+from l2m_jax.data.sources import Row
 from l2m_jax.evaluation.protocol import Results
 from l2m_jax.progress import console
 from l2m_jax.reporting.card import ModelCard
@@ -55,6 +58,10 @@ def write(
         "evaluation/": "scores and answers of each model",
         "config.json": "every setting of this run",
     }
+    metrics = read_metrics(workdir / "metrics.jsonl")
+    sampled = _sampled(artefacts, metrics)
+    if sampled:
+        listed["samples.md"] = "greedy answers to a few validation prompts as training goes"
     if difficulty is not None:
         listed[f"{shared / 'difficulty.parquet'}"] = (
             "Rouge-L, cross-entropy, rank and subset of each training example"
@@ -71,12 +78,13 @@ def write(
             "devices": f"{len(devices)} × {devices[0].device_kind}, {context.placement.mapping}",
             "seed": config.student_seed,
         },
-        metrics=read_metrics(workdir / "metrics.jsonl"),
+        metrics=metrics,
         stages=stages,
         batch_size=batch_size,
         seconds=context.seconds,
         difficulty=difficulty,
         rows={i: train.row(i) for i in (*easiest, *hardest)},
+        sampled=sampled,
         files=listed,
     )
     sets = next(iter(results.values())).sets
@@ -85,3 +93,10 @@ def write(
         table.add_row(name, *(f"{s.rouge_l.mean:.1f} ± {s.rouge_l.std:.1f}" for s in result.sets))
     console.print(table)
     console.print(f"student: {workdir / 'student'}\nreport:  {workdir / 'report.md'}")
+
+
+def _sampled(artefacts: Artefacts, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Row]:
+    """The validation rows whose answers are in `metrics`, by id."""
+    validation = data.open_corpus(artefacts.corpora["validation"])
+    ids = dict.fromkeys(sample["id"] for line in metrics for sample in line.get("samples", ()))
+    return {name: validation.row(validation.ids.index(name)) for name in ids if name in validation.ids}

@@ -23,6 +23,7 @@ COST_ONLY = (
     "chunk_size",
     "checkpoint_minutes",
     "tensorboard",
+    "evaluation.diagnostic_rows",
 )
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
 METHODS = {"method": "l2m", "baselines": ("skl", "distillm2", "skl_on_policy")}
