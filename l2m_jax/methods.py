@@ -7,26 +7,38 @@ p is the teacher, q the student.
 | sft | CE | reference | - |
 | seqkd | CE | the teacher's | - |
 | kld | KL(p‖q) | reference | - |
+| kld_beta09 | 0.1·CE + 0.9·KL(p‖q) | reference | - |
 | skl | KL(p‖½p+½q) | reference | - |
 | skl_on_policy | the same | reference, and the current student's (`rollouts.student_share`) | - |
 | rkl, jsd, srkl, tvd | the field's other divergences | reference | - |
+| abkd, akl, todi | `losses.alpha_beta`, `losses.adaptive_kl`, `losses.todi` | reference | - |
+| taid_linear | KL(p_t‖q), t from 0.4 to 1 by step; TAID's own t also follows the loss | reference | - |
 | distillm2 | KL(p‖αp+(1-α)q) on the first + KL(q‖(1-α)p+α·sg(q)) on the second | the teacher's, and the initial student's | - |
 | distillm2_on_policy | the same | the teacher's, and the student's at the epoch's start | - |
 | l2m | (1-β_i)·CE + β_i·KL(p‖α_i p+(1-α_i)q) | reference | four Baby-Step stages, easiest first |
-| l2m_no_beta | the same with β_i = 1 | reference | the same |
+| l2m_no_beta, l2m_beta09 | the same with β_i = 1, 0.9 | reference | the same |
 | m2l | the same with α_i falling | reference | the same |
 | random_order | as l2m | reference | the same stages, subsets drawn at random |
+| pocl | (1-β_i)·CE + β_i·T_i²·KL(p‖q) at temperatures T_i from 1 to 2 | reference | as l2m |
 
 `overrides.policy` makes any method with a teacher on- or off-policy: `skl_on_policy` is skl with "on".
 """
 
-import dataclasses
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
-from l2m_jax.curriculum import Curriculum, Stage, baby_steps, examples_seen, partition, single_stage
+from l2m_jax.curriculum import (
+    Curriculum,
+    Schedule,
+    Stage,
+    baby_steps,
+    examples_seen,
+    partition,
+    single_stage,
+)
 from l2m_jax.errors import (
     InputError,
     require_at_least,
@@ -34,7 +46,21 @@ from l2m_jax.errors import (
     require_fraction,
     require_positive,
 )
-from l2m_jax.losses import DIVERGENCE_NAMES, Objective
+from l2m_jax.losses import (
+    DIVERGENCES,
+    JSD,
+    TAID,
+    AdaptiveKL,
+    AlphaBeta,
+    Divergence,
+    ForwardKL,
+    Objective,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+    ToDi,
+    TotalVariation,
+)
 
 
 @dataclass(frozen=True)
@@ -46,15 +72,16 @@ class Overrides:
     """
 
     divergence: str = ""
-    alpha: float = -1.0  # of single-stage methods; staged ones use `curriculum.alpha`
+    alpha: float = -1.0  # of methods with a constant α
     beta: float = -1.0  # of methods with a constant β
-    temperature: float = 1.0
+    temperature: float = -1.0
     policy: str = "own"  # "on" (with responses of the current student, see `Rollouts`) or "off"
 
     def __post_init__(self):
-        require_choice(self, "divergence", ("", *DIVERGENCE_NAMES))
+        require_choice(self, "divergence", ("", *DIVERGENCES))
         require_choice(self, "policy", ("own", "on", "off"))
-        require_positive(self, "temperature")
+        if not self.temperature < 0:
+            require_positive(self, "temperature")
         for name in ("alpha", "beta"):
             if not getattr(self, name) < 0:
                 require_fraction(self, name)
@@ -82,56 +109,62 @@ class Rollouts:
 class Method:
     """
     Attributes:
-        divergence: one of `losses.DIVERGENCE_NAMES`.
-        alpha: skew of a single-stage method; staged methods take theirs from the curriculum's settings.
-        beta: weight of the divergence against cross-entropy; 0 is cross-entropy alone.
+        divergence: with its own alpha, unless `alpha` says otherwise.
+        alpha: "own" of the divergence; "rising" from 0 to `curriculum.alpha`, or "falling"; or its own schedule.
+        beta: weight of the divergence against cross-entropy; 0 is cross-entropy alone; "rising": β_i from the
+            curriculum's settings.
+        temperature: of both models' logits in the divergence.
         staged: Baby-Step stages instead of a single stage with all data.
-        adaptive_beta: β_i from the curriculum's settings instead of `beta` in all stages.
-        falling_alpha: α_i falls from α to 0 instead of rising.
         ranking: overrides the curriculum's ranking.
         responses: "reference", or "teacher" (generated once).
         on_policy: use the current student's responses instead of some of these or, with `contrast`, in addition.
         refreshes: how often per epoch an on-policy method samples responses anew.
-        temperature: of both models' logits in the divergence.
-        contrast: b of DistiLLM-2 (Ko et al., 2025): (2-b)·mean D on `responses` + b·mean D_2 on the student's own
-            (the initial one's off-policy), where D_2 is KL(q‖(1-α)p+α·stop_gradient(q)) and each mean is over
-            tokens, then over responses. 0: only D.
+        contrast: a divergence on the student's own responses (the initial one's off-policy), which is added to that on
+            `responses`. Each is a mean over tokens, then over responses, as in DistiLLM-2 (Ko et al., 2025). None: none.
     """
 
-    divergence: str = "skew_kl"
-    alpha: float = 0.0
-    beta: float = 1.0
+    divergence: Divergence = ForwardKL()  # noqa: RUF009 (a frozen value)
+    alpha: Literal["own", "rising", "falling"] | Schedule = "own"
+    beta: float | Literal["rising"] = 1.0
+    temperature: float | Schedule = 1.0
     staged: bool = False
-    adaptive_beta: bool = False
-    falling_alpha: bool = False
     ranking: str = ""
     responses: str = "reference"
     on_policy: bool = False
     refreshes: int = 4
-    temperature: float = 1.0
-    contrast: float = 0.0
+    contrast: Divergence | None = None
 
     @property
     def on_references_alone(self) -> bool:
-        return self.responses == "reference" and not self.on_policy and not self.contrast
+        return self.responses == "reference" and not self.on_policy and self.contrast is None
 
+
+_DISTILLM2 = Method(SkewKL(0.1), responses="teacher", contrast=SkewReverseKL(0.1, mixture_gradient=False))
+_L2M = Method(SkewKL(), alpha="rising", beta="rising", staged=True)
 
 METHODS: dict[str, Method] = {
     "sft": Method(beta=0.0),
     "seqkd": Method(beta=0.0, responses="teacher"),
     "kld": Method(),
-    "skl": Method(alpha=0.5),
-    "skl_on_policy": Method(alpha=0.5, on_policy=True),
-    "rkl": Method("reverse_kl"),
-    "jsd": Method("jsd", alpha=0.5),
-    "srkl": Method("skew_reverse_kl", alpha=0.1),
-    "tvd": Method("total_variation"),
-    "distillm2": Method(alpha=0.1, responses="teacher", contrast=1.0),
-    "distillm2_on_policy": Method(alpha=0.1, responses="teacher", contrast=1.0, on_policy=True, refreshes=1),
-    "l2m": Method(staged=True, adaptive_beta=True),
-    "l2m_no_beta": Method(staged=True),
-    "m2l": Method(staged=True, adaptive_beta=True, falling_alpha=True),
-    "random_order": Method(staged=True, adaptive_beta=True, ranking="random"),
+    "kld_beta09": Method(beta=0.9),
+    "skl": Method(SkewKL(0.5)),
+    "skl_on_policy": Method(SkewKL(0.5), on_policy=True),
+    "rkl": Method(ReverseKL()),
+    "jsd": Method(JSD(0.5)),
+    "srkl": Method(SkewReverseKL(0.1)),
+    "tvd": Method(TotalVariation()),
+    "abkd": Method(AlphaBeta(0.2, 0.7)),
+    "akl": Method(AdaptiveKL(0.5)),
+    "todi": Method(ToDi()),
+    "taid_linear": Method(TAID(), alpha=Schedule((0.4, 1.0), "linear")),
+    "distillm2": _DISTILLM2,
+    "distillm2_on_policy": replace(_DISTILLM2, on_policy=True, refreshes=1),
+    "l2m": _L2M,
+    "l2m_no_beta": replace(_L2M, beta=1.0),
+    "l2m_beta09": replace(_L2M, beta=0.9),
+    "m2l": replace(_L2M, alpha="falling"),
+    "random_order": replace(_L2M, ranking="random"),
+    "pocl": Method(beta="rising", temperature=Schedule((1.0, 2.0)), staged=True),
 }
 
 
@@ -152,29 +185,31 @@ def get(
     require(name, "method")
     method = METHODS[name]
     _refuse_unused(name, method, overrides)
-    method = dataclasses.replace(
+    divergence = DIVERGENCES[overrides.divergence] if overrides.divergence else method.divergence
+    method = replace(
         method,
-        divergence=overrides.divergence or method.divergence,
-        alpha=method.alpha if overrides.alpha < 0 else overrides.alpha,
+        divergence=divergence if overrides.alpha < 0 else divergence.with_alpha(overrides.alpha),
         beta=method.beta if overrides.beta < 0 else overrides.beta,
         on_policy=method.on_policy if overrides.policy == "own" else overrides.policy == "on",
         refreshes=rollouts.refreshes or method.refreshes,
-        temperature=overrides.temperature,
+        temperature=method.temperature if overrides.temperature < 0 else overrides.temperature,
     )
     # What the method does not use is at its default, so that it does not tell equal methods apart.
     if not method.on_policy:
-        method = dataclasses.replace(method, refreshes=Method.refreshes)
-    if method.beta == 0 and not method.adaptive_beta:
-        method = dataclasses.replace(
-            method, divergence=Method.divergence, alpha=Method.alpha, temperature=Method.temperature
-        )
-    beta = min(curriculum.beta_first, curriculum.beta_last) if method.adaptive_beta else method.beta
-    if (method.on_policy or method.contrast) and beta < 1:
-        setting = "curriculum.beta_first" if method.adaptive_beta else "overrides.beta"
+        method = replace(method, refreshes=Method.refreshes)
+    if method.beta == 0:
+        method = replace(method, divergence=Method.divergence, alpha="own", temperature=Method.temperature)
+    beta = min(coefficients(method, curriculum)["beta"].values)
+    if (method.on_policy or method.contrast is not None) and beta < 1:
+        setting = "overrides.beta"
+        if method.beta == "rising":
+            setting = "curriculum.betas" if curriculum.betas else "curriculum.beta_first"
         raise InputError(
             f"{setting}: {name} uses cross-entropy at beta {beta:g}, and its labels would be the student's own "
             "responses here; set it to 1, or overrides.policy to 'off'"
         )
+    if method.alpha != "own" and curriculum.alpha_by != "stage" and not method.divergence.takes_alpha:
+        raise InputError(f"curriculum.alpha_by: the divergence of {name} has no alpha; leave it at 'stage'")
     return method
 
 
@@ -188,17 +223,47 @@ def require(name: str, setting: str) -> None:
 
 def _refuse_unused(name: str, method: Method, overrides: Overrides) -> None:
     """Refuses overrides without an effect, which would go unnoticed."""
-    if overrides.divergence and method.contrast:
+    if overrides.divergence and method.contrast is not None:
         raise InputError(
-            f"overrides.divergence: {name} has two divergences, skew_kl and skew_reverse_kl_fixed_mixture; "
+            f"overrides.divergence: {name} has two divergences, {method.divergence} and {method.contrast}; "
             "leave it empty"
         )
-    if overrides.alpha >= 0 and method.staged:
+    if overrides.alpha >= 0 and isinstance(method.alpha, Schedule):
+        raise InputError(f"overrides.alpha: {name} has its own schedule of α; leave it at -1")
+    if overrides.alpha >= 0 and method.alpha != "own":
         raise InputError(f"overrides.alpha: {name} is staged and takes α_i from curriculum.alpha; set that")
-    if overrides.beta >= 0 and method.adaptive_beta:
+    if overrides.beta >= 0 and method.beta == "rising":
         raise InputError(
             f"overrides.beta: {name} takes β_i from curriculum.beta_first and beta_last; set those"
         )
+    if overrides.temperature > 0 and isinstance(method.temperature, Schedule):
+        raise InputError(
+            f"overrides.temperature: {name} has its own schedule; set curriculum.temperatures instead"
+        )
+
+
+def coefficients(method: Method, curriculum: Curriculum) -> dict[str, Schedule]:
+    """ "alpha", "beta" and "temperature" over the training."""
+    c = curriculum
+    alpha, beta, temperature = method.alpha, method.beta, method.temperature
+    if alpha == "own":
+        alpha = Schedule((getattr(method.divergence, "alpha", 0.0),))
+    elif not isinstance(alpha, Schedule):
+        values = c.alphas or (0.0, c.alpha)
+        alpha = Schedule(values[::-1] if alpha == "falling" else values, c.alpha_by)
+    beta = (
+        Schedule(c.betas or (c.beta_first, c.beta_last), c.beta_by) if beta == "rising" else Schedule((beta,))
+    )
+    if not isinstance(temperature, Schedule):
+        temperature = Schedule((temperature,))
+    if method.staged:
+        temperature = Schedule(c.temperatures or temperature.values, c.temperature_by)
+    return {"alpha": alpha, "beta": beta, "temperature": temperature}
+
+
+def by_step(method: Method, curriculum: Curriculum) -> dict[str, Schedule]:
+    """The coefficients that vary by step."""
+    return {name: s for name, s in coefficients(method, curriculum).items() if s.by_step}
 
 
 def stages(method: Method, curriculum: Curriculum, order: np.ndarray, seed: int = 0) -> tuple[Stage, ...]:
@@ -213,35 +278,28 @@ def stages(method: Method, curriculum: Curriculum, order: np.ndarray, seed: int 
         order = np.random.default_rng(seed).permutation(len(order))
     subsets = partition(order, c.stages)
     chosen = [subsets[i - 1] for i in c.subsets] or subsets
-    staged = baby_steps(
-        chosen,
-        epochs=c.epochs_per_stage,
-        alpha=(c.alpha, 0.0) if method.falling_alpha else (0.0, c.alpha),
-        beta=(c.beta_first, c.beta_last) if method.adaptive_beta else (method.beta, method.beta),
+    found = baby_steps(chosen, epochs=c.epochs_per_stage)
+    if not method.staged:
+        found = single_stage(np.sort(np.concatenate(chosen)), examples_seen(found))
+    schedules = coefficients(method, curriculum)
+    return tuple(
+        replace(stage, **{name: s.at_stage(stage.index, len(found)) for name, s in schedules.items()})
+        for stage in found
     )
-    if method.staged:
-        return staged
-    indices = np.sort(np.concatenate(chosen))
-    return single_stage(indices, examples_seen(staged), alpha=method.alpha, beta=method.beta)
 
 
 def objectives(method: Method, stage: Stage) -> tuple[Objective, ...]:
     """The static objectives of a stage: on `method.responses` and, with `contrast`, on the student's responses."""
-    objective = Objective(method.divergence, stage.alpha, stage.beta, method.temperature)
-    if not method.contrast:
-        return (objective,)
-    # Both terms have equally many responses, so the mean over all is half the sum of the two means.
-    first, second = (2 * factor for factor in (2 - method.contrast, method.contrast))
-    student = "skew_reverse_kl_fixed_mixture"
-    return (
-        dataclasses.replace(objective, scale=first),
-        dataclasses.replace(objective, divergence=student, scale=second),
-    )
+    terms = [method.divergence.with_alpha(stage.alpha)]
+    if method.contrast is not None:
+        terms.append(method.contrast.with_alpha(stage.alpha))
+    # The terms add up, but a batch's loss is the mean over the responses of all terms.
+    return tuple(Objective(d, stage.beta, stage.temperature, scale=float(len(terms))) for d in terms)
 
 
 def needs_teacher(method: Method, curriculum: Curriculum) -> bool:
     """Whether the loss of any stage includes a divergence from the teacher."""
-    return max(curriculum.beta_first, curriculum.beta_last) > 0 if method.adaptive_beta else method.beta > 0
+    return max(coefficients(method, curriculum)["beta"].values) > 0
 
 
 def needs_ranking(method: Method, curriculum: Curriculum) -> bool:

@@ -34,6 +34,8 @@ class MicroBatch(NamedTuple):
         weights_T: float32, 0 beyond the real targets; for these 1, or one over the targets of their example.
         teacher_hidden_TxE: the teacher's final hidden state at each target, read from the teacher store;
             None with a live teacher, or without one.
+        alpha_T, beta_T, temperature_T: float32, of the loss of each target, in place of the objective's; None where
+            the objective's holds for all.
     """
 
     tokens_RxL: jax.Array
@@ -43,3 +45,6 @@ class MicroBatch(NamedTuple):
     labels_T: jax.Array
     weights_T: jax.Array
     teacher_hidden_TxE: jax.Array | None = None
+    alpha_T: jax.Array | None = None
+    beta_T: jax.Array | None = None
+    temperature_T: jax.Array | None = None

@@ -48,6 +48,9 @@ OUT_OF_RANGE: list[tuple[str, object]] = [
     ("evaluation.sets", ()),
     ("baselines", ("l2n",)),
     ("baselines", ("l2m",)),
+    ("curriculum.alphas", (0.0, 1.5)),
+    ("curriculum.betas", (0.1, 0.2, 0.3)),  # of four stages
+    ("curriculum.temperatures", (0.0,)),
     ("curriculum.subsets", (5,)),
     ("curriculum.subsets", (1, 1)),
     ("teacher.model.init", "teacher_layers"),

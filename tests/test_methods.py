@@ -6,7 +6,7 @@ import pytest
 from l2m_jax import methods
 from l2m_jax.curriculum import Curriculum, examples_seen
 from l2m_jax.errors import InputError
-from l2m_jax.losses import Objective
+from l2m_jax.losses import ForwardKL, Objective, SkewKL, SkewReverseKL
 from l2m_jax.methods import Overrides, Rollouts
 
 
@@ -21,14 +21,14 @@ def test_objectives_are_those_of_the_table():
         method = methods.get(name, Overrides(**overrides))
         return methods.objectives(method, methods.stages(method, Curriculum(), np.arange(8))[0])
 
-    assert first("seqkd") == first("sft") == (Objective(beta=0.0, alpha=0.0),)
-    assert first("skl_on_policy") == first("skl") == (Objective("skew_kl", alpha=0.5),)
-    assert first("skl", alpha=0.3, beta=0.9, temperature=2.0) == (Objective("skew_kl", 0.3, 0.9, 2.0),)
+    assert first("seqkd") == first("sft") == (Objective(ForwardKL(), beta=0.0),)
+    assert first("skl_on_policy") == first("skl") == (Objective(SkewKL(0.5)),)
+    assert first("skl", alpha=0.3, beta=0.9, temperature=2.0) == (Objective(SkewKL(0.3), 0.9, 2.0),)
     # Twice the factors 2 - b and b, for the mean is over the responses of both terms.
     assert first("distillm2") == first("distillm2_on_policy")
     assert first("distillm2") == (
-        Objective("skew_kl", alpha=0.1, scale=2.0),
-        Objective("skew_reverse_kl_fixed_mixture", alpha=0.1, scale=2.0),
+        Objective(SkewKL(0.1), scale=2.0),
+        Objective(SkewReverseKL(0.1, mixture_gradient=False), scale=2.0),
     )
 
 

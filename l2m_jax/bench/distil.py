@@ -21,7 +21,7 @@ from l2m_jax.bench.common import Spread, matmul_rate, peak_rss_bytes, seconds, t
 from l2m_jax.bench.workload import Request, step_flops
 from l2m_jax.data.batches import ListedExamples, micro_batches, prefetch
 from l2m_jax.data.packing import choose_shapes
-from l2m_jax.losses import Objective
+from l2m_jax.losses import ForwardKL, Objective
 from l2m_jax.parallel import Placement
 from l2m_jax.training import step
 from l2m_jax.training.optimizer import OptimizerSettings, make_optimizer
@@ -116,7 +116,7 @@ class _Pair:
         self.student, params = models.load(request.student, put=placement.put)
         self.teacher = models.read_config(request.teacher)
         self._settings = StepSettings(self.student, self.teacher, self.student.valid_vocab_size)
-        self._objective = Objective(alpha=0.0)  # KL(teacher‖student)
+        self._objective = Objective(ForwardKL())  # KL(teacher‖student)
         self._signal = Teacher(models.load_head(request.teacher, dtype="float32", put=placement.put))
         self.shapes = choose_shapes(corpus.lengths, len(request.batches[0]), _DEVICES)
         self._optimizer = make_optimizer(OptimizerSettings(learning_rate=request.learning_rate))

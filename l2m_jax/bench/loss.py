@@ -10,7 +10,7 @@ import numpy as np
 
 from l2m_jax import progress
 from l2m_jax.bench.common import Spread, matmul_rate, seconds, temporary_bytes
-from l2m_jax.losses import DIVERGENCE_NAMES, Objective, distillation_loss, fused_distillation_loss
+from l2m_jax.losses import DIVERGENCES, Objective, distillation_loss, fused_distillation_loss
 
 
 def run(
@@ -19,7 +19,7 @@ def run(
     tokens: int = 4096,
     vocabulary: int = 50257,
     widths: Sequence[int] = (768, 1600),
-    divergences: Sequence[str] = DIVERGENCE_NAMES,
+    divergences: Sequence[str] = tuple(DIVERGENCES),
     dtype: str = "float32",
 ) -> dict[str, Any]:
     """Both paths on the same random inputs, teacher and student of the same width, (1 - β)·CE + β·D at β = 0.7.
@@ -44,7 +44,7 @@ def run(
     with progress.bar("loss", len(cases) * len(paths)) as shown:
         for width, divergence in cases:
             inputs = _inputs(tokens, width, vocabulary, dtype)
-            objective = Objective(divergence, alpha=0.1, beta=0.7)
+            objective = Objective(DIVERGENCES[divergence].with_alpha(0.1), beta=0.7)
             measured = {}
             for name, loss in paths.items():
                 measured[name] = _measure(partial(loss, objective=objective), inputs, repeats, rate)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2m_jax.bench.common import Spread
-from l2m_jax.losses import Objective, fused_token_losses
+from l2m_jax.losses import Objective, SkewKL, fused_token_losses
 from l2m_jax.parallel import Placement
 from l2m_jax.training.store import TeacherStore
 from l2m_jax.types import MicroBatch
@@ -113,7 +113,7 @@ def _divergence(width: int, vocabulary: int):
     @jax.jit
     def divergence(hidden_TxE: jax.Array) -> jax.Array:
         return fused_token_losses(
-            student, heads[0], hidden_TxE, heads[1], labels, weights, Objective("skew_kl", 0.1)
+            student, heads[0], hidden_TxE, heads[1], labels, weights, Objective(SkewKL(0.1))
         )[1]
 
     return lambda hidden_TxE: np.asarray(divergence(hidden_TxE))

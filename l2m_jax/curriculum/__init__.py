@@ -4,8 +4,10 @@ Pure functions that need neither JAX nor a model.
 """
 
 from l2m_jax.curriculum.difficulty import RANKINGS, Difficulty, rank
+from l2m_jax.curriculum.schedules import Schedule
 from l2m_jax.curriculum.settings import Curriculum
 from l2m_jax.curriculum.stages import (
+    SampleCoefficients,
     Stage,
     alpha_at,
     baby_step_examples,
@@ -21,6 +23,8 @@ __all__ = [
     "RANKINGS",
     "Curriculum",
     "Difficulty",
+    "SampleCoefficients",
+    "Schedule",
     "Stage",
     "alpha_at",
     "baby_step_examples",

@@ -6,7 +6,28 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from l2m_jax.curriculum.schedules import Schedule
 from l2m_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SampleCoefficients:
+    """Coefficients of the loss that vary by sample: float32 arrays, one entry for each example of the corpus.
+
+    Attributes:
+        alpha_N, beta_N: in place of the stage's α_i and β_i.
+        weight_N: factor of the weight of all targets of an example. The loss is a weighted mean, so that only ratios
+            between the examples of a batch count.
+    """
+
+    alpha_N: np.ndarray | None = None
+    beta_N: np.ndarray | None = None
+    weight_N: np.ndarray | None = None
+
+    @property
+    def by_name(self) -> dict[str, np.ndarray]:
+        found = {"alpha": self.alpha_N, "beta": self.beta_N, "weight": self.weight_N}
+        return {name: values for name, values in found.items() if values is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +41,8 @@ class Stage:
         indices: int64, the examples of this stage, easiest subset first. Ignored by == and hash.
         epochs: passes over `indices`; the last one may be incomplete.
         examples: the total number of examples seen, at most epochs · len(indices).
+        temperature: T_i of both models' logits in the divergence.
+        samples: what varies by sample instead; None: nothing does. Ignored by == and hash.
     """
 
     index: int
@@ -28,6 +51,8 @@ class Stage:
     indices: np.ndarray = dataclasses.field(compare=False, repr=False)
     epochs: int
     examples: int
+    temperature: float = 1.0
+    samples: SampleCoefficients | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def examples_in_epoch(self, epoch: int) -> int:
         """The number of examples in an epoch (0, 1, ...): the first ones of that epoch's order."""
@@ -53,24 +78,17 @@ def partition(order: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, ..
     return tuple(np.array_split(order, n))
 
 
-def _linear(i: int, n: int, first: float, last: float) -> float:
-    if not 1 <= i <= n:
-        raise ValueError(f"stage {i} of {n}: stages count from 1 to n")
-    # The ends of a schedule, and a constant schedule, must be exact: these values decide what is compiled.
-    return last if i == n else first + (last - first) * (i - 1) / (n - 1)
-
-
 def alpha_at(i: int, n: int, alpha_first: float = 0.0, alpha_last: float = 0.1) -> float:
     """α_i = α·(i−1)/(n−1) of Eq. 6, for i = 1 ... n, or any other straight line from `alpha_first`.
 
     With n = 1, the only stage gets `alpha_last`: like the last of several, it sees all data.
     """
-    return _linear(i, n, alpha_first, alpha_last)
+    return Schedule((alpha_first, alpha_last)).at_stage(i, n)
 
 
 def beta_at(i: int, n: int, beta_first: float = 0.7, beta_last: float = 1.0) -> float:
     """β_i = β_1 − (β_1 − β_n)·(i−1)/(n−1) of Eq. 7, for i = 1 ... n; with n = 1, `beta_last`."""
-    return _linear(i, n, beta_first, beta_last)
+    return Schedule((beta_first, beta_last)).at_stage(i, n)
 
 
 def baby_steps(

@@ -115,6 +115,7 @@ def micro_batches(
     *,
     filled: Container[int] | None = None,
     equal_examples: bool = False,
+    coefficients: Mapping[str, float | np.ndarray] | None = None,
 ) -> list[MicroBatch]:
     """Packs one batch into NumPy arrays with a leading device axis A.
 
@@ -124,12 +125,29 @@ def micro_batches(
         teacher_rows: returns the teacher's final hidden states at the targets of an example, `[r_i, E]`.
         filled: devices whose arrays are needed, for instance those of this process; the others stay 0. None: all.
         equal_examples: each target has weight 1/r_i, so that every example has weight 1.
+        coefficients: "alpha", "beta" or "temperature" of the loss, where it is not the objective's, and "weight", a
+            factor of the targets' weights. Each is a number, or an array with one entry for each of `examples`.
 
     Raises:
         ValueError: an example is longer than the longest row, or has no prompt.
     """
     packed = pack(examples.lengths[indices].tolist(), shapes, num_devices)
-    return [_arrange(examples, indices, rows, teacher_rows, filled, equal_examples)[0] for rows in packed]
+    arranged = [_arrange(examples, indices, rows, teacher_rows, filled, equal_examples) for rows in packed]
+    return [_with_coefficients(batch, owners, coefficients or {}) for batch, owners, _ in arranged]
+
+
+def _with_coefficients(
+    batch: MicroBatch, owners: np.ndarray, coefficients: Mapping[str, float | np.ndarray]
+) -> MicroBatch:
+    """`batch` with the coefficients of each target's example, `owners`; those of padding (-1) don't matter."""
+    by_target = {
+        name: np.broadcast_to(np.float32(value), owners.shape)
+        if np.ndim(value) == 0
+        else np.asarray(value, np.float32)[owners]
+        for name, value in coefficients.items()
+    }
+    weights = batch.weights_T * by_target.pop("weight", np.float32(1))
+    return batch._replace(weights_T=weights, **{f"{name}_T": value for name, value in by_target.items()})
 
 
 def padded_batch(

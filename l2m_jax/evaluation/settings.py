@@ -15,7 +15,7 @@ class Evaluation:
     rows: int = 0  # the maximum number of rows of each set (0: all)
     validations: int = 20  # over the whole of a student's training, evenly spaced
     validation_rows: int = 0  # the maximum number of rows for validation Rouge-L (0: all)
-    diagnostic_rows: int = 64  # rows of validation and of training to compare with the teacher on (0: none)
+    diagnostic_rows: int = 32  # rows of validation and of training to compare with the teacher on (0: none)
     select: str = "best"  # which student is kept: "best" by validation Rouge-L, or "last"
 
     def __post_init__(self):

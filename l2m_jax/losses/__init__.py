@@ -1,23 +1,28 @@
 """Distillation losses. They depend only on jax.
 
 >>> from l2m_jax import losses
->>> losses.Objective("skew_kl", alpha=0.1, beta=0.7).needs_labels
+>>> losses.Objective(losses.SkewKL(0.1), beta=0.7).needs_labels
 True
 
-From logits: the divergences, `cross_entropy`, `token_loss` `distillation_loss` and `agreement`. From hidden states and output
+A divergence is a value such as `SkewKL(0.1)`, and a function such as `skew_kl` for direct use.
+From logits: the divergences, `cross_entropy`, `token_loss`, `distillation_loss` and `agreement`. From hidden states and output
 heads, without materialising the logits of a whole batch: `fused_distillation_sums`, `fused_distillation_loss`,
 `fused_token_losses` and `fused_token_agreement`.
 """
 
 from l2m_jax.losses.agreement import Agreement, agreement, fused_token_agreement
-from l2m_jax.losses.distillation import DIVERGENCE_NAMES, Objective, distillation_loss, token_loss
+from l2m_jax.losses.distillation import Coefficients, Objective, distillation_loss, token_loss
 from l2m_jax.losses.divergences import (
+    adaptive_kl,
+    alpha_beta,
     cross_entropy,
     forward_kl,
     jsd,
     reverse_kl,
     skew_kl,
     skew_reverse_kl,
+    taid,
+    todi,
     total_variation,
 )
 from l2m_jax.losses.fused import (
@@ -26,12 +31,40 @@ from l2m_jax.losses.fused import (
     fused_distillation_sums,
     fused_token_losses,
 )
+from l2m_jax.losses.values import (
+    DIVERGENCES,
+    JSD,
+    TAID,
+    AdaptiveKL,
+    AlphaBeta,
+    Divergence,
+    ForwardKL,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+    ToDi,
+    TotalVariation,
+)
 
 __all__ = [
-    "DIVERGENCE_NAMES",
+    "DIVERGENCES",
+    "JSD",
+    "TAID",
+    "AdaptiveKL",
     "Agreement",
+    "AlphaBeta",
+    "Coefficients",
+    "Divergence",
+    "ForwardKL",
     "LossSums",
     "Objective",
+    "ReverseKL",
+    "SkewKL",
+    "SkewReverseKL",
+    "ToDi",
+    "TotalVariation",
+    "adaptive_kl",
+    "alpha_beta",
     "agreement",
     "cross_entropy",
     "distillation_loss",
@@ -44,6 +77,8 @@ __all__ = [
     "reverse_kl",
     "skew_kl",
     "skew_reverse_kl",
+    "taid",
+    "todi",
     "token_loss",
     "total_variation",
 ]

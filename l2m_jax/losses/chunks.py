@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from l2m_jax.losses import divergences
-from l2m_jax.losses.distillation import Objective, combine, scaled_divergence
+from l2m_jax.losses.distillation import FIXED, Coefficients, Objective, combine, scaled_divergence
 
 Carry = TypeVar("Carry")
 
@@ -40,6 +40,7 @@ class Inputs(NamedTuple):
     teacher_head_UxF: jax.Array | None
     labels: jax.Array  # [..., T]
     weights: jax.Array  # [..., T]
+    coefficients: Coefficients = FIXED  # [..., T] each
 
 
 def choose_chunk_size(tokens: int, max_size: int) -> int:
@@ -104,6 +105,7 @@ def take_chunk(inputs: Inputs, start: jax.Array, size: int) -> Inputs:
         teacher_hidden=None if inputs.teacher_hidden is None else take_hidden(inputs.teacher_hidden),
         labels=take(inputs.labels),
         weights=weights,
+        coefficients=jax.tree.map(take, inputs.coefficients),
     )
 
 
@@ -132,6 +134,7 @@ def chunk_result(static: Static, chunk: Inputs, head_VxE: jax.Array, gradient: b
         teacher_logits,
         chunk.labels,
         chunk.weights,
+        chunk.coefficients,
         cpu=in_blocks_of(_BLOCK_SIZE_CPU),
         default=in_blocks_of(_BLOCK_SIZE),
     )
@@ -145,6 +148,7 @@ def _run_blocks(
     teacher_logits: jax.Array | None,
     labels: jax.Array,
     weights: jax.Array,
+    coefficients: Coefficients,
 ) -> ChunkResult:
     """Losses of a chunk, block by block. The gradient of each block overwrites its logits."""
     axis = labels.ndim - 1
@@ -156,17 +160,20 @@ def _run_blocks(
         )
         labels_block = slice_tokens(labels, start, block_size, axis)
         student_block = slice_tokens(done.student_logits, start, block_size, axis)
+        coefficients_block = jax.tree.map(lambda x: slice_tokens(x, start, block_size, axis), coefficients)
         all_logits = done.student_logits
         if gradient:
             _, pullback, (cross_entropy, divergence) = jax.vjp(
-                lambda logits: _terms(static, logits, teacher_block, labels_block),
+                lambda logits: _terms(static, logits, teacher_block, labels_block, coefficients_block),
                 student_block,
                 has_aux=True,
             )
             (block_gradient,) = pullback(slice_tokens(weights, start, block_size, axis))
             all_logits = put_tokens(all_logits, block_gradient, start, axis)
         else:
-            _, (cross_entropy, divergence) = _terms(static, student_block, teacher_block, labels_block)
+            _, (cross_entropy, divergence) = _terms(
+                static, student_block, teacher_block, labels_block, coefficients_block
+            )
         return ChunkResult(
             all_logits,
             put_tokens(done.cross_entropy, cross_entropy, start, axis),
@@ -178,7 +185,11 @@ def _run_blocks(
 
 
 def _terms(
-    static: Static, student_logits: jax.Array, teacher_logits: jax.Array | None, labels: jax.Array
+    static: Static,
+    student_logits: jax.Array,
+    teacher_logits: jax.Array | None,
+    labels: jax.Array,
+    coefficients: Coefficients,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """(loss, (cross-entropy, divergence)). Entries beyond the vocabulary are cut off, as if they were −∞."""
     student_logits = student_logits[..., : static.vocab_size]
@@ -187,6 +198,7 @@ def _terms(
         divergence = jnp.zeros_like(cross_entropy)
     else:
         divergence = scaled_divergence(
-            student_logits, teacher_logits[..., : static.vocab_size], static.objective
+            student_logits, teacher_logits[..., : static.vocab_size], static.objective, coefficients
         )
-    return combine(cross_entropy, divergence, static.objective), (cross_entropy, divergence)
+    loss = combine(cross_entropy, divergence, static.objective, coefficients)
+    return loss, (cross_entropy, divergence)

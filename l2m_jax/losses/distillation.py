@@ -1,34 +1,14 @@
 """The distillation loss (1 - β)·CE + β·D (Eq. 3 and 6), for each token and over a batch."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from l2m_jax.losses import divergences
-from l2m_jax.losses.divergences import (
-    forward_kl,
-    jsd,
-    reverse_kl,
-    skew_kl,
-    skew_reverse_kl,
-    total_variation,
-)
-
-# name -> (function, whether it takes alpha)
-_DIVERGENCES: dict[str, tuple[Callable[..., jax.Array], bool]] = {
-    "forward_kl": (forward_kl, False),
-    "reverse_kl": (reverse_kl, False),
-    "skew_kl": (skew_kl, True),
-    "skew_reverse_kl": (skew_reverse_kl, True),
-    "skew_reverse_kl_fixed_mixture": (partial(skew_reverse_kl, mixture_gradient=False), True),
-    "jsd": (jsd, True),
-    "total_variation": (total_variation, False),
-}
-DIVERGENCE_NAMES = tuple(_DIVERGENCES)
+from l2m_jax.losses.values import Divergence, SkewKL
 
 
 @dataclass(frozen=True)
@@ -42,29 +22,25 @@ class Objective:
     always computed at temperature 1.
 
     Attributes:
-        divergence: one of `DIVERGENCE_NAMES`.
-        alpha: α_i of Eq. 6, the share of the mixture in skew_kl and skew_reverse_kl; the teacher's weight in jsd;
-            unused by the others. With skew_kl, 0 is exactly forward_kl.
+        divergence: D, such as `SkewKL(0.1)`, whose alpha is α_i of Eq. 6.
         beta: β_i of Eq. 7, the weight of the divergence. 0 is plain cross-entropy, which needs no teacher.
         temperature: T above.
         scale: weight of this loss if it is one of several terms of a sum.
 
     Raises:
-        ValueError: an unknown divergence, alpha or beta outside [0, 1], a temperature or scale that is not positive.
+        ValueError: not a divergence, beta outside [0, 1], a temperature or scale that is not positive.
     """
 
-    divergence: str = "skew_kl"
-    alpha: float = 0.1
+    divergence: Divergence = SkewKL()  # noqa: RUF009 (a frozen value)
     beta: float = 1.0
     temperature: float = 1.0
     scale: float = 1.0
 
     def __post_init__(self):
-        if self.divergence not in _DIVERGENCES:
-            raise ValueError(f"divergence {self.divergence!r} is not one of {', '.join(DIVERGENCE_NAMES)}")
-        for name in ("alpha", "beta"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        if not isinstance(self.divergence, Divergence):
+            raise ValueError(f"divergence {self.divergence!r} is not a value such as SkewKL(0.1)")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta must be between 0 and 1, not {self.beta}")
         for name in ("temperature", "scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
@@ -78,31 +54,64 @@ class Objective:
         return self.beta < 1
 
 
+class Coefficients(NamedTuple):
+    """Arrays in place of an objective's numbers, to vary them by step or by token without compiling anew.
+
+    Each is None (the objective's own number), a scalar, or `[...]`, one for each token. They carry no gradient. With
+    `beta`, both terms of the loss are computed, whatever the objective's own β is.
+    """
+
+    alpha: jax.Array | None = None  # of the divergence, if it has one
+    beta: jax.Array | None = None
+    temperature: jax.Array | None = None
+
+    def needs_teacher(self, objective: Objective) -> bool:
+        return self.beta is not None or objective.needs_teacher
+
+    def needs_labels(self, objective: Objective) -> bool:
+        return self.beta is not None or objective.needs_labels
+
+
+FIXED = Coefficients()
+
+
 def scaled_divergence(
-    student_logits: jax.Array, teacher_logits: jax.Array, objective: Objective
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    objective: Objective,
+    coefficients: Coefficients = FIXED,
 ) -> jax.Array:
     """T²·D(p_T ‖ q_T), the divergence term of the loss, `[..., V] -> [...]`."""
-    function, takes_alpha = _DIVERGENCES[objective.divergence]
-    temperature = objective.temperature
-    if temperature != 1:
+    divergence, temperature = objective.divergence, objective.temperature
+    if coefficients.alpha is not None:
+        divergence = divergence.with_alpha(coefficients.alpha)
+    if coefficients.temperature is not None:
+        temperature = jnp.asarray(coefficients.temperature, jnp.float32)
+        student_logits = student_logits.astype(jnp.float32) / temperature[..., None]
+        teacher_logits = teacher_logits.astype(jnp.float32) / temperature[..., None]
+    elif temperature != 1:
         student_logits = student_logits.astype(jnp.float32) / temperature
         teacher_logits = teacher_logits.astype(jnp.float32) / temperature
-    if takes_alpha:
-        return function(student_logits, teacher_logits, objective.alpha) * temperature**2
-    return function(student_logits, teacher_logits) * temperature**2
+    return divergence(student_logits, teacher_logits) * temperature**2
 
 
-def combine(cross_entropy: jax.Array | None, divergence: jax.Array | None, objective: Objective) -> jax.Array:
+def combine(
+    cross_entropy: jax.Array | None,
+    divergence: jax.Array | None,
+    objective: Objective,
+    coefficients: Coefficients = FIXED,
+) -> jax.Array:
     """scale·((1 - β)·CE + β·D). A term that β excludes may be None, and is not in the compiled program."""
-    if not objective.needs_teacher:
+    if not coefficients.needs_teacher(objective):
         assert cross_entropy is not None
         loss = cross_entropy
-    elif not objective.needs_labels:
+    elif not coefficients.needs_labels(objective):
         assert divergence is not None
         loss = divergence
     else:
         assert cross_entropy is not None and divergence is not None
-        loss = (1 - objective.beta) * cross_entropy + objective.beta * divergence
+        beta = objective.beta if coefficients.beta is None else coefficients.beta
+        loss = (1 - beta) * cross_entropy + beta * divergence
     return loss if objective.scale == 1 else objective.scale * loss
 
 
@@ -111,14 +120,16 @@ def token_loss(
     teacher_logits: jax.Array | None,
     labels: jax.Array | None,
     objective: Objective,
+    coefficients: Coefficients = FIXED,
 ) -> jax.Array:
     """The loss of each token.
 
     Args:
         student_logits: `[..., V]`, any floating dtype.
-        teacher_logits: `[..., V]`; None if `objective.needs_teacher` is False.
-        labels: integer `[...]`, the reference tokens; None if `objective.needs_labels` is False.
+        teacher_logits: `[..., V]`; None if the loss needs no teacher.
+        labels: integer `[...]`, the reference tokens; None if the loss needs no labels.
         objective: static under `jax.jit`.
+        coefficients: arrays in place of the objective's numbers, not static.
 
     Returns:
         float32 `[...]`.
@@ -128,18 +139,19 @@ def token_loss(
 
     >>> import jax.numpy as jnp
     >>> teacher, student = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
-    >>> objective = Objective("skew_kl", alpha=0.5, beta=0.7)
+    >>> objective = Objective(SkewKL(0.5), beta=0.7)
     >>> print(f"{token_loss(student, teacher, jnp.array(0), objective):.4f}")
     0.4385
     """
     # Cast here, not only inside each term: the gradients of the terms then add up in float32 and are rounded once.
     student_logits = student_logits.astype(jnp.float32)
+    coefficients = jax.lax.stop_gradient(coefficients)
     cross_entropy = divergence = None
-    if objective.needs_labels:
+    if coefficients.needs_labels(objective):
         if labels is None:
             raise ValueError(f"labels are needed with beta = {objective.beta}")
         cross_entropy = divergences.cross_entropy(student_logits, labels)
-    if objective.needs_teacher:
+    if coefficients.needs_teacher(objective):
         if teacher_logits is None:
             raise ValueError(f"teacher_logits are needed with beta = {objective.beta}")
         if student_logits.shape != teacher_logits.shape:
@@ -147,8 +159,8 @@ def token_loss(
                 f"student and teacher logits differ in shape, {student_logits.shape} and {teacher_logits.shape}; "
                 "pad the smaller vocabulary with -inf"
             )
-        divergence = scaled_divergence(student_logits, teacher_logits, objective)
-    return combine(cross_entropy, divergence, objective)
+        divergence = scaled_divergence(student_logits, teacher_logits, objective, coefficients)
+    return combine(cross_entropy, divergence, objective, coefficients)
 
 
 def distillation_loss(
@@ -157,6 +169,7 @@ def distillation_loss(
     labels: jax.Array | None,
     weights: jax.Array,
     objective: Objective,
+    coefficients: Coefficients = FIXED,
 ) -> jax.Array:
     """The weighted mean of `token_loss` over all tokens: Σ weight·loss / Σ weight.
 
@@ -166,10 +179,11 @@ def distillation_loss(
     Args:
         student_logits: `[..., V]`, any floating dtype. student_logits[..., t, :] predict labels[..., t]: nothing is
             shifted here.
-        teacher_logits: `[..., V]`; None if `objective.needs_teacher` is False.
-        labels: integer `[...]`; None if `objective.needs_labels` is False.
+        teacher_logits: `[..., V]`; None if the loss needs no teacher.
+        labels: integer `[...]`; None if the loss needs no labels.
         weights: `[...]`, 0 for tokens without loss (prompt, padding). Logits of such tokens may be anything, even NaN.
         objective: static under `jax.jit`.
+        coefficients: arrays in place of the objective's numbers, not static.
 
     Returns:
         A float32 scalar; 0 if all weights are 0.
@@ -188,7 +202,7 @@ def distillation_loss(
     student_logits = jnp.where(has_loss, student_logits, 0)
     if teacher_logits is not None:
         teacher_logits = jnp.where(has_loss, teacher_logits, 0)
-    loss = jnp.sum(weights * token_loss(student_logits, teacher_logits, labels, objective))
+    loss = jnp.sum(weights * token_loss(student_logits, teacher_logits, labels, objective, coefficients))
     return mean(loss, jnp.sum(weights))
 
 

@@ -24,7 +24,7 @@ from l2m_jax.losses.chunks import (
     put_tokens,
     take_chunk,
 )
-from l2m_jax.losses.distillation import Objective, combine, mean
+from l2m_jax.losses.distillation import FIXED, Coefficients, Objective, combine, mean
 
 DEFAULT_CHUNK_SIZE = 512
 
@@ -54,6 +54,7 @@ def fused_distillation_sums(
     weights: jax.Array,
     objective: Objective,
     *,
+    coefficients: Coefficients = FIXED,
     valid_vocab_size: int | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
 ) -> LossSums:
@@ -68,11 +69,12 @@ def fused_distillation_sums(
         student_hidden: `[..., T, E]`, the student's final hidden states, in the compute dtype: matrix products run in it
             and accumulate in float32.
         student_head_VxE: the student's output head.
-        teacher_hidden: `[..., T, F]`, in any floating dtype; None if `objective.needs_teacher` is False.
+        teacher_hidden: `[..., T, F]`, in any floating dtype; None if the loss needs no teacher.
         teacher_head_UxF: the teacher's output head; its dtype is the one in which the teacher's logits are computed.
         labels: integer `[..., T]`.
         weights: `[..., T]`, 0 for tokens without loss. Their hidden states may be anything, even NaN.
         objective: static under `jax.jit`.
+        coefficients: arrays in place of the objective's numbers: scalars, or one for each token, `[..., T]`.
         valid_vocab_size: entries of both vocabularies from this index on are padding, with logits of −∞. Required if
             V and U differ.
         chunk_size: the most tokens per chunk, for each entry of the leading axes; rounded up to a multiple of 32. Two
@@ -92,6 +94,7 @@ def fused_distillation_sums(
         labels,
         weights,
         objective,
+        coefficients,
         valid_vocab_size,
         chunk_size,
     )
@@ -116,6 +119,7 @@ def fused_token_losses(
     weights: jax.Array,
     objective: Objective,
     *,
+    coefficients: Coefficients = FIXED,
     valid_vocab_size: int | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
 ) -> tuple[jax.Array, jax.Array]:
@@ -139,6 +143,7 @@ def fused_token_losses(
         labels,
         weights,
         objective,
+        coefficients,
         valid_vocab_size,
         chunk_size,
     )
@@ -155,6 +160,7 @@ def _prepare(
     labels: jax.Array,
     weights: jax.Array,
     objective: Objective,
+    coefficients: Coefficients,
     valid_vocab_size: int | None,
     chunk_size: int,
 ) -> tuple[Static, Inputs]:
@@ -166,7 +172,7 @@ def _prepare(
             f"weights {weights.shape} must agree"
         )
     vocab_sizes = {student_head_VxE.shape[0]}
-    if not objective.needs_teacher:
+    if not coefficients.needs_teacher(objective):
         teacher_hidden = teacher_head_UxF = None
     elif teacher_hidden is None or teacher_head_UxF is None:
         raise ValueError(f"teacher_hidden and teacher_head_UxF are needed with beta = {objective.beta}")
@@ -189,6 +195,11 @@ def _prepare(
     chunk_size = choose_chunk_size(tokens, chunk_size)
     padding = -tokens % chunk_size
     axis = labels.ndim - 1
+
+    def token_coefficient(x: jax.Array) -> jax.Array:
+        # Padded with 1, a temperature that the padding's logits can be divided by.
+        return _pad(jnp.broadcast_to(jnp.asarray(x, jnp.float32), labels.shape), padding, axis, 1.0)
+
     inputs = Inputs(
         _pad(student_hidden, padding, axis),
         student_head_VxE,
@@ -196,14 +207,15 @@ def _prepare(
         teacher_head_UxF,
         _pad(labels, padding, axis),
         _pad(weights.astype(jnp.float32), padding, axis),
+        jax.tree.map(token_coefficient, coefficients),
     )
     return Static(objective, vocab_size, chunk_size), inputs
 
 
-def _pad(x: jax.Array, padding: int, axis: int) -> jax.Array:
+def _pad(x: jax.Array, padding: int, axis: int, value: float = 0) -> jax.Array:
     if padding == 0:
         return x
-    return jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)])
+    return jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)], constant_values=value)
 
 
 def _token_terms(static: Static, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
@@ -220,14 +232,14 @@ def _token_terms(static: Static, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     return over_chunks(static, inputs.weights, body, (zeros, zeros))
 
 
-def _sum_terms(
-    static: Static, weights: jax.Array, cross_entropy: jax.Array, divergence: jax.Array
-) -> LossSums:
+def _sum_terms(static: Static, inputs: Inputs, cross_entropy: jax.Array, divergence: jax.Array) -> LossSums:
+    weights = inputs.weights
+
     def total(x: jax.Array) -> jax.Array:
         return jnp.sum(weights * x)
 
     return LossSums(
-        total(combine(cross_entropy, divergence, static.objective)),
+        total(combine(cross_entropy, divergence, static.objective, inputs.coefficients)),
         total(cross_entropy),
         total(divergence),
         jnp.sum(weights),
@@ -237,7 +249,7 @@ def _sum_terms(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss_sums(static: Static, inputs: Inputs) -> LossSums:
     """The forward pass when no gradient is needed: computes only the sums."""
-    return _sum_terms(static, inputs.weights, *_token_terms(static, inputs))
+    return _sum_terms(static, inputs, *_token_terms(static, inputs))
 
 
 def _loss_sums_forward(static: Static, inputs: Inputs):
@@ -282,7 +294,7 @@ def _loss_sums_forward(static: Static, inputs: Inputs):
     # An empty array carries the head's dtype: residuals can only be arrays.
     head_dtype = jnp.zeros((0,), inputs.student_head_VxE.dtype)
     residuals = (hidden_gradient, head_gradient_VxE, head_dtype)
-    return _sum_terms(static, inputs.weights, cross_entropy, divergence), residuals
+    return _sum_terms(static, inputs, cross_entropy, divergence), residuals
 
 
 def _loss_sums_backward(static: Static, residuals, cotangents: LossSums) -> tuple[Inputs]:
@@ -294,6 +306,7 @@ def _loss_sums_backward(static: Static, residuals, cotangents: LossSums) -> tupl
             (scale * head_gradient_VxE).astype(head_dtype.dtype),
             None,
             None,
+            None,  # pyright: ignore[reportArgumentType]
             None,  # pyright: ignore[reportArgumentType]
             None,  # pyright: ignore[reportArgumentType]
         ),

@@ -102,7 +102,7 @@ class Planner:
         """Whose responses are generated once and trained on."""
         wanted = chosen.values()
         found = [("teacher", self.teacher)] * any(method.responses == "teacher" for method in wanted)
-        own = any(method.contrast and not method.on_policy for method in wanted)
+        own = any(method.contrast is not None and not method.on_policy for method in wanted)
         return found + [("initial student", self.student)] * own
 
     def _model(self, name: str, model: DecoderConfig, finetune: FineTuning) -> Phase:
@@ -129,7 +129,13 @@ class Planner:
         settings = StepSettings(
             student, None if signal == "none" else self.teacher, vocabulary, config.chunk_size
         )
-        shapes = TrainingShapes(settings, config.training, signal, config.teacher.store_dtype)
+        shapes = TrainingShapes(
+            settings,
+            config.training,
+            signal,
+            config.teacher.store_dtype,
+            tuple(methods.by_step(method, config.curriculum)),
+        )
         # The last stage but one has everything in its loss: cross-entropy, divergence and mixture.
         objectives = methods.objectives(method, stages[-2:][0])
         validations = config.evaluation.validations
@@ -143,7 +149,7 @@ class Planner:
             generating += found.programs
             spent += self._decoding_seconds(found, validations * rows * w.response_tokens)
         if method.on_policy:
-            share = 1.0 if method.contrast else config.rollouts.student_share
+            share = 1.0 if method.contrast is not None else config.rollouts.student_share
             answers = math.ceil(share * sum(stage.examples for stage in stages))
             at_once = math.ceil(share * max(len(stage.indices) for stage in stages) / method.refreshes)
             found = self._decoding(student, params, at_once)

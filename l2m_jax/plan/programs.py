@@ -190,12 +190,14 @@ class TrainingShapes:
     Attributes:
         signal: "none", "store" (the teacher's head alone) or "live".
         store_dtype: of the stored hidden states.
+        by_target: coefficients of the loss that a micro-batch has for each target.
     """
 
     settings: StepSettings
     optimizer: OptimizerSettings
     signal: str = "none"
     store_dtype: str = "bfloat16"
+    by_target: tuple[str, ...] = ()
 
     @property
     def state(self) -> step.TrainState:
@@ -215,8 +217,10 @@ class TrainingShapes:
 
     def batch(self, shape: Shape) -> MicroBatch:
         if self.signal != "store" or self.settings.teacher is None:
-            return micro_batch(shape)
-        return micro_batch(shape, self.settings.teacher.embed_size, self.store_dtype)
+            batch = micro_batch(shape)
+        else:
+            batch = micro_batch(shape, self.settings.teacher.embed_size, self.store_dtype)
+        return batch._replace(**{f"{name}_T": batch.weights_T for name in self.by_target})
 
     def accumulate_arguments(self, objective: Objective, shape: Shape) -> tuple:
         dropout = self.settings.student.has_dropout

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from l2m_jax import files
 from l2m_jax.errors import InputError
+from l2m_jax.losses import Divergence
 from l2m_jax.multihost import first
 
 _RECORD = "inputs.json"
@@ -137,7 +138,9 @@ def described(value: Any) -> Any:
         return {"artefact": value.key}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [f for f in dataclasses.fields(value) if f.compare]
-        return {f.name: described(getattr(value, f.name)) for f in fields}
+        # Divergences without parameters differ in nothing but their class.
+        kind = {"divergence": type(value).__name__} if isinstance(value, Divergence) else {}
+        return kind | {f.name: described(getattr(value, f.name)) for f in fields}
     if isinstance(value, tuple | list):
         return [described(item) for item in value]
     if isinstance(value, Mapping):

@@ -90,9 +90,11 @@ def relevant_curriculum(method: Method, curriculum: Curriculum) -> Curriculum:
     """`curriculum` with the settings that the method ignores at their defaults. The ranking is a separate artefact."""
     kept = ["stages", "epochs_per_stage", "subsets", "patience"]
     if method.staged:
-        kept += ["alpha", "restart_optimizer"]
-    if method.adaptive_beta:
-        kept += ["beta_first", "beta_last"]
+        kept += ["restart_optimizer", "temperatures", "temperature_by"]
+    if method.alpha in ("rising", "falling"):
+        kept += ["alphas" if curriculum.alphas else "alpha", "alpha_by"]
+    if method.beta == "rising":
+        kept += ["betas", "beta_by"] if curriculum.betas else ["beta_first", "beta_last", "beta_by"]
     return Curriculum(**{name: getattr(curriculum, name) for name in kept})
 
 
@@ -100,7 +102,7 @@ def relevant_rollouts(method: Method, rollouts: methods.Rollouts) -> methods.Rol
     """`rollouts` with what the method does not use, or holds itself, at its default; None off-policy."""
     if not method.on_policy:
         return None
-    share = methods.Rollouts.student_share if method.contrast else rollouts.student_share
+    share = methods.Rollouts.student_share if method.contrast is not None else rollouts.student_share
     return methods.Rollouts(student_share=share, replay_share=rollouts.replay_share)
 
 
@@ -161,7 +163,7 @@ class Student:
         stages = stages_of(inputs)
         console.print(
             f"  {steps(stages, inputs.training.batch_size):,} updates on {examples_seen(stages):,} examples"
-            + ", two responses to each" * (inputs.method.contrast > 0)
+            + ", two responses to each" * (inputs.method.contrast is not None)
         )
         teacher_config, teacher = self._teacher()
         task = self._task(stages, teacher_config)
@@ -194,6 +196,7 @@ class Student:
             batch_size=inputs.training.batch_size,
             seed=inputs.seed,
             parts=method.refreshes if method.on_policy else 1,
+            by_step=methods.by_step(method, inputs.curriculum),
             restart_optimizer=inputs.curriculum.restart_optimizer,
             patience=inputs.curriculum.patience,
             validations=self._monitored.count,

@@ -4,12 +4,14 @@ Each phase gets its inputs from here and nothing else from the config. All keys 
 starts.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from l2m_jax import methods
 from l2m_jax.config import Config
+from l2m_jax.generation import SamplingRules
 from l2m_jax.run import data
 from l2m_jax.run.artefacts import Artefact
 from l2m_jax.run.diagnostics import DiagnosticsInputs, diagnostics_artefact
@@ -178,12 +180,16 @@ class _Resolver:
 
     def _ranking(self) -> Artefact[RankingInputs]:
         c = self.config.curriculum
-        if c.ranking_model:
-            model = data.given_model(c.ranking_model)
-            answers = self._responses_of(model, "ranking_model")
-        else:
+        rules = self.config.sampling
+        if c.ranking_temperature >= 0:
+            rules = dataclasses.replace(rules, temperature=c.ranking_temperature)
+        model = data.given_model(c.ranking_model) if c.ranking_model else self.initial
+        if rules == self.config.sampling:
             # The same answers may also be training data.
-            model, answers = self.initial, self._responses("initial_student")
+            name = "ranking_model" if c.ranking_model else "initial_student"
+        else:
+            name = "ranking"
+        answers = self._responses_of(model, name, rules)
         inputs = RankingInputs(
             model=model,
             answers=answers,
@@ -197,19 +203,24 @@ class _Resolver:
         return Artefact(inputs, self.shared / "difficulty.parquet", settings=settings)
 
     def _responses(self, name: str) -> Artefact[ResponsesInputs]:
-        return self._responses_of({"teacher": self.teacher, "initial_student": self.initial}[name], name)
+        model = {"teacher": self.teacher, "initial_student": self.initial}[name]
+        return self._responses_of(model, name, self.config.sampling)
 
-    def _responses_of(self, model, name: str) -> Artefact[ResponsesInputs]:
+    def _responses_of(self, model, name: str, rules: SamplingRules) -> Artefact[ResponsesInputs]:
         config = self.config
         inputs = ResponsesInputs(
             model=model,
             train=self.corpora["train"],
             tokenizer=self.tokenizer,
-            sampling=config.sampling,
+            sampling=rules,
             seed=config.evaluation.seeds[0],
             max_prompt_length=config.data.max_prompt_length,
         )
-        settings = {"seed": "evaluation.seeds", "max_prompt_length": "data.max_prompt_length"}
+        settings = {
+            "sampling": "sampling",
+            "seed": "evaluation.seeds",
+            "max_prompt_length": "data.max_prompt_length",
+        }
         return Artefact(inputs, self.shared / f"{name}_responses.jsonl", settings=settings)
 
     def _store(self) -> Artefact[StoreInputs]:
@@ -292,4 +303,4 @@ class _Resolver:
 def _generated_for(method: methods.Method) -> list[str]:
     """Whose responses, generated once, the method trains on."""
     names = ["teacher"] if method.responses == "teacher" else []
-    return [*names, "initial_student"] if method.contrast and not method.on_policy else names
+    return [*names, "initial_student"] if method.contrast is not None and not method.on_policy else names

@@ -87,7 +87,7 @@ def training_data(
 
     def data(part: Part, params: Params) -> list[Term]:
         used = (examples,)
-        if method.contrast:
+        if method.contrast is not None:
             students = (
                 fixed["initial_student"] if rollouts is None else rollouts.of(part, part.indices, params)
             )
@@ -96,7 +96,7 @@ def training_data(
             chosen = part.indices[spread(len(part.indices), rollouts.settings.student_share)]
             used = (answered(examples, rollouts.of(part, chosen, params), limit),)
         return [
-            Term(objective, of_term, rows, equal_examples=method.contrast > 0)
+            Term(objective, of_term, rows, equal_examples=method.contrast is not None)
             for objective, of_term in zip(methods.objectives(method, part.stage), used, strict=True)
         ]
 

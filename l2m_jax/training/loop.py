@@ -3,15 +3,15 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
 
 from l2m_jax import progress
-from l2m_jax.curriculum import Stage, steps
+from l2m_jax.curriculum import Schedule, Stage, steps
 from l2m_jax.data.batches import Examples, micro_batches, order_of_examples, prefetch
 from l2m_jax.data.packing import Shape
 from l2m_jax.losses import Objective
@@ -72,6 +72,7 @@ class Task:
         stages: in order; single-stage methods have one.
         shapes: the micro-batch shapes.
         parts: the number of parts of an epoch; the data may change before each.
+        by_step: "alpha", "beta" or "temperature" where it varies by step, over the updates of all stages.
         restart_optimizer: start each stage with a new schedule and optimiser state.
         patience: end a stage after this many validations without a better Rouge-L; 0: never.
         validations: the number over the whole task, evenly spaced, the last one at its end.
@@ -86,6 +87,7 @@ class Task:
     batch_size: int
     seed: int
     parts: int = 1
+    by_step: Mapping[str, Schedule] = field(default_factory=dict)
     restart_optimizer: bool = True
     patience: int = 0
     validations: int = 0
@@ -234,24 +236,37 @@ class Trainer:
                 terms = self._data(part, self._state.params)
                 self._sums = self._zero_sums(self._state.params)
                 log.restart_clock()
-                yield from prefetch(
-                    self._batches(part, terms, self._position.batch), depth=PREFETCHED_BATCHES
-                )
+                yield from prefetch(self._batches(part, terms, self._position), depth=PREFETCHED_BATCHES)
 
-    def _batches(self, part: Part, terms: Sequence[Term], batch: int) -> Iterator["_Batch"]:
-        """The batches of `part`, starting with number `batch` of its epoch."""
+    def _batches(self, part: Part, terms: Sequence[Term], position: Position) -> Iterator["_Batch"]:
+        """The batches of `part`, from `position` on, which lies in it or before it."""
         size, feed = self._task.batch_size, self._placement.feed
-        for start in range(max(batch - part.first_batch, 0) * size, len(part.indices), size):
+        first = max(position.batch - part.first_batch, 0)
+        for number, start in enumerate(range(first * size, len(part.indices), size)):
             chosen = part.indices[start : start + size]
+            by_step = self._by_step(part.stage, position.stage_step + number)
+            by_sample = {} if part.stage.samples is None else part.stage.samples.by_name
+            varying = by_step | by_sample
             yield _Batch(
                 part.epoch,
-                [(term.objective, feed(m)) for term in terms for m in self._packed(term, chosen)],
+                by_step,
+                [(term.objective, feed(m)) for term in terms for m in self._packed(term, chosen, varying)],
                 len(chosen),
                 sum(int(term.examples.lengths[chosen].sum()) for term in terms),
                 sum(int(_targets(term.examples, chosen).sum()) for term in terms),
             )
 
-    def _packed(self, term: Term, chosen: np.ndarray) -> list[MicroBatch]:
+    def _by_step(self, stage: Stage, stage_step: int) -> dict[str, float]:
+        task = self._task
+        if not task.by_step:
+            return {}
+        before = steps((s for s in task.stages if s.index < stage.index), task.batch_size)
+        total = steps(task.stages, task.batch_size)
+        return {name: found.at_step(before + stage_step, total) for name, found in task.by_step.items()}
+
+    def _packed(
+        self, term: Term, chosen: np.ndarray, coefficients: Mapping[str, float | np.ndarray]
+    ) -> list[MicroBatch]:
         return micro_batches(
             term.examples,
             chosen,
@@ -260,6 +275,7 @@ class Trainer:
             term.teacher_rows,
             filled=self._placement.local,
             equal_examples=term.equal_examples,
+            coefficients=coefficients,
         )
 
 
@@ -309,6 +325,7 @@ def _parts(task: Task, stage: Stage, position: Position) -> Iterator[Part]:
 @dataclass(frozen=True)
 class _Batch:
     epoch: int
+    by_step: dict[str, float]
     micro_batches: list[tuple[Objective, MicroBatch]]  # on the devices
     examples: int
     tokens: int
@@ -359,8 +376,7 @@ class _StepLog:
             position.step,
             stage=self._stage.index,
             epoch=batch.epoch,
-            alpha=self._stage.alpha,
-            beta=self._stage.beta,
+            **{"alpha": self._stage.alpha, "beta": self._stage.beta} | batch.by_step,
             learning_rate=float(learning_rate),
             examples=batch.examples,
             tokens=batch.tokens,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from l2m_jax import losses, models
-from l2m_jax.losses import LossSums, Objective
+from l2m_jax.losses import Coefficients, LossSums, Objective
 from l2m_jax.models import DecoderConfig
 from l2m_jax.parallel import over_devices
 from l2m_jax.types import MicroBatch, Params
@@ -127,8 +127,12 @@ def cross_entropy_pass(
     return cross_entropy
 
 
+def _coefficients(batch: MicroBatch) -> Coefficients:
+    return Coefficients(batch.alpha_T, batch.beta_T, batch.temperature_T)
+
+
 def _teacher_hidden(settings: StepSettings, objective: Objective, batch: MicroBatch, teacher: Teacher | None):
-    if not objective.needs_teacher or teacher is None:
+    if not _coefficients(batch).needs_teacher(objective) or teacher is None:
         return None
     if batch.teacher_hidden_TxE is not None:
         return batch.teacher_hidden_TxE
@@ -154,6 +158,7 @@ def loss_sums(
         batch.labels_T,
         batch.weights_T,
         objective,
+        coefficients=_coefficients(batch),
         valid_vocab_size=settings.valid_vocab_size,
         chunk_size=settings.chunk_size,
     )

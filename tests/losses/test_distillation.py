@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l2m_jax import losses
-from l2m_jax.losses import DIVERGENCE_NAMES, Objective, distillation, distillation_loss, token_loss
+from l2m_jax.losses import (
+    DIVERGENCES,
+    JSD,
+    ForwardKL,
+    Objective,
+    SkewKL,
+    distillation,
+    distillation_loss,
+    token_loss,
+    values,
+)
 
 
 def batch(seed, shape=(2, 3), vocabulary=7, scale=2.0):
@@ -22,7 +32,7 @@ def batch(seed, shape=(2, 3), vocabulary=7, scale=2.0):
     return student, teacher, labels, weights
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCE_NAMES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -34,7 +44,7 @@ def batch(seed, shape=(2, 3), vocabulary=7, scale=2.0):
 def test_value_and_gradient_equal_the_float64_oracle(
     oracle, divergence, seed, alpha, beta, temperature, dtype
 ):
-    objective = Objective(divergence, alpha, beta, temperature)
+    objective = Objective(DIVERGENCES[divergence].with_alpha(alpha), beta, temperature)
     student, teacher, labels, weights = batch(seed)
     student, teacher = jnp.asarray(student, dtype), jnp.asarray(teacher, dtype)
 
@@ -61,7 +71,7 @@ def test_equation_3_worked_by_hand():
     teacher, student = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
     kl = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
     for beta in (0.0, 0.7, 1.0):
-        loss = token_loss(student, teacher, jnp.array(0), Objective("forward_kl", beta=beta))
+        loss = token_loss(student, teacher, jnp.array(0), Objective(ForwardKL(), beta=beta))
         np.testing.assert_allclose(loss, (1 - beta) * math.log(4) + beta * kl, rtol=1e-5)
 
 
@@ -70,7 +80,7 @@ def test_scale_multiplies_value_and_gradient(beta):
     student, teacher, labels, _ = batch(0)
 
     def total(student, scale):
-        objective = Objective("jsd", 0.5, beta, scale=scale)
+        objective = Objective(JSD(0.5), beta, scale=scale)
         return jnp.sum(token_loss(student, teacher, labels, objective))
 
     plain, scaled = (jax.value_and_grad(total)(jnp.asarray(student), scale) for scale in (1.0, 1.5))
@@ -81,7 +91,7 @@ def test_scale_multiplies_value_and_gradient(beta):
 def test_temperature_worked_by_hand():
     # Logits (0, log 9) at temperature 2 are probabilities (1/4, 3/4); the teacher's stay (1/2, 1/2).
     student, teacher = jnp.array([0.0, math.log(9)]), jnp.zeros(2)
-    loss = token_loss(student, teacher, jnp.array(1), Objective("forward_kl", beta=0.5, temperature=2.0))
+    loss = token_loss(student, teacher, jnp.array(1), Objective(ForwardKL(), beta=0.5, temperature=2.0))
     kl = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
     np.testing.assert_allclose(loss, 0.5 * -math.log(0.9) + 0.5 * 4 * kl, rtol=1e-5)
 
@@ -92,21 +102,19 @@ def test_zero_alpha_and_beta_leave_nothing_in_the_program():
     def program(teacher, labels, objective):
         return jax.jit(token_loss, static_argnums=3).lower(student, teacher, labels, objective).as_text()
 
-    assert program(teacher, None, Objective("skew_kl", alpha=0.0)) == program(
-        teacher, None, Objective("forward_kl")
-    )
-    assert program(None, labels, Objective(beta=0.0)) == program(None, labels, Objective("jsd", beta=0.0))
+    assert program(teacher, None, Objective(SkewKL(0.0))) == program(teacher, None, Objective(ForwardKL()))
+    assert program(None, labels, Objective(beta=0.0)) == program(None, labels, Objective(JSD(), beta=0.0))
     np.testing.assert_array_equal(
         token_loss(student, None, labels, Objective(beta=0.0)), losses.cross_entropy(student, labels)
     )
     np.testing.assert_array_equal(
-        token_loss(student, teacher, None, Objective("jsd", 0.3)), losses.jsd(student, teacher, 0.3)
+        token_loss(student, teacher, None, Objective(JSD(0.3))), losses.jsd(student, teacher, 0.3)
     )
 
 
 def test_tokens_without_weight_are_as_if_cut_off():
     student, teacher, labels, weights = batch(1, (9,))
-    objective = Objective("skew_kl", 0.1, 0.7)
+    objective = Objective(SkewKL(0.1), 0.7)
     weights[4:] = 0
     student_nan, teacher_nan = student.copy(), teacher.copy()
     student_nan[6:], teacher_nan[5:] = np.nan, np.nan
@@ -134,7 +142,7 @@ def test_no_weight_at_all_is_zero():
 def test_global_mean_is_not_the_mean_of_means():
     student, teacher, labels, _ = batch(3, (2, 4))
     weights = np.array([[1, 1, 1, 1], [1, 0, 0, 0]], np.float32)
-    objective = Objective("forward_kl", beta=0.5)
+    objective = Objective(ForwardKL(), beta=0.5)
     loss = token_loss(student, teacher, labels, objective)
     whole = distillation_loss(student, teacher, labels, weights, objective)
     np.testing.assert_allclose(whole, (jnp.sum(loss[0]) + loss[1, 0]) / 5, rtol=1e-5)
@@ -144,7 +152,7 @@ def test_global_mean_is_not_the_mean_of_means():
 
 def test_valid_under_jit_vmap_and_grad():
     student, teacher, labels, weights = batch(4)
-    objective = Objective("skew_kl", 0.1, 0.7)
+    objective = Objective(SkewKL(0.1), 0.7)
     compiled = jax.jit(jax.vmap(jax.grad(distillation_loss), in_axes=(0, 0, 0, 0, None)), static_argnums=4)
     result = compiled(student, teacher, labels, weights, objective)
     for i in range(2):
@@ -155,9 +163,7 @@ def test_valid_under_jit_vmap_and_grad():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"divergence": "kl"}, "'kl' is not one of forward_kl"),
-        ({"alpha": -0.1}, "alpha must be between 0 and 1"),
-        ({"alpha": float("nan")}, "alpha must be between 0 and 1"),
+        ({"divergence": "kl"}, "'kl' is not a value such as SkewKL"),
         ({"beta": 1.5}, "beta must be between 0 and 1"),
         ({"temperature": 0.0}, "temperature must be a positive number"),
         ({"temperature": float("inf")}, "temperature must be a positive number"),
@@ -167,6 +173,12 @@ def test_valid_under_jit_vmap_and_grad():
 def test_bad_objectives(options, message):
     with pytest.raises(ValueError, match=message):
         Objective(**options)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
+def test_bad_alpha(alpha):
+    with pytest.raises(ValueError, match="alpha must be between 0 and 1"):
+        SkewKL(alpha)
 
 
 def test_missing_inputs():
@@ -206,3 +218,4 @@ def test_the_import_needs_jax_alone():
 def test_docstring_examples():
     assert doctest.testmod(distillation).failed == 0
     assert doctest.testmod(losses).failed == 0
+    assert doctest.testmod(values).failed == 0

@@ -64,6 +64,11 @@ OTHERS: dict[str, Any] = {
     **{f"{place}.dropout": 0.3 for place in ("training", "teacher.finetune", "student.warmup")},
     "overrides.alpha": 0.3,
     "overrides.beta": 0.9,
+    "overrides.temperature": 2.0,
+    "curriculum.alphas": (0.2, 0.3),
+    "curriculum.betas": (0.2, 0.3),
+    "curriculum.temperatures": (1.0, 2.0),
+    **{f"curriculum.{name}_by": "cosine" for name in ("alpha", "beta", "temperature")},
 }  # fmt: skip
 SYNTHETIC = {"data.source": "synthetic", "data.tokenizer": ""}
 CONTEXT: dict[str, dict[str, Any]] = {

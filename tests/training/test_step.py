@@ -11,7 +11,7 @@ import pytest
 from l2m_jax import losses, models
 from l2m_jax.data.batches import ListedExamples, micro_batches, padded_batch
 from l2m_jax.data.packing import Shape
-from l2m_jax.losses import Objective
+from l2m_jax.losses import Objective, SkewKL
 from l2m_jax.models import DecoderConfig
 from l2m_jax.parallel import Placement, over_devices
 from l2m_jax.training import step
@@ -24,7 +24,7 @@ STUDENT = DecoderConfig(
 )  # fmt: skip
 TEACHER = dataclasses.replace(STUDENT, hidden_size=24, embed_size=24, head_dim=12, num_layers=1)
 SETTINGS = StepSettings(STUDENT, TEACHER, 60, chunk_size=8)
-OBJECTIVE = Objective("skew_kl", alpha=0.1, beta=0.7)
+OBJECTIVE = Objective(SkewKL(0.1), beta=0.7)
 SHAPES = (Shape(2, 32), Shape(1, 32))
 
 
@@ -159,7 +159,7 @@ def test_a_stage_compiles_once_for_each_shape():
     for alpha, beta in ((0.0, 0.7), (0.1, 1.0)):
         for chosen in (np.arange(10), np.arange(5), np.arange(3, 10)):
             for batch in micro_batches(_examples(), chosen, SHAPES, 1):
-                objective = Objective("skew_kl", alpha, beta)  # equal, not identical
+                objective = Objective(SkewKL(alpha), beta)  # equal, not identical
                 sums = accumulate(SETTINGS, objective, params, sums, placement.feed(batch), signal, None)
     assert len(traced) == len(set(traced)) <= 2 * len(SHAPES)
 

@@ -13,7 +13,7 @@ from l2m_jax import models
 from l2m_jax.data.batches import ListedExamples, micro_batches
 from l2m_jax.data.packing import Shape
 from l2m_jax.errors import InputError
-from l2m_jax.losses import Objective
+from l2m_jax.losses import Objective, SkewKL
 from l2m_jax.models import DecoderConfig
 from l2m_jax.parallel import Placement
 from l2m_jax.training import step, store
@@ -27,7 +27,7 @@ STUDENT, TEACHER = (
     )
     for width in (16, 24)
 )  # fmt: skip
-OBJECTIVE = Objective("skew_kl", alpha=0.1, beta=0.7)
+OBJECTIVE = Objective(SkewKL(0.1), beta=0.7)
 COUNT = 30
 
 
