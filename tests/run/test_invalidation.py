@@ -47,6 +47,7 @@ OTHERS: dict[str, Any] = {
     "student.model.layers": (1,),
     "curriculum.ranking": "rouge",
     "curriculum.ranking_model": "model",
+    "curriculum.ranking_temperature": 0.01,
     "curriculum.subsets": (1, 2),
     "overrides.divergence": "jsd",
     "overrides.policy": "on",
