@@ -129,6 +129,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sampling.max_new_tokens": 256,
         "sampling.no_repeat_ngram": 6,
     },
+    # That of POCL (arXiv 2506.05695), by the same authors, as in its published arguments: MiniLLM's lengths, larger
+    # batches, the last student and not the best, and nearly greedy answers for the ranking.
+    "pocl": {
+        "method": "pocl",
+        "data.max_length": 512,
+        "data.max_prompt_length": 256,
+        "data.truncate": True,
+        "sampling.top_k": 0,
+        "sampling.max_new_tokens": 256,
+        "sampling.no_repeat_ngram": 6,
+        "training.batch_size": 64,
+        "training.learning_rate": 1e-4,
+        "training.warmup_fraction": 0.0,
+        "curriculum.ranking_temperature": 0.01,
+        "evaluation.validation_rows": 500,
+        "evaluation.select": "last",
+    },
 }
 
 
@@ -140,7 +157,7 @@ def to_dict(value: Any) -> Any:
 
 
 def defaults(preset: str = "paper") -> ConfigDict:
-    """All settings at their defaults, with the lengths and sampling rules of a protocol ("paper" or "minillm")."""
+    """All settings at their defaults, with those of a protocol (a name in `PRESETS`)."""
     config = ConfigDict(to_dict(Config()))
     config.update_from_flattened_dict(PRESETS[preset])
     return config

@@ -11,12 +11,13 @@ COMMANDS = {
     "eval": "score a model folder",
     "sweep": "train methods over several seeds, and make the table",
     "plan": "estimate memory and time of a run on hardware you don't have",
+    "compare": "compare a run with another one, or with a published log",
     "bench": "measure speed and memory",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    listed = "\n".join(f"  {name:6} {what}" for name, what in COMMANDS.items())
+    listed = "\n".join(f"  {name:7} {what}" for name, what in COMMANDS.items())
     parser = Parser("", f"Staged knowledge distillation of language models.\n\ncommands:\n{listed}")
     parser.usage = "l2m COMMAND [FLAGS]"
     parser.add_argument(

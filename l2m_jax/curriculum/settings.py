@@ -30,6 +30,9 @@ class Curriculum:
     epochs_per_stage: float = 8.0
     ranking: str = "fusion"  # one of `difficulty.RANKINGS`
     ranking_model: str = ""  # folder of the student that ranks; empty: the student's initial weights
+    ranking_temperature: float = (
+        -1.0
+    )  # of the ranking student's answers, 0: greedy (-1: as sampling.temperature)
     rerank: bool = False  # what is not open yet by the student's cross-entropy, at each stage's start
     stratify: str = ""  # rank within strata: "category", or "length" (quarters of the references' lengths)
     subsets: tuple[int, ...] = ()  # the subsets to train on; 1 is the easiest (empty: all)
@@ -58,6 +61,8 @@ class Curriculum:
         require_fraction(self, "alpha", "beta_first", "beta_last")
         require_fraction(self, "mix", "open_by", below_one=True)
         require_at_least(self, 0, "patience")
+        if self.ranking_temperature != -1:
+            require_at_least(self, 0, "ranking_temperature")
         for name in ("alpha", "beta", "temperature"):
             self._check_schedule(name, getattr(self, f"{name}s"), getattr(self, f"{name}_by"))
         if outside := [i for i in self.subsets if not 1 <= i <= self.stages]:

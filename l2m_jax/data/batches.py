@@ -49,12 +49,25 @@ class ListedExamples:
     prompt_lengths: np.ndarray
 
     @property
+    def ids(self) -> list[str]:
+        """Their numbers, for messages."""
+        return [str(i) for i in range(len(self.tokens))]
+
+    @property
     def lengths(self) -> np.ndarray:
         return self._lengths
 
     @cached_property
     def _lengths(self) -> np.ndarray:
         return np.array([len(tokens) for tokens in self.tokens], np.int32)
+
+    @property
+    def response_lengths(self) -> np.ndarray:
+        """Number of targets of each example, [n]."""
+        return self.lengths - self.prompt_lengths
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
     def example_tokens(self, i: int) -> np.ndarray:
         return self.tokens[i]
@@ -172,6 +185,7 @@ def forward_batches(
     *,
     slots: int = FORWARD_SLOTS,
     row_length: int = FORWARD_ROW_LENGTH,
+    teacher_rows: Callable[[int], np.ndarray] | None = None,
 ) -> Iterator[ForwardBatch]:
     """All of `indices`, tightly packed, for passes without gradients: teacher store, cross-entropy.
 
@@ -180,6 +194,7 @@ def forward_batches(
 
     Args:
         slots: maximum number of slots per device in a micro-batch; a longer row is allowed by itself.
+        teacher_rows: as in `micro_batches`.
     """
     indices = np.asarray(indices)
     shapes = forward_shapes(examples.lengths, num_devices, slots=slots, row_length=row_length)
@@ -193,7 +208,7 @@ def forward_batches(
                 chosen = rows[first : first + at_once]
                 chosen += [[] for _ in range(at_once - len(chosen))]
                 rows_AxR = [chosen[device::num_devices] for device in range(num_devices)]
-                arrays = _arrange(examples, pool, PackedRows(shape, rows_AxR))
+                arrays = _arrange(examples, pool, PackedRows(shape, rows_AxR), teacher_rows)
                 yield ForwardBatch(*arrays, pool[[i for row in chosen for i in row]])
 
 

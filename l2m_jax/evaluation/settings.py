@@ -15,11 +15,12 @@ class Evaluation:
     rows: int = 0  # the maximum number of rows of each set (0: all)
     validations: int = 20  # over the whole of a student's training, evenly spaced
     validation_rows: int = 0  # the maximum number of rows for validation Rouge-L (0: all)
+    diagnostic_rows: int = 32  # rows of validation and of training to compare with the teacher on (0: none)
     select: str = "best"  # which student is kept: "best" by validation Rouge-L, or "last"
 
     def __post_init__(self):
         require_choice(self, "select", ("best", "last"))
-        require_at_least(self, 0, "rows", "validation_rows")
+        require_at_least(self, 0, "rows", "validation_rows", "diagnostic_rows")
         require_at_least(self, 1, "validations")
         if not self.sets:
             raise InputError("sets: empty; give at least one set, as in ('test',)")

@@ -5,11 +5,12 @@
 True
 
 A divergence is a value such as `SkewKL(0.1)`, and a function such as `skew_kl` for direct use.
-From logits: the divergences, `cross_entropy`, `token_loss` and `distillation_loss`. From hidden states and output
-heads, without materialising the logits of a whole batch: `fused_distillation_sums`, `fused_distillation_loss` and
-`fused_token_losses`.
+From logits: the divergences, `cross_entropy`, `token_loss`, `distillation_loss` and `agreement`. From hidden states and output
+heads, without materialising the logits of a whole batch: `fused_distillation_sums`, `fused_distillation_loss`,
+`fused_token_losses` and `fused_token_agreement`.
 """
 
+from l2m_jax.losses.agreement import Agreement, agreement, fused_token_agreement
 from l2m_jax.losses.distillation import Coefficients, Objective, distillation_loss, token_loss
 from l2m_jax.losses.divergences import (
     adaptive_kl,
@@ -50,6 +51,7 @@ __all__ = [
     "JSD",
     "TAID",
     "AdaptiveKL",
+    "Agreement",
     "AlphaBeta",
     "Coefficients",
     "Divergence",
@@ -62,12 +64,14 @@ __all__ = [
     "ToDi",
     "TotalVariation",
     "adaptive_kl",
+    "agreement",
     "alpha_beta",
     "cross_entropy",
     "distillation_loss",
     "forward_kl",
     "fused_distillation_loss",
     "fused_distillation_sums",
+    "fused_token_agreement",
     "fused_token_losses",
     "jsd",
     "reverse_kl",

@@ -174,6 +174,57 @@ def stage_spans(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, int,
     return spans
 
 
+def diagnosed(metrics: Metrics) -> list[str]:
+    """The phases whose validations compare with the teacher, in the order of their first line."""
+    return list(dict.fromkeys(m["phase"] for m in metrics if "validation_kl" in m))
+
+
+def name_of(phase: str) -> str:
+    """ "sft" for "student:sft"; the main method's phase is "student"."""
+    return phase.partition(":")[2] or phase
+
+
+_AGREEMENT = (
+    ("kl", "KL(teacher ‖ student)", "nats a token", 1),
+    ("cross_entropy", "Cross-entropy of the references", "nats a token", 1),
+    ("entropy", "Entropy of the student", "nats a token", 1),
+    ("top1", "Same most likely token", "% of tokens", 100),
+    ("top10", "Common among the ten most likely", "% of the ten", 100),
+    ("rouge_l_greedy", "Greedy answers", "Rouge-L × 100", 1),
+)
+
+
+def agreement(path: Path, metrics: Metrics) -> None:
+    """The measures of held-out rows over the steps, one panel each, with a line for each student.
+
+    Dashed: the teacher's own cross-entropy and entropy.
+    """
+    phases = diagnosed(metrics)
+    with _figure(path, 7.2, 6.6) as figure:
+        panels = figure.subplots(3, 2, sharex=True).ravel().tolist()
+        for axes, (name, title, unit, factor) in zip(panels, _AGREEMENT, strict=True):
+            for i, (phase, colour) in enumerate(zip(phases, itertools.cycle(_LINES), strict=False)):
+                lines = [m for m in validations_of(metrics, phase) if f"validation_{name}" in m]
+                x, y = [m["step"] for m in lines], [factor * m[f"validation_{name}"] for m in lines]
+                axes.plot(
+                    x,
+                    y,
+                    color=colour,
+                    marker="o",
+                    markersize=2.5,
+                    linewidth=1.2 if i else 1.8,
+                    label=name_of(phase),
+                )
+            level = next((m[key] for m in metrics if (key := f"validation_teacher_{name}") in m), None)
+            if level is not None:
+                axes.axhline(level, color=_GREY, linewidth=1, linestyle=(0, (4, 3)), label="teacher")
+            axes.set(title=title, ylabel=unit)
+        for axes in panels[-2:]:
+            axes.set_xlabel("step")
+        handles, labels = panels[1].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), frameon=False)
+
+
 def schedule(path: Path, metrics: Metrics, *, phase: str = "student") -> None:
     """α_i and β_i over the steps of `phase`, with the value of each stage on its line."""
     spans = stage_spans(steps_of(metrics, phase))

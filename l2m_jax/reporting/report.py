@@ -1,9 +1,8 @@
 """report.md: what a run did, and its results, with figures."""
 
 import datetime
-import html
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ from l2m_jax.curriculum import Difficulty, Exposure, Stage, examples_seen, steps
 from l2m_jax.data.sources import Row
 from l2m_jax.evaluation.protocol import Results
 from l2m_jax.files import write_text
-from l2m_jax.reporting import figures
+from l2m_jax.reporting import diagnostics, figures, markdown
 from l2m_jax.reporting.figures import Metrics
 from l2m_jax.reporting.tables import Spread, Table, results_table
 
-_LONGEST_TEXT = 160
 _MOST_CATEGORIES_SHOWN = 12
 
 
@@ -41,6 +39,7 @@ def write_report(
     difficulty: Difficulty | None = None,
     exposures: Mapping[str, Exposure] | None = None,
     rows: Mapping[int, Row] | None = None,
+    sampled: Mapping[str, Row] | None = None,
     files: Mapping[str, str] | None = None,
 ) -> None:
     """Writes `folder`/report.md and the PNG files that it shows into `folder`/figures.
@@ -59,6 +58,7 @@ def write_report(
         difficulty: that of the training examples.
         exposures: how often the student saw each group of examples, by the kind of group.
         rows: the text of the examples from `extremes`, by index.
+        sampled: the validation rows whose answers are in `metrics`, by id.
         files: descriptions of files by path, relative to `folder`.
     """
     sections = [f"# {title}\n", _facts(facts or {}), _results(results, teacher)]
@@ -70,6 +70,11 @@ def write_report(
     if exposures:
         figures.exposure(shown / "exposure.png", exposures)
         sections += [_exposure(exposures)]
+    if figures.diagnosed(metrics):
+        figures.agreement(shown / "agreement.png", metrics)
+        sections += [diagnostics.section(metrics, sampled or {})]
+    if sampled:
+        write_text(folder / "samples.md", diagnostics.all_samples(metrics, sampled))
     sections += [_phases(metrics, seconds or {})]
     if difficulty is not None:
         figures.difficulty(shown / "difficulty.png", difficulty)
@@ -119,7 +124,9 @@ def _sets(results: Mapping[str, Results]) -> str:
         for model, result in results.items()
         for found in result.sets
     ]
-    return _table(("model", "set", "prompts", "Rouge-L", "exact match", "tokens an answer"), rows, left=2)
+    return markdown.table(
+        ("model", "set", "prompts", "Rouge-L", "exact match", "tokens an answer"), rows, left=2
+    )
 
 
 def _with_categories(results: Mapping[str, Results]) -> list[str]:
@@ -171,7 +178,7 @@ def _training(metrics: Metrics, stages: Sequence[Stage], batch_size: int) -> str
     if taken != planned:
         total += f"; {taken:,} steps were made"
     heading = ("stage", "α", "β", "examples", "epochs", "examples seen", "steps")
-    return f"{text}\n{_table(heading, rows)}\n{total}.\n"
+    return f"{text}\n{markdown.table(heading, rows)}\n{total}.\n"
 
 
 def _exposure(exposures: Mapping[str, Exposure]) -> str:
@@ -181,11 +188,11 @@ def _exposure(exposures: Mapping[str, Exposure]) -> str:
         stages = seen.stages if len(seen.stages) > 1 else []
         columns = [seen.passes(stage) for stage in stages] + [seen.passes()]
         rows = [
-            [_text(name), f"{size:,}", *(f"{passes[i]:.2f}" for passes in columns)]
+            [markdown.short(name), f"{size:,}", *(f"{passes[i]:.2f}" for passes in columns)]
             for i, (name, size) in enumerate(zip(seen.names, seen.sizes, strict=True))
         ]
         heading = (kind, "examples", *(f"stage {stage}" for stage in stages), "in total")
-        text += f"\n{_table(heading, rows)}"
+        text += f"\n{markdown.table(heading, rows)}"
     return text
 
 
@@ -219,7 +226,7 @@ def _phases(metrics: Metrics, seconds: Mapping[str, float]) -> str:
             ]
         )
     heading = ("phase", "time", "steps", "examples", "last loss", "best validation", "examples/s", "tokens/s")
-    return f"## Phases\n\n{_table(heading, rows)}"
+    return f"## Phases\n\n{markdown.table(heading, rows)}"
 
 
 def _difficulty(graded: Difficulty, rows: Mapping[int, Row]) -> str:
@@ -230,42 +237,22 @@ def _difficulty(graded: Difficulty, rows: Mapping[int, Row]) -> str:
         summary.append(
             [number, f"{len(indices):,}", f"{np.mean(rouge_l):.1f}", f"{np.mean(cross_entropy):.2f}"]
         )
-    text += "\n" + _table(("subset", "examples", "mean Rouge-L", "mean cross-entropy"), summary)
+    text += "\n" + markdown.table(("subset", "examples", "mean Rouge-L", "mean cross-entropy"), summary)
     for heading, indices in zip(("easiest", "hardest"), extremes(graded), strict=True):
         shown = [
             [
                 f"{graded.rank[i] + 1:,}",
                 f"{100 * graded.rouge_l[i]:.1f}",
                 f"{graded.cross_entropy[i]:.2f}",
-                _text(graded.ids[i]),
-                _text(rows[i].instruction),
-                _text(rows[i].input),
-                _text(rows[i].references[0] if rows[i].references else ""),
+                markdown.short(graded.ids[i]),
+                markdown.short(rows[i].instruction),
+                markdown.short(rows[i].input),
+                markdown.short(rows[i].references[0] if rows[i].references else ""),
             ]
             for i in indices
             if i in rows
         ]
         if shown:
             columns = ("rank", "Rouge-L", "cross-entropy", "id", "instruction", "input", "reference")
-            text += f"\nThe {len(shown)} {heading}:\n\n{_table(columns, shown, right=3)}"
+            text += f"\nThe {len(shown)} {heading}:\n\n{markdown.table(columns, shown, right=3)}"
     return text
-
-
-def _text(text: str) -> str:
-    """`text` on one line, shortened to 160 characters and escaped for Markdown."""
-    text = " ".join(text.split())
-    text = text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 1] + "…"
-    text = html.escape(text, quote=False)
-    return "".join("\\" + c if c in "\\|*_`[]~$" else c for c in text)
-
-
-def _table(
-    heading: Sequence[str], rows: Iterable[Sequence[Any]], *, left: int = 1, right: int | None = None
-) -> str:
-    """A Markdown table. The first `left` columns are left-aligned, or all but the first `right` ones."""
-    count = len(heading)
-    aligned = ["---"] * left + ["---:"] * (count - left)
-    if right is not None:
-        aligned = ["---:"] * right + ["---"] * (count - right)
-    lines = [heading, aligned, *rows]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)

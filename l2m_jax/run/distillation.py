@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from l2m_jax.run import data, responses, rollouts
 from l2m_jax.run import stages as stages_module
 from l2m_jax.run.artefacts import Artefact
 from l2m_jax.run.context import Context
+from l2m_jax.run.diagnostics import Diagnostics
 from l2m_jax.run.models import load_frozen, load_to_train, read_config, save
 from l2m_jax.run.ranking import RankingInputs
 from l2m_jax.run.responses import ResponsesInputs, longest_prompt
@@ -127,6 +129,7 @@ def make_student(
     monitored: ValidationInputs,
     readme: str,
     context: Context,
+    diagnostics: Diagnostics | None = None,
 ) -> None:
     """Trains the student by its method and saves it as a Hugging Face folder.
 
@@ -134,13 +137,14 @@ def make_student(
         phase: its name in metrics.jsonl and on screen.
         monitored: the validations to make, whether or not they affect the student.
         readme: its model card.
+        diagnostics: what else to measure at each validation.
     """
     if artefact.is_finished:
         console.print(f"  already there: {artefact.path}")
         first(artefact.drop_progress)
         return
     artefact.begin()
-    student = Student(artefact, phase, monitored, context)
+    student = Student(artefact, phase, monitored, context, diagnostics)
     save(artefact, student.saved_config, student.train(), context.placement, readme)
 
 
@@ -148,10 +152,15 @@ class Student:
     """One training of a student, from the artefacts that it reads to its parameters."""
 
     def __init__(
-        self, artefact: Artefact[StudentInputs], phase: str, monitored: ValidationInputs, context: Context
+        self,
+        artefact: Artefact[StudentInputs],
+        phase: str,
+        monitored: ValidationInputs,
+        context: Context,
+        diagnostics: Diagnostics | None = None,
     ):
         self._artefact, self._inputs, self._phase, self._context = artefact, artefact.inputs, phase, context
-        self._monitored = monitored
+        self._monitored, self._diagnostics = monitored, diagnostics
         inputs = self._inputs
         self.saved_config = read_config(inputs.initial, context.student, inputs.tokenizer)
         self._config = with_dropout(self.saved_config, inputs.training.dropout)
@@ -169,16 +178,17 @@ class Student:
         )
         stages_module.show(self._record(plan))
         teacher_config, teacher = self._teacher()
+        task = self._task(stages, teacher_config)
         assert artefact.progress is not None
         checkpoints = Checkpoints(artefact.progress, context.placement, context.checkpoint_minutes)
         trainer = Trainer(
-            self._task(stages, teacher_config),
+            task,
             context.placement,
             self._data(),
             teacher,
             checkpoints,
             context.metrics,
-            self._validate,
+            lambda params: self._validate(params, teacher, task.shapes),
             self._reranking(plan).begin if inputs.curriculum.rerank else None,
         )
         params = trainer.run(lambda: load_to_train(inputs.initial, context.placement))
@@ -294,13 +304,19 @@ class Student:
         longest = longest_row(train.lengths, train.prompt_lengths, rules, self._longest_example)
         return self._context.shapes(train.lengths, inputs.training.batch_size, longest)
 
-    def _validate(self, params: Params) -> dict[str, float]:
+    def _validate(self, params: Params, teacher: Teacher | None, shapes: tuple[Shape, ...]) -> dict[str, Any]:
         v, context = self._monitored, self._context
         room = longest_prompt(self._config, v.sampling, v.max_prompt_length)
         prompts = from_corpus("validation", data.open_corpus(v.corpus), rows=v.rows, longest_prompt=room)
         generator = Generator(self._config, params, context.placement, self._tokenizer, context.slots)
         found = evaluate(generator, [prompts], v.sampling, [v.seed], title="validation")
-        return {"rouge_l": found.rouge_l}
+        values: dict[str, Any] = {"validation_rouge_l": found.rouge_l}
+        if self._diagnostics is not None:
+            # No larger than a micro-batch of the training, so that they fit wherever it does.
+            slots = min(shape.slots for shape in shapes)
+            values |= self._diagnostics.measure(self._config, params, teacher, slots)
+            values |= self._diagnostics.answer(generator, v.sampling, room)
+        return values
 
 
 def exposure_file(workdir: Path, student: Artefact[StudentInputs]) -> Path:

@@ -16,6 +16,7 @@ from l2m_jax.multihost import first
 from l2m_jax.run import checks, data, locks, summary
 from l2m_jax.run.artefacts import Artefact
 from l2m_jax.run.context import Context, start
+from l2m_jax.run.diagnostics import Diagnostics, make_states
 from l2m_jax.run.distillation import make_student, validation_inputs
 from l2m_jax.run.evaluation import make_evaluation, write_summary
 from l2m_jax.run.models import make_model
@@ -73,7 +74,10 @@ def _run(
                 config.data.max_prompt_length,
             )
             readme = summary.card(config, artefacts, name).render()
-            make_student(student, phase, monitored, readme, context)
+            diagnostics = None
+            if artefacts.diagnostics is not None and not student.is_finished:
+                diagnostics = Diagnostics(artefacts.diagnostics, artefacts.ranking, context)
+            make_student(student, phase, monitored, readme, context, diagnostics)
     with _sharing(shared, workdir):
         results = _evaluate(artefacts, context, _BEFORE)
     results |= _evaluate(artefacts, context, artefacts.students)
@@ -166,6 +170,10 @@ def _prepare(config: Config, artefacts: Artefacts, context: Context) -> Difficul
     if artefacts.store is not None:
         with context.phase("teacher store"):
             make_store(artefacts.store, context)
+    unfinished = [student for student in artefacts.students.values() if not student.is_finished]
+    if artefacts.diagnostics is not None and unfinished:
+        with context.phase("diagnostics"):
+            make_states(artefacts.diagnostics, context)
     if artefacts.generated:
         with context.phase("generated responses"):
             for name, responses in artefacts.generated.items():

@@ -4,14 +4,17 @@ Each phase gets its inputs from here and nothing else from the config. All keys 
 starts.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from l2m_jax import methods
 from l2m_jax.config import Config
+from l2m_jax.generation import SamplingRules
 from l2m_jax.run import data
 from l2m_jax.run.artefacts import Artefact
+from l2m_jax.run.diagnostics import DiagnosticsInputs, diagnostics_artefact
 from l2m_jax.run.distillation import (
     StudentInputs,
     relevant_curriculum,
@@ -44,6 +47,7 @@ class Artefacts:
 
     Attributes:
         corpora: by part.
+        diagnostics: the teacher's states on the rows of the diagnostics; None without them.
         generated: responses that are generated once, by the name of their model.
         students, evaluations: by name; a student is named after its method.
     """
@@ -54,6 +58,7 @@ class Artefacts:
     initial_student: Artefact[ModelInputs]
     ranking: Artefact[RankingInputs] | None
     store: Artefact[StoreInputs] | None
+    diagnostics: Artefact[DiagnosticsInputs] | None
     generated: dict[str, Artefact[ResponsesInputs]]
     students: dict[str, Artefact[StudentInputs]]
     evaluations: dict[str, Artefact[EvaluationInputs]]
@@ -78,6 +83,8 @@ class Artefacts:
             yield from (self.ranking.inputs.answers, self.ranking)
         if self.store is not None:
             yield self.store
+        if self.diagnostics is not None:
+            yield self.diagnostics
         yield from (*self.generated.values(), *self.students.values(), *self.evaluations.values())
 
 
@@ -138,6 +145,7 @@ class _Resolver:
             self.initial,
             ranking,
             store,
+            self._diagnostics(),
             generated,
             students,
             evaluations,
@@ -194,12 +202,16 @@ class _Resolver:
 
     def _ranking(self) -> Artefact[RankingInputs]:
         c = self.config.curriculum
-        if c.ranking_model:
-            model = data.given_model(c.ranking_model)
-            answers = self._responses_of(model, "ranking_model")
-        else:
+        rules = self.config.sampling
+        if c.ranking_temperature >= 0:
+            rules = dataclasses.replace(rules, temperature=c.ranking_temperature)
+        model = data.given_model(c.ranking_model) if c.ranking_model else self.initial
+        if rules == self.config.sampling:
             # The same answers may also be training data.
-            model, answers = self.initial, self._responses("initial_student")
+            name = "ranking_model" if c.ranking_model else "initial_student"
+        else:
+            name = "ranking"
+        answers = self._responses_of(model, name, rules)
         inputs = RankingInputs(
             model=model,
             answers=answers,
@@ -213,25 +225,40 @@ class _Resolver:
         return Artefact(inputs, self.own / "difficulty.parquet", settings=settings)
 
     def _responses(self, name: str) -> Artefact[ResponsesInputs]:
-        return self._responses_of({"teacher": self.teacher, "initial_student": self.initial}[name], name)
+        model = {"teacher": self.teacher, "initial_student": self.initial}[name]
+        return self._responses_of(model, name, self.config.sampling)
 
-    def _responses_of(self, model, name: str) -> Artefact[ResponsesInputs]:
+    def _responses_of(self, model, name: str, rules: SamplingRules) -> Artefact[ResponsesInputs]:
         config = self.config
         inputs = ResponsesInputs(
             model=model,
             train=self.corpora["train"],
             tokenizer=self.tokenizer,
-            sampling=config.sampling,
+            sampling=rules,
             seed=config.evaluation.seeds[0],
             max_prompt_length=config.data.max_prompt_length,
         )
-        settings = {"seed": "evaluation.seeds", "max_prompt_length": "data.max_prompt_length"}
+        settings = {
+            "sampling": "sampling",
+            "seed": "evaluation.seeds",
+            "max_prompt_length": "data.max_prompt_length",
+        }
         return Artefact(inputs, self.own / f"{name}_responses.jsonl", settings=settings)
 
     def _store(self) -> Artefact[StoreInputs]:
         dtype = self.config.teacher.store_dtype
         inputs = StoreInputs(self.teacher, self.corpora["train"], self.tokenizer, dtype)
         return Artefact(inputs, self.own / "teacher_store", settings={"dtype": "teacher.store_dtype"})
+
+    def _diagnostics(self) -> Artefact[DiagnosticsInputs] | None:
+        rows = self.config.evaluation.diagnostic_rows
+        if not rows:
+            return None
+        corpora = self.corpora
+        inputs = DiagnosticsInputs(
+            self.teacher, corpora["validation"], corpora["train"], self.tokenizer, rows
+        )
+        return diagnostics_artefact(inputs, self.own)
 
     def _reads_store(self, method: methods.Method) -> bool:
         stored = self.config.teacher.signal == "store" and method.on_references_alone

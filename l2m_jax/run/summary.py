@@ -1,6 +1,7 @@
 """The end of a run: the report, the model cards, and a table on screen."""
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from rich.table import Table
 
 from l2m_jax.config import Config
 from l2m_jax.curriculum import Difficulty, examples_seen, steps
+from l2m_jax.data.sources import Row
 from l2m_jax.evaluation.protocol import Results
 from l2m_jax.progress import console
 from l2m_jax.reporting.card import ModelCard
@@ -59,6 +61,9 @@ def write(
         "config.json": "every setting of this run",
     }
     metrics = read_metrics(workdir / "metrics.jsonl")
+    sampled = _sampled(artefacts, metrics)
+    if sampled:
+        listed["samples.md"] = "greedy answers to a few validation prompts as training goes"
     if artefacts.ranking is not None:
         listed[os.path.relpath(artefacts.ranking.path, workdir)] = (
             "Rouge-L, cross-entropy, rank and subset of each training example"
@@ -83,6 +88,7 @@ def write(
         difficulty=difficulty,
         exposures=read_exposures(exposure_file(workdir, student)),
         rows={i: train.row(i) for i in (*easiest, *hardest)},
+        sampled=sampled,
         files=listed,
     )
     sets = next(iter(results.values())).sets
@@ -114,3 +120,10 @@ def _irregular(
             markup=False,
         )
     return found
+
+
+def _sampled(artefacts: Artefacts, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Row]:
+    """The validation rows whose answers are in `metrics`, by id."""
+    validation = data.open_corpus(artefacts.corpora["validation"])
+    ids = dict.fromkeys(sample["id"] for line in metrics for sample in line.get("samples", ()))
+    return {name: validation.row(validation.ids.index(name)) for name in ids if name in validation.ids}

@@ -108,7 +108,7 @@ class Trainer:
         data: returns the terms of a part of an epoch, given the placed parameters at its start. A run that resumes
             within the part passes later parameters, and must get the same terms.
         teacher: placed; None without one.
-        validate: returns at least "rouge_l" for placed parameters.
+        validate: returns what to log of placed parameters, by name, with at least "validation_rouge_l".
         begin: returns the stage that begins, given its number in `task.stages` and the placed parameters at its start;
             as long as the planned one, perhaps with other examples. A run that resumes within the stage passes later
             parameters, and must get the same stage. None: the planned stage.
@@ -122,7 +122,7 @@ class Trainer:
         teacher: Teacher | None,
         checkpoints: Checkpoints,
         metrics: MetricsLog,
-        validate: Callable[[Params], dict[str, float]] | None = None,
+        validate: Callable[[Params], dict[str, Any]] | None = None,
         begin: Callable[[int, Params], Stage] | None = None,
     ):
         self._task, self._placement, self._data, self._teacher = task, placement, data, teacher
@@ -265,9 +265,8 @@ class Trainer:
         with preemption.at_once():
             values = self._validate(self._state.params)
         self._sums = self._zero_sums(self._state.params)
-        position, rouge_l = self._position, values["rouge_l"]
-        named = {f"validation_{name}": value for name, value in values.items()}
-        self._metrics.write(self._task.phase, position.step, stage=stage.index, **named)
+        position, rouge_l = self._position, values["validation_rouge_l"]
+        self._metrics.write(self._task.phase, position.step, stage=stage.index, **values)
         if rouge_l > position.best_rouge_l:
             position = dataclasses.replace(position, best_rouge_l=rouge_l, best_step=position.step)
         better_in_stage = rouge_l > position.stage_best

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,8 @@ class MetricsLog:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"phase": phase, "step": step, **values}) + "\n")
         if self._writer is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._writer.add_scalar(f"{phase}/{name}", value, step)
+            for name, value in _numbers(phase, values):
+                self._writer.add_scalar(name, value, step)
 
     def drop_after(self, phase: str, step: int, validated: int) -> None:
         """Deletes the lines of `phase` after `step`, those of validations after `validated`, and an incomplete line."""
@@ -55,6 +54,15 @@ class MetricsLog:
 
 def _is_validation(line: Mapping[str, Any]) -> bool:
     return any(name.startswith("validation_") for name in line)
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """The numbers in nested mappings, under paths such as "student/validation_by_category/copy/kl"."""
+    if isinstance(value, int | float):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _numbers(f"{name}/{key}", inner)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ COST_ONLY = (
     "chunk_size",
     "checkpoint_minutes",
     "tensorboard",
+    "evaluation.diagnostic_rows",
 )
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
 METHODS = {"method": "l2m", "baselines": ("skl", "distillm2", "skl_on_policy")}
@@ -46,6 +47,7 @@ OTHERS: dict[str, Any] = {
     "student.model.layers": (1,),
     "curriculum.ranking": "rouge",
     "curriculum.ranking_model": "model",
+    "curriculum.ranking_temperature": 0.01,
     "curriculum.subsets": (1, 2),
     "curriculum.stratify": "length",
     "curriculum.mix": 0.25,

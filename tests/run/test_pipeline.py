@@ -9,10 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from l2m_jax import models
 from l2m_jax.config import defaults, parse
+from l2m_jax.data.corpus import Corpus
 from l2m_jax.data.tokenizer import train_tokenizer
 from l2m_jax.errors import InputError
 from l2m_jax.run import data
@@ -61,6 +64,46 @@ def test_the_workdir_holds_what_the_readme_says(finished):
     # Eq. 6 and 7 for n = 4, as the steps saw them.
     assert list(dict.fromkeys(line["alpha"] for line in student)) == pytest.approx([0, 0.1 / 3, 0.2 / 3, 0.1])
     assert list(dict.fromkeys(line["beta"] for line in student)) == pytest.approx([0.7, 0.8, 0.9, 1.0])
+
+
+@pytest.mark.parametrize("method", ["l2m", "sft"])
+def test_diagnostics_are_those_of_the_saved_students(finished, method):
+    """Independent of the run: dense logits of each held-out row by itself, in float64."""
+    run = finished / "run"
+    phase, folder = ("student", "student") if method == "l2m" else ("student:sft", "baselines/sft")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["phase"] == phase and "validation_rouge_l" in line]
+    kept = max(lines, key=lambda line: line["validation_rouge_l"])  # the earliest of the best
+    corpus = Corpus.open(run / "data" / "validation")
+    tokens_BxL = np.zeros((len(corpus), corpus.lengths.max()), np.int32)
+    for i, n in enumerate(corpus.lengths):
+        tokens_BxL[i, :n] = corpus.example_tokens(i)
+    of_model = []
+    for path in (folder, "teacher"):
+        config, params = models.load(str(run / path))
+        logits = np.asarray(jax.jit(models.logits, static_argnums=0)(config, params, tokens_BxL), np.float64)
+        at_targets = np.concatenate(
+            [
+                x[p - 1 : n - 1, : config.valid_vocab_size]
+                for x, p, n in zip(logits, corpus.prompt_lengths, corpus.lengths, strict=True)
+            ]
+        )
+        of_model.append(at_targets - np.log(np.exp(at_targets).sum(-1, keepdims=True)))
+    log_q, log_p = of_model
+    labels = np.concatenate([corpus.example_tokens(i)[p:] for i, p in enumerate(corpus.prompt_lengths)])
+    expected = {
+        "kl": (np.exp(log_p) * (log_p - log_q)).sum(-1).mean(),
+        "cross_entropy": -log_q[np.arange(len(labels)), labels].mean(),
+        "entropy": -(np.exp(log_q) * log_q).sum(-1).mean(),
+        "top1": (log_p.argmax(-1) == log_q.argmax(-1)).mean(),
+    }
+    assert {name: kept[f"validation_{name}"] for name in expected} == pytest.approx(expected, rel=1e-3)
+    by_subset = kept["train_by_subset"].values()
+    assert [group["rows"] for group in by_subset] == [12] * 4
+    assert sum(group["rows"] for group in kept["validation_by_category"].values()) == len(corpus)
+    assert (run / "figures" / "agreement.png").is_file() and kept["samples"][0]["id"] in (
+        run / "samples.md"
+    ).read_text()
 
 
 def test_the_student_says_how_it_was_made_and_how_well_it_does(finished):
@@ -128,7 +171,8 @@ def test_a_run_killed_within_a_stage_ends_as_one_that_was_not(finished, tmp_path
     assert not (tmp_path / "run" / "student").exists()
     times = tmp_path / "run" / "phases.json"
     before = json.loads(times.read_text())
-    again = _run(tmp_path)
+    # Without diagnostics: they change what is reported, and nothing else.
+    again = _run(tmp_path, "--config.evaluation.diagnostic_rows=0")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "already there" in again.stdout
     seconds = json.loads(times.read_text())
@@ -140,6 +184,9 @@ def test_a_run_killed_within_a_stage_ends_as_one_that_was_not(finished, tmp_path
     steps = [json.loads(line) for line in metrics.read_text().splitlines()]
     student = [line["step"] for line in steps if line["phase"] == "student" and "loss" in line]
     assert student == list(range(1, len(student) + 1))  # nothing twice, nothing lost
+    validations = [line for line in steps if line["phase"] == "student" and "validation_rouge_l" in line]
+    assert len(validations) == 4
+    assert "validation_kl" in validations[0] and "validation_kl" not in validations[-1]
 
 
 @pytest.mark.parametrize(

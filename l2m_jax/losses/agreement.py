@@ -1,0 +1,124 @@
+"""How the next-token distributions of student and teacher compare, token by token, for diagnostics. No gradients."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from l2m_jax.losses.chunks import choose_chunk_size, put_tokens, slice_tokens
+from l2m_jax.losses.divergences import cross_entropy, forward_kl
+from l2m_jax.losses.fused import DEFAULT_CHUNK_SIZE
+
+TOP = 10
+
+
+class Agreement(NamedTuple):
+    """Measures of each token at temperature 1, float32 `[..., T]`; p is the teacher, q the student.
+
+    Attributes:
+        kl: KL(p ‖ q), in nats.
+        cross_entropy: −log q of the label, in nats.
+        entropy: of q, in nats.
+        top1: 1 if both have the same most likely token, otherwise 0.
+        top10: the share of the teacher's ten most likely tokens that are among the student's ten.
+        teacher_cross_entropy, teacher_entropy: the same of p.
+    """
+
+    kl: jax.Array
+    cross_entropy: jax.Array
+    entropy: jax.Array
+    top1: jax.Array
+    top10: jax.Array
+    teacher_cross_entropy: jax.Array
+    teacher_entropy: jax.Array
+
+
+def agreement(student_logits: jax.Array, teacher_logits: jax.Array, labels: jax.Array) -> Agreement:
+    """`Agreement` from logits `[..., V]` of one vocabulary and integer labels `[...]`."""
+    ids_q, ids_p = (_most_likely(logits) for logits in (student_logits, teacher_logits))
+    common = jnp.any(ids_p[..., :, None] == ids_q[..., None, :], axis=-1)
+    return Agreement(
+        kl=forward_kl(student_logits, teacher_logits),
+        cross_entropy=cross_entropy(student_logits, labels),
+        entropy=_entropy(student_logits),
+        top1=(ids_p[..., 0] == ids_q[..., 0]).astype(jnp.float32),
+        top10=jnp.mean(common, axis=-1, dtype=jnp.float32),
+        teacher_cross_entropy=cross_entropy(teacher_logits, labels),
+        teacher_entropy=_entropy(teacher_logits),
+    )
+
+
+def _most_likely(logits: jax.Array) -> jax.Array:
+    return lax.top_k(logits, min(TOP, logits.shape[-1]))[1]
+
+
+def _entropy(logits: jax.Array) -> jax.Array:
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    return -jnp.sum(jnp.exp(log_probabilities) * log_probabilities, axis=-1)
+
+
+def fused_token_agreement(
+    student_hidden: jax.Array,
+    student_head_VxE: jax.Array,
+    teacher_hidden: jax.Array,
+    teacher_head_UxF: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array,
+    *,
+    valid_vocab_size: int,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+) -> Agreement:
+    """`agreement` of the logits, holding those of only `chunk_size` tokens at a time.
+
+    Args:
+        student_hidden: `[..., T, E]`, in the dtype of the matrix products, which accumulate in float32.
+        teacher_hidden: `[..., T, F]`, in any floating dtype.
+        teacher_head_UxF: its dtype is the one in which the teacher's logits are computed.
+        labels: integer `[..., T]`.
+        weights: `[..., T]`, 0 for tokens to leave out, which come last.
+        valid_vocab_size: entries of both vocabularies from this index on don't count.
+        chunk_size: tokens per chunk, for each entry of the leading axes.
+
+    Returns:
+        Float32 arrays `[..., T]`, 0 where the weight is 0.
+    """
+    axis, tokens = labels.ndim - 1, labels.shape[-1]
+    size = choose_chunk_size(tokens, chunk_size)
+    weights = _padded(weights, -tokens % size, axis)
+    hidden_of_both = [_padded(x, -tokens % size, axis) for x in (student_hidden, teacher_hidden)]
+    labels = _padded(labels, -tokens % size, axis)
+    heads = (student_head_VxE.astype(student_hidden.dtype), teacher_head_UxF)
+    end = jnp.max(
+        jnp.where(weights != 0, lax.broadcasted_iota(jnp.int32, weights.shape, axis) + 1, 0), initial=0
+    )
+
+    def body(i: jax.Array, done: Agreement) -> Agreement:
+        start = i * size
+        counts = slice_tokens(weights, start, size, axis) != 0
+        student_logits, teacher_logits = (
+            _logits(slice_tokens(hidden, start, size, axis), counts, head_VxE, valid_vocab_size)
+            for hidden, head_VxE in zip(hidden_of_both, heads, strict=True)
+        )
+        found = agreement(student_logits, teacher_logits, slice_tokens(labels, start, size, axis))
+        return Agreement(
+            *(
+                put_tokens(all_, jnp.where(counts, x, 0), start, axis)
+                for all_, x in zip(done, found, strict=True)
+            )
+        )
+
+    zeros = jnp.zeros(weights.shape, jnp.float32)
+    done = lax.fori_loop(0, (end + size - 1) // size, body, Agreement(*[zeros] * len(Agreement._fields)))
+    return Agreement(*(values[..., :tokens] for values in done))
+
+
+def _padded(x: jax.Array, padding: int, axis: int) -> jax.Array:
+    return jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)])
+
+
+def _logits(hidden: jax.Array, counts: jax.Array, head_VxE: jax.Array, valid_vocab_size: int) -> jax.Array:
+    """Of a chunk. Hidden states that don't count may be anything, and are set to 0: 0 times NaN is NaN."""
+    hidden = jnp.where(counts[..., None], hidden, 0).astype(head_VxE.dtype)
+    logits = jnp.einsum("...e,ve->...v", hidden, head_VxE, preferred_element_type=jnp.float32)
+    return logits[..., :valid_vocab_size]
