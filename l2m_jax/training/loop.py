@@ -120,6 +120,8 @@ class Trainer:
         self._accumulate = placement.map(step_functions.accumulate)
         self._update = placement.map(step_functions.update)
         self._init_optimizer = placement.map(step_functions.init_optimizer)
+        self._init_average = placement.map(step_functions.init_average)
+        self._update_average = placement.map(step_functions.update_average)
         self._zero_sums = placement.map(step_functions.zero_sums)
         self._position = Position()
         self._validated_at = frozenset(_validation_steps(task) if validate is not None else ())
@@ -128,15 +130,18 @@ class Trainer:
         """Trains from the latest checkpoint, or from `initial()`: placed parameters, whose buffers are donated.
 
         Returns:
-            The placed parameters: the best by validation if `task.keep_best`, otherwise the last.
+            The placed parameters, or their average: the best by validation if `task.keep_best`, otherwise the last.
         """
         task = self._task
-        shapes = step_functions.state_shapes(self._optimizer, task.settings.student)
+        shapes = step_functions.state_shapes(
+            self._optimizer, task.settings.student, averaged=task.optimizer.ema > 0
+        )
         found = self._checkpoints.restore_latest(shapes)
         if found is None:
             params = initial()
-            self._state = TrainState(params, self._init_optimizer(self._optimizer, params))
-            del params
+            average = self._init_average(params) if task.optimizer.ema else None
+            self._state = TrainState(params, self._init_optimizer(self._optimizer, params), average)
+            del params, average
         else:
             self._state, self._position = found
             del found
@@ -144,7 +149,7 @@ class Trainer:
         for number, stage in enumerate(task.stages):
             if number >= self._position.stage:
                 self._train_stage(number, stage)
-        params = self._state.params
+        params = self._state.result
         best = self._position.best_step
         if task.keep_best and 0 <= best < self._position.step:
             # The devices have room for only one state.
@@ -156,10 +161,10 @@ class Trainer:
     def _train_stage(self, number: int, stage: Stage) -> None:
         task = self._task
         if self._position.stage_step == 0 and self._position.step > 0 and task.restart_optimizer:
-            params = self._state.params
+            params, average = self._state.params, self._state.average
             del self._state
-            self._state = TrainState(params, self._init_optimizer(self._optimizer, params))
-            del params
+            self._state = TrainState(params, self._init_optimizer(self._optimizer, params), average)
+            del params, average
         scheduled = (stage,) if task.restart_optimizer else task.stages
         rate = learning_rate_schedule(task.optimizer, steps(scheduled, task.batch_size))
         before = steps(task.stages[:number], task.batch_size)
@@ -205,6 +210,9 @@ class Trainer:
         self._state, self._sums, values = self._update(
             self._optimizer, self._state, self._sums, learning_rate
         )
+        decay, state = self._task.optimizer.ema, self._state
+        if decay:
+            self._state = state._replace(average=self._update_average(decay, state.average, state.params))
         return values
 
     def _validate_now(self, stage: Stage) -> bool:
@@ -212,7 +220,7 @@ class Trainer:
         assert self._validate is not None
         # The sums are zero between batches, and generation needs their memory.
         del self._sums
-        values = self._validate(self._state.params)
+        values = self._validate(self._state.result)
         self._sums = self._zero_sums(self._state.params)
         position, rouge_l = self._position, values["rouge_l"]
         named = {f"validation_{name}": value for name, value in values.items()}
