@@ -200,3 +200,21 @@ def test_random_order_fills_the_stages_of_l2m_by_its_seed():
 def test_settings_of_stages_are_refused_without_stages(name):
     with pytest.raises(InputError, match=f"{name}: has no effect in the single stage of loss_by 'sample'"):
         Curriculum(loss_by="sample", **{name: True if name == "rerank" else 0.25})
+
+
+def test_neighbours_are_those_of_their_papers():
+    pocl = methods.stages(methods.get("pocl"), Curriculum(), np.arange(8))
+    np.testing.assert_allclose([s.temperature for s in pocl], [1, 4 / 3, 5 / 3, 2])
+    np.testing.assert_allclose([s.beta for s in pocl], [0.7, 0.8, 0.9, 1])
+    assert methods.objectives(methods.get("pocl"), pocl[-1]) == (Objective(ForwardKL(), 1.0, 2.0),)
+    taid = methods.by_step(methods.get("taid_linear"), Curriculum())
+    assert [taid["alpha"].at_step(step, 4) for step in range(4)] == pytest.approx([0.4, 0.6, 0.8, 1.0])
+
+
+def test_curricula_set_the_coefficients_of_staged_methods():
+    curriculum = Curriculum(alphas=(0.1, 0.3), betas=(0.5, 0.5, 0.6, 0.9), temperature_by="cosine")
+    staged = methods.stages(methods.get("m2l"), curriculum, np.arange(8))
+    np.testing.assert_allclose([s.alpha for s in staged], [0.3, 0.7 / 3, 0.5 / 3, 0.1])
+    assert [s.beta for s in staged] == [0.5, 0.5, 0.6, 0.9]
+    assert set(methods.by_step(methods.get("m2l"), curriculum)) == {"temperature"}
+    assert not methods.by_step(methods.get("skl"), curriculum)

@@ -145,7 +145,9 @@ def token_loss(
     """
     # Cast here, not only inside each term: the gradients of the terms then add up in float32 and are rounded once.
     student_logits = student_logits.astype(jnp.float32)
-    coefficients = jax.lax.stop_gradient(coefficients)
+    coefficients = jax.tree.map(
+        lambda x: jax.lax.stop_gradient(jnp.broadcast_to(x, student_logits.shape[:-1])), coefficients
+    )
     cross_entropy = divergence = None
     if coefficients.needs_labels(objective):
         if labels is None:

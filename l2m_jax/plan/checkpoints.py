@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from l2m_jax.models import DecoderConfig
 from l2m_jax.plan.workload import Workload
 from l2m_jax.run import checks
 
@@ -32,23 +31,23 @@ class Written:
 
 
 def of_training(
-    model: DecoderConfig, minutes: float, seconds: float, updates: int, stages: int, improvements: int
+    state_bytes: int, minutes: float, seconds: float, updates: int, stages: int, improvements: int
 ) -> Written:
     """One at the end of each stage, one for each better validation, and one each time that `minutes` have passed."""
     timed = updates if minutes == 0 else int(seconds / 60 / minutes)
-    return Written(checks.state_bytes(model)[1], min(updates, stages + improvements + timed))
+    return Written(state_bytes, min(updates, stages + improvements + timed))
 
 
 def disk(w: Workload) -> dict[str, int]:
     """Bytes by what takes them, as `checks.bytes_needed` counts them for a run."""
     config, sizes = w.config, {}
     trained = [
-        ("teacher", w.teacher, config.teacher.finetune.epochs > 0),
-        ("initial student", w.student, config.student.warmup.epochs > 0),
-        *((name, w.student, True) for name in config.method_names),
+        ("teacher", w.teacher, config.teacher.finetune, config.teacher.finetune.epochs > 0),
+        ("initial student", w.student, config.student.warmup, config.student.warmup.epochs > 0),
+        *((name, w.student, config.training, True) for name in config.method_names),
     ]
-    for name, model, has_checkpoints in trained:
-        sizes[name], state = checks.state_bytes(model)
+    for name, model, training, has_checkpoints in trained:
+        sizes[name], state = checks.state_bytes(model, training)
         if has_checkpoints:
             sizes[name + checks.CHECKPOINTS] = checks.CHECKPOINTS_AT_ONCE * state
     if any(w.reads_store(w.method(name)) for name in config.method_names):

@@ -21,7 +21,8 @@ class Weights:
     """Bytes of parameters and state on a device; all devices hold about the same.
 
     Attributes:
-        parameters, optimizer, gradients: of the model in training, or the parameters of the one that runs.
+        parameters, optimizer, gradients: of the model in training, or the parameters of the one that runs. An average
+            of the weights counts as part of the optimizer's state.
         teacher: its head with the teacher store, all of it if it runs live.
         copies: parameters as decoding reads them.
     """
@@ -111,7 +112,7 @@ class Moments:
         weights = self._compiler.weights
         return Weights(
             parameters=weights(shapes.state.params),
-            optimizer=weights(shapes.state.optimizer),
+            optimizer=weights((shapes.state.optimizer, shapes.state.average)),
             gradients=weights(shapes.sums),
             teacher=0.0 if shapes.teacher is None else weights(shapes.teacher),
         )

@@ -206,7 +206,9 @@ class Planner:
             )
             step = self._seconds(accumulate) * flops / accumulate.flops + self._seconds(update)
         minutes = w.config.checkpoint_minutes
-        written = checkpoints.of_training(model, minutes, step * updates, updates, stages, improvements)
+        written = checkpoints.of_training(
+            int(share_bytes(shapes.state)), minutes, step * updates, updates, stages, improvements
+        )
         return Training(batches, accumulate, update, updates, step, flops * self._devices, written)
 
     def _fed(self, shapes: TrainingShapes, training: Training) -> float:

@@ -201,7 +201,9 @@ class TrainingShapes:
 
     @property
     def state(self) -> step.TrainState:
-        return step.state_shapes(make_optimizer(self.optimizer), self.settings.student)
+        return step.state_shapes(
+            make_optimizer(self.optimizer), self.settings.student, averaged=self.optimizer.ema > 0
+        )
 
     @property
     def sums(self) -> step.Sums:

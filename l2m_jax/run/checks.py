@@ -240,14 +240,14 @@ def bytes_needed(config: Config, artefacts: Artefacts) -> dict[str, int]:
     """Bytes that the run has yet to write, by artefact. Answers and reports are negligible."""
     teacher, student = _architectures(config, artefacts)
     sizes = {}
-    for name, artefact, model in (
-        ("teacher", artefacts.teacher, teacher),
-        ("initial student", artefacts.initial_student, student),
-        *((name, artefact, student) for name, artefact in artefacts.students.items()),
+    for name, artefact, model, training in (
+        ("teacher", artefacts.teacher, teacher, config.teacher.finetune),
+        ("initial student", artefacts.initial_student, student, config.student.warmup),
+        *((name, artefact, student, config.training) for name, artefact in artefacts.students.items()),
     ):
         if artefact.is_finished:
             continue
-        sizes[name], state = state_bytes(model)
+        sizes[name], state = state_bytes(model, training)
         if not isinstance(artefact.inputs, ModelInputs) or artefact.inputs.finetune is not None:
             sizes[f"{name}{CHECKPOINTS}"] = CHECKPOINTS_AT_ONCE * state
     if artefacts.store is not None and not artefacts.store.is_finished:
@@ -256,9 +256,9 @@ def bytes_needed(config: Config, artefacts: Artefacts) -> dict[str, int]:
     return sizes
 
 
-def state_bytes(model: DecoderConfig) -> tuple[int, int]:
+def state_bytes(model: DecoderConfig, training: OptimizerSettings) -> tuple[int, int]:
     """Bytes of a model's float32 weights, and of one checkpoint of its training."""
-    state = state_shapes(make_optimizer(OptimizerSettings()), model)
+    state = state_shapes(make_optimizer(training), model, averaged=training.ema > 0)
     return _bytes(state.params), _bytes(state)
 
 

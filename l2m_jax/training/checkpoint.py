@@ -186,9 +186,9 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def restore_best(self, shapes: Any, step: int) -> Any:
-        """The parameters after `step`, that of the best validation, placed. `shapes` as in `restore_latest`."""
+        """The parameters to keep (`TrainState.result`) after `step`, that of the best validation, placed. `shapes` as in `restore_latest`."""
         self._manager.wait_until_finished()
-        return self._placed(self._restore(step, shapes).state.params)
+        return self._placed(self._restore(step, shapes).state.result)
 
     def _restore(self, step: int, shapes: Any) -> Any:
         # Under "pmap" to the host, from where it is copied to each device; otherwise directly to the devices.

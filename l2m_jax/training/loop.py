@@ -133,6 +133,8 @@ class Trainer:
         update = step_functions.update_if_finite if task.skip_nonfinite else step_functions.update
         self._update = placement.map(update)
         self._init_optimizer = placement.map(step_functions.init_optimizer)
+        self._init_average = placement.map(step_functions.init_average)
+        self._update_average = placement.map(step_functions.update_average)
         self._zero_sums = placement.map(step_functions.zero_sums)
         self._position = Position()
         self._validated_at = frozenset(_validation_steps(task) if validate is not None else ())
@@ -141,18 +143,21 @@ class Trainer:
         """Trains from the latest checkpoint, or from `initial()`: placed parameters, whose buffers are donated.
 
         Returns:
-            The placed parameters: the best by validation if `task.keep_best`, otherwise the last.
+            The placed parameters, or their average: the best by validation if `task.keep_best`, otherwise the last.
 
         Raises:
             InputError: a loss or gradient that is not finite, unless `task.skip_nonfinite`; a damaged checkpoint.
         """
         task = self._task
-        shapes = step_functions.state_shapes(self._optimizer, task.settings.student)
+        shapes = step_functions.state_shapes(
+            self._optimizer, task.settings.student, averaged=task.optimizer.ema > 0
+        )
         found = self._checkpoints.restore_latest(shapes, needs_best=task.keep_best)
         if found is None:
             params = initial()
-            self._state = TrainState(params, self._init_optimizer(self._optimizer, params))
-            del params
+            average = self._init_average(params) if task.optimizer.ema else None
+            self._state = TrainState(params, self._init_optimizer(self._optimizer, params), average)
+            del params, average
         else:
             self._state, self._position = found
             del found
@@ -162,7 +167,7 @@ class Trainer:
                 with preemption.at_once():
                     stage = self._begin(number, self._state.params)
                 self._train_stage(number, stage)
-        params = self._state.params
+        params = self._state.result
         best = self._position.best_step
         if task.keep_best and 0 <= best < self._position.step:
             # The devices have room for only one state.
@@ -174,10 +179,10 @@ class Trainer:
     def _train_stage(self, number: int, stage: Stage) -> None:
         task = self._task
         if self._position.stage_step == 0 and self._position.step > 0 and task.restart_optimizer:
-            params = self._state.params
+            params, average = self._state.params, self._state.average
             del self._state
-            self._state = TrainState(params, self._init_optimizer(self._optimizer, params))
-            del params
+            self._state = TrainState(params, self._init_optimizer(self._optimizer, params), average)
+            del params, average
         scheduled = (stage,) if task.restart_optimizer else task.stages
         rate = learning_rate_schedule(task.optimizer, steps(scheduled, task.batch_size))
         before = steps(task.stages[:number], task.batch_size)
@@ -255,6 +260,9 @@ class Trainer:
         self._state, self._sums, values = self._update(
             self._optimizer, self._state, self._sums, learning_rate
         )
+        decay, state = self._task.optimizer.ema, self._state
+        if decay:
+            self._state = state._replace(average=self._update_average(decay, state.average, state.params))
         return values
 
     def _validate_now(self, stage: Stage) -> bool:
@@ -263,7 +271,7 @@ class Trainer:
         # The sums are zero between batches, and generation needs their memory.
         del self._sums
         with preemption.at_once():
-            values = self._validate(self._state.params)
+            values = self._validate(self._state.result)
         self._sums = self._zero_sums(self._state.params)
         position, rouge_l = self._position, values["validation_rouge_l"]
         self._metrics.write(self._task.phase, position.step, stage=stage.index, **values)

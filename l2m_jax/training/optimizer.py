@@ -1,21 +1,29 @@
 """AdamW with the paper's settings. The learning rate is an argument of the step, so schedules compile nothing."""
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import optax
 
-from l2m_jax.errors import InputError, require_at_least, require_fraction, require_positive
+from l2m_jax.errors import (
+    InputError,
+    require_at_least,
+    require_choice,
+    require_fraction,
+    require_positive,
+)
 from l2m_jax.types import Params
 
+SCHEDULES = ("linear", "cosine", "constant", "wsd")
 _DECAYED = ("kernel", "embedding")
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW with a linear schedule. The defaults are the paper's values.
+    """AdamW and its learning rate. The defaults are the paper's values.
 
     Raises:
         InputError: a value outside its range.
@@ -27,12 +35,23 @@ class OptimizerSettings:
     adam_b2: float = 0.999
     clip_norm: float = 1.0
     warmup_fraction: float = 0.1  # of the updates
+    schedule: str = "linear"  # after the warm-up: one of `SCHEDULES`; all but "constant" fall to 0
+    decay_fraction: float = (
+        0.1  # of the updates after the warm-up, in which "wsd" (warm-up, stable, decay) falls
+    )
+    ema: float = (
+        0.0  # decay a step of an average of the weights, which is validated and kept instead (0: none)
+    )
 
     def __post_init__(self):
         require_positive(self, "learning_rate", "clip_norm")
         require_at_least(self, 0, "weight_decay")
         require_fraction(self, "adam_b1", "adam_b2", below_one=True)
         require_fraction(self, "warmup_fraction")
+        require_choice(self, "schedule", SCHEDULES)
+        require_positive(self, "decay_fraction")
+        require_fraction(self, "decay_fraction")
+        require_fraction(self, "ema", below_one=True)
 
 
 def decayed(params: Params) -> Params:
@@ -54,14 +73,19 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
 
 
 def learning_rate_schedule(settings: OptimizerSettings, steps: int) -> Callable[[int], float]:
-    """Learning rate of each of `steps` updates: rises linearly during the warm-up, then falls linearly to 0."""
+    """Learning rate of each of `steps` updates: rises linearly during the warm-up, then follows `schedule`."""
     warmup = min(max(round(settings.warmup_fraction * steps), 0), steps - 1)
     peak = settings.learning_rate
 
     def rate(step: int) -> float:
         if step < warmup:
             return peak * (step + 1) / (warmup + 1)
-        return peak * (steps - step) / (steps - warmup)
+        if settings.schedule == "linear":
+            return peak * (steps - step) / (steps - warmup)
+        left = (steps - step) / (steps - warmup)
+        if settings.schedule == "cosine":
+            return peak * (1 - math.cos(math.pi * left)) / 2
+        return peak * min(1.0, left / settings.decay_fraction) if settings.schedule == "wsd" else peak
 
     return rate
 

@@ -45,8 +45,19 @@ class Teacher(NamedTuple):
 
 
 class TrainState(NamedTuple):
+    """
+    Attributes:
+        average: an exponential moving average of the parameters; None without one.
+    """
+
     params: Params
     optimizer: optax.OptState
+    average: Params | None = None
+
+    @property
+    def result(self) -> Params:
+        """The parameters to validate and to keep."""
+        return self.params if self.average is None else self.average
 
 
 class Sums(NamedTuple):
@@ -60,6 +71,18 @@ def init_optimizer(optimizer: optax.GradientTransformation, params: Params) -> o
 
 
 @over_devices(weights=("params",), returns="weights")
+def init_average(params: Params) -> Params:
+    """A copy of the parameters in buffers of its own."""
+    return jax.tree.map(jnp.copy, params)
+
+
+@over_devices(static=("decay",), weights=("average", "params"), donate=("average",), returns="weights")
+def update_average(decay: float, average: Params, params: Params) -> Params:
+    """decay·average + (1 - decay)·params."""
+    return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)
+
+
+@over_devices(weights=("params",), returns="weights")
 def zero_sums(params: Params) -> Sums:
     zero = jnp.zeros((), jnp.float32)
     return Sums(
@@ -67,10 +90,12 @@ def zero_sums(params: Params) -> Sums:
     )
 
 
-def state_shapes(optimizer: optax.GradientTransformation, config: DecoderConfig) -> TrainState:
+def state_shapes(
+    optimizer: optax.GradientTransformation, config: DecoderConfig, *, averaged: bool = False
+) -> TrainState:
     """The shapes of a model's training state, without computing it."""
     params = jax.eval_shape(lambda: models.init(config, jax.random.key(0)))
-    return TrainState(params, jax.eval_shape(optimizer.init, params))
+    return TrainState(params, jax.eval_shape(optimizer.init, params), params if averaged else None)
 
 
 def target_hidden(
@@ -227,7 +252,7 @@ def update(
         "weight": sums.losses.weight,
         "grad_norm": optax.global_norm(gradients),
     }
-    return TrainState(params, optimizer_state), jax.tree.map(jnp.zeros_like, sums), metrics
+    return TrainState(params, optimizer_state, state.average), jax.tree.map(jnp.zeros_like, sums), metrics
 
 
 @over_devices(

@@ -14,6 +14,7 @@ from l2m_jax import losses
 from l2m_jax.losses import (
     DIVERGENCES,
     JSD,
+    Coefficients,
     Objective,
     SkewKL,
     chunks,
@@ -77,10 +78,22 @@ def dense(student_hidden, student_head, teacher_hidden, teacher_head, labels, we
 
 @partial(jax.jit, static_argnames=("objective", "chunk_size", "valid_vocab_size"))
 def fused_with_gradient(
-    hidden, head, *rest: jax.Array | None, objective=OBJECTIVE, chunk_size=16, valid_vocab_size=None
+    hidden,
+    head,
+    *rest: jax.Array | None,
+    objective=OBJECTIVE,
+    coefficients=Coefficients(),  # noqa: B008 (a value)
+    chunk_size=16,
+    valid_vocab_size=None,
 ):
     return jax.value_and_grad(fused_distillation_loss, (0, 1))(
-        hidden, head, *rest, objective, chunk_size=chunk_size, valid_vocab_size=valid_vocab_size
+        hidden,
+        head,
+        *rest,
+        objective,
+        coefficients=coefficients,
+        chunk_size=chunk_size,
+        valid_vocab_size=valid_vocab_size,
     )
 
 
@@ -409,3 +422,42 @@ def test_bad_inputs(function, change, options, message):
 def test_public_names():
     assert all(hasattr(losses, name) for name in losses.__all__)
     assert token_loss is losses.token_loss
+
+
+@pytest.mark.parametrize("divergence", ["skew_kl", "skew_reverse_kl_fixed_mixture", "jsd", "taid"])
+@pytest.mark.parametrize("shape", [(), (37,)])
+def test_constant_coefficients_equal_the_static_objective(divergence, shape):
+    batch, static = inputs(15), Objective(DIVERGENCES[divergence].with_alpha(0.3), 0.6, 1.5)
+    varying = Objective(DIVERGENCES[divergence].with_alpha(0.9), 1.0, 1.0)
+    coefficients = Coefficients(*(jnp.full(shape, value) for value in (0.3, 0.6, 1.5)))
+    expected = fused_with_gradient(*batch, objective=static)
+    assert_same(fused_with_gradient(*batch, objective=varying, coefficients=coefficients), expected, 2e-5)
+    logits = dense_logits(*batch[:2]), dense_logits(*batch[2:4])
+    np.testing.assert_allclose(
+        distillation_loss(*logits, *batch[4:], varying, coefficients), expected[0], rtol=1e-5
+    )
+
+
+def test_coefficients_of_each_token_equal_the_float64_oracle(oracle):
+    """No gradient flows to them, and other values compile nothing anew."""
+    batch, random = inputs(16), np.random.default_rng(0)
+    h, w, th, tw = (np.asarray(x, np.float64) for x in batch[:4])
+    student, teacher, weights = h @ w.T, th @ tw.T, np.asarray(batch.weights, np.float64)
+    compiled = jax.jit(partial(fused_distillation_loss, chunk_size=16), static_argnums=6)
+    for _ in range(2):
+        alpha, beta, temperature = (random.uniform(low, high, 37) for low, high in ((0, 1), (0, 1), (0.5, 2)))
+        coefficients = Coefficients(*(jnp.asarray(x, jnp.float32) for x in (alpha, beta, temperature)))
+        divergence = [
+            t**2 * oracle.divergence("skew_kl", q / t, p / t, a)
+            for q, p, a, t in zip(student, teacher, alpha, temperature, strict=True)
+        ]
+        cross_entropy = oracle.cross_entropy(student, np.asarray(batch.labels))
+        expected = np.sum(weights * ((1 - beta) * cross_entropy + beta * divergence)) / np.sum(weights)
+        found = compiled(*batch, OBJECTIVE, coefficients=coefficients)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert compiled._cache_size() == 1
+
+    def loss(coefficients):
+        return fused_distillation_loss(*batch, OBJECTIVE, coefficients=coefficients)
+
+    assert not any(np.any(g) for g in jax.tree.leaves(jax.grad(loss)(coefficients)))

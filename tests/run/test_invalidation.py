@@ -68,6 +68,8 @@ OTHERS: dict[str, Any] = {
     **{f"{who}.model.architecture.{name}": value for who in ("teacher", "student")
        for name, value in (("family", "llama"), ("num_heads", 2), ("num_kv_heads", 4), ("hidden_size", 64))},
     **{f"{place}.dropout": 0.3 for place in ("training", "teacher.finetune", "student.warmup")},
+    **{f"{place}.{name}": value for place in ("training", "teacher.finetune", "student.warmup")
+       for name, value in (("schedule", "wsd"), ("ema", 0.9))},
     "overrides.alpha": 0.3,
     "overrides.beta": 0.9,
     "overrides.temperature": 2.0,

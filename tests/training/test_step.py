@@ -173,6 +173,19 @@ def test_learning_rate_rises_over_the_warmup_and_falls_to_the_end():
     assert 0 < rates[-1] < 0.02
 
 
+def test_learning_rates_of_the_other_schedules():
+    def rates(schedule):
+        settings = OptimizerSettings(1.0, schedule=schedule, decay_fraction=0.2, warmup_fraction=0.1)
+        return np.array([learning_rate_schedule(settings, 110)(step) for step in range(110)])
+
+    after = np.arange(99)  # updates after the warm-up of 11
+    np.testing.assert_allclose(rates("constant")[11:], 1)
+    np.testing.assert_allclose(rates("cosine")[11:], 0.5 * (1 + np.cos(np.pi * after / 99)), atol=1e-12)
+    np.testing.assert_allclose(rates("wsd")[11:], np.minimum(1, (99 - after) / 99 / 0.2), rtol=1e-12)
+    for schedule in ("constant", "cosine", "wsd"):
+        np.testing.assert_allclose(rates(schedule)[:11], rates("linear")[:11])
+
+
 def test_weight_decay_spares_biases_and_norms():
     from l2m_jax.training.optimizer import decayed
 
