@@ -56,7 +56,9 @@ def _acquire(lock: FileLock, folder: Path, wait: bool) -> None:
         lock.acquire()
     now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     with contextlib.suppress(OSError):  # on a full disk the owner has no name, and is still the owner
-        files.write_json(folder / _OWNER, {"host": socket.gethostname(), "process": os.getpid(), "since": now})
+        files.write_json(
+            folder / _OWNER, {"host": socket.gethostname(), "process": os.getpid(), "since": now}
+        )
 
 
 def _owner(folder: Path) -> str:
