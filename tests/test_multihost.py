@@ -1,8 +1,12 @@
 """What the first process does for all."""
 
+import os
+
 import pytest
 
-from l2m_jax.multihost import first
+from l2m_jax.errors import InputError
+from l2m_jax.multihost import Devices, first, use_deterministic_kernels
+from l2m_jax.run.context import placement_of
 
 
 def test_its_value_and_its_exception_are_everyones():
@@ -23,3 +27,17 @@ def test_a_value_is_what_json_makes_of_it():
     assert first(lambda: {"a": (1, 2.5), "b": None}) == {"a": [1, 2.5], "b": None}
     with pytest.raises(TypeError):
         first(lambda: object())
+
+
+def test_deterministic_kernels_need_their_flag_before_jax_starts(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    use_deterministic_kernels(Devices())
+    with pytest.raises(
+        InputError, match=r"devices\.deterministic: set XLA_FLAGS=--xla_gpu_deterministic_ops=true before"
+    ):
+        placement_of(Devices(deterministic=True))
+    for _ in range(2):
+        use_deterministic_kernels(Devices(deterministic=True))
+        flags = os.environ["XLA_FLAGS"].split()
+        assert flags == ["--xla_force_host_platform_device_count=8", "--xla_gpu_deterministic_ops=true"]
+    assert placement_of(Devices(deterministic=True, count=1)).num_devices == 1

@@ -22,7 +22,7 @@ SUITES = {
     "peers": "distillation against PyTorch and TRL (--data, --tokenizer, --peer-python)",
     "generate": "the decode engine against transformers (--data, --tokenizer, --peer-python)",
     "rouge": "Rouge-L against rouge-score (--data)",
-    "faults": "what a run survives: kills, preemptions (--workdir, --kills, --seed, --only)",
+    "faults": "what a run survives: kills, preemptions, damaged files, a full disk (--workdir, --kills, --seed, --only)",
 }
 
 

@@ -55,7 +55,10 @@ def _acquire(lock: FileLock, folder: Path, wait: bool) -> None:
         console.print(f"  waiting for {_owner(folder)}, which works in {folder}", markup=False)
         lock.acquire()
     now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    files.write_json(folder / _OWNER, {"host": socket.gethostname(), "process": os.getpid(), "since": now})
+    with contextlib.suppress(OSError):  # on a full disk the owner has no name, and is still the owner
+        files.write_json(
+            folder / _OWNER, {"host": socket.gethostname(), "process": os.getpid(), "since": now}
+        )
 
 
 def _owner(folder: Path) -> str:

@@ -1,6 +1,9 @@
 """Checkpoints of a training phase: the latest to resume from, and the best by validation."""
 
+import errno
 import json
+import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +23,8 @@ from l2m_jax.progress import console
 _CHECKSUMS = "checksums.json"
 # Orbax writes these after the checksums are made, and nothing here reads them.
 _NOT_CHECKED = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+_METADATA = 100_000  # bytes of a checkpoint besides the state, at most
 
 # All processes must save at the same step, so they ask for the first one's clock, this often.
 _STEPS_BETWEEN_LOOKS = 32
@@ -102,6 +107,9 @@ class Checkpoints:
 
         A checkpoint exists completely or not at all. No device holds a second copy of the state. This checkpoint and
         that of `position.best_step` are kept.
+
+        Raises:
+            OSError: there is no room on the disk.
         """
         self._saved_at = time.monotonic()
         self._kept.best_step = position.best_step
@@ -110,6 +118,8 @@ class Checkpoints:
         # Orbax waits too, but only once a second copy of the state is on the host.
         self._manager.wait_until_finished()
         replicated = self._placement.mapping == "pmap"
+        size = sum(x.nbytes // (x.shape[0] if replicated else 1) for x in jax.tree.leaves(state))
+        first(lambda: self._check_room(size))
         self._saving = position.step
         self._manager.save(
             position.step,
@@ -120,6 +130,11 @@ class Checkpoints:
         )
         if not replicated and self._placement.devices[0].platform == "cpu":
             self._manager.wait_until_finished()  # a host copy of a CPU buffer is the buffer itself
+
+    def _check_room(self, size: int) -> None:
+        """Orbax's threads print tracebacks if a write of theirs fails."""
+        if shutil.disk_usage(self._folder).free < size + _METADATA:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
 
     def _write_checksums(self) -> None:
         """In Orbax's thread: all files of the checkpoint are written, and its folder has not got its name yet."""

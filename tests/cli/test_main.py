@@ -1,5 +1,6 @@
 """The entry points: what they import, what they refuse, and how they end."""
 
+import errno
 import subprocess
 import sys
 from importlib import metadata
@@ -103,3 +104,23 @@ def test_an_interrupt_says_how_to_resume(capsys):
         common.run(common.Parser("train", None), interrupted, [])
     assert ended.value.code == 130
     assert capsys.readouterr().err == "interrupted: run the same command again to resume\n"
+
+
+def test_a_full_disk_is_one_sentence(capsys):
+    def command(options):
+        try:
+            raise OSError(errno.ENOSPC, "no room")
+        except OSError as error:
+            raise ValueError("a library's own words") from error
+
+    with pytest.raises(SystemExit) as ended:
+        common.run(common.Parser("test", ""), command, [])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    assert "make room and run the same command again" in said
+
+    def broken(options):
+        raise OSError(errno.EIO, "broken")
+
+    with pytest.raises(OSError):
+        common.run(common.Parser("test", ""), broken, [])

@@ -29,7 +29,7 @@ class Whole(NamedTuple):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
-    with damage.small_blocks(), damage.copied_at({TRAINING: 3}, folder / "run", folder / "copies"):
+    with damage.small_blocks(), damage.copied_at({TRAINING: 5}, folder / "run", folder / "copies"):
         status, said = damage.train(FLAGS, folder / "run")
     assert status == 0, said
     (training,) = (folder / "copies").iterdir()

@@ -162,3 +162,14 @@ def test_a_cell_of_other_data_is_not_finished(tmp_path, runs):
     assert all(finished(cell, tmp_path) for cell in cells)
     rows.write_text('{"instruction": "say that", "output": "that"}\n')
     assert not any(finished(cell, tmp_path) for cell in cells)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"made_from": 1}', b"\xff\x00"])
+def test_a_damaged_result_is_made_again(runs, tmp_path, content):
+    cells = grid(CONFIG, ROWS, [0])
+    run(cells, tmp_path)
+    (tmp_path / cells[0].name / "result.json").write_bytes(content)
+    assert [finished(cell, tmp_path) is None for cell in cells] == [True, False]
+    run(cells, tmp_path)
+    assert runs.ran == [("sft", 0), ("l2m", 0), ("sft", 0)]
+    assert finished(cells[0], tmp_path) is not None

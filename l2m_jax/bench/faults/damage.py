@@ -8,6 +8,7 @@ Trials run one after another in this process, which has compiled the programs al
 """
 
 import contextlib
+import importlib
 import io
 import itertools
 import os
@@ -20,7 +21,6 @@ from pathlib import Path
 
 from l2m_jax import progress
 from l2m_jax.bench.faults.common import SCENARIOS, Outcome, Setting, Trial
-from l2m_jax.cli import main as command
 from l2m_jax.run import data
 from l2m_jax.training import store
 
@@ -73,6 +73,8 @@ def results_of(workdir: Path) -> dict[str, bytes]:
 
 def train(flags: Sequence[str], workdir: Path) -> tuple[int, str]:
     """`l2m train` in this process. Returns the exit status (1 with a traceback) and what was printed as errors."""
+    # By name, as a shell would: the commands are above this module.
+    command = importlib.import_module("l2m_jax.cli.main")
     data.open_corpus.cache_clear()
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), open(os.devnull, "w") as nowhere:
