@@ -71,7 +71,9 @@ POD = {
     "restartPolicy": ("Never",),  # the API demands it with a podFailurePolicy
     "terminationGracePeriodSeconds": int,
     "containers": [CONTAINER],
-    "volumes": [{"name": str, "persistentVolumeClaim": {"claimName": str}, "emptyDir": {"medium": ("Memory",)}}],
+    "volumes": [
+        {"name": str, "persistentVolumeClaim": {"claimName": str}, "emptyDir": {"medium": ("Memory",)}}
+    ],
 }
 JOB = {
     "parallelism": int,
