@@ -150,10 +150,14 @@ class Trainer:
             self._state, self._position = found
             del found
         self._metrics.drop_after(task.phase, self._position.step, self._position.validated)
-        with preemption.deferred():
-            for number, stage in enumerate(task.stages):
-                if number >= self._position.stage:
-                    self._train_stage(number, stage)
+        try:
+            with preemption.deferred():
+                for number, stage in enumerate(task.stages):
+                    if number >= self._position.stage:
+                        self._train_stage(number, stage)
+        except preemption.Preempted:
+            self._checkpoints.close()  # the last one may still be written
+            raise
         params = self._state.params
         best = self._position.best_step
         if task.keep_best and 0 <= best < self._position.step:
@@ -187,7 +191,6 @@ class Trainer:
                 log.flush()
                 if self._position.step > 0:
                     self._checkpoints.save(self._state, self._position)
-                    self._checkpoints.close()
                 raise
             log.flush()
         del self._sums
