@@ -23,7 +23,7 @@ _STEPS_AHEAD = 3
 _STOP, _STOP_NOW, _ENDED = "l2m_jax/stop_after_step", "l2m_jax/stop_now", "l2m_jax/ended"
 
 _SAME = 1.0  # seconds in which a signal counts as the same: `timeout`, say, sends it twice
-_EVER = 365 * 24 * 3600 * 1000  # milliseconds
+_SECONDS_BETWEEN_LOOKS = 1.0  # for a signal that another process has raised
 _PATIENCE = 5.0  # seconds in which the other processes end before the first one, which serves them
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -37,6 +37,8 @@ _deferred = False  # whether a signal is noted instead of raised
 _noted: str | None = None  # the name of the signal
 _noted_at = 0.0
 _raised = False  # whether the signal was raised at once, in this process only
+_follower: threading.Thread | None = None
+_over = threading.Event()  # ends the follower
 
 
 @contextlib.contextmanager
@@ -51,9 +53,14 @@ def handled() -> Iterator[None]:
         return
     before = {number: signal.signal(number, _on_signal) for number in _SIGNALS}
     _noted, _raised = None, False
+    _over.clear()
     try:
         yield
     finally:
+        _over.set()
+        if _follower is not None:
+            # A thread that Python ends within a call of the coordination service would abort the process.
+            _follower.join()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -142,16 +149,21 @@ def end_others() -> None:
 
 def follow() -> None:
     """Ends this process when `end_others` is called in another one. Call it once the processes have met."""
+    global _follower
     if _several_processes():
-        threading.Thread(target=_follow, daemon=True).start()
+        _follower = threading.Thread(target=_follow, daemon=True)
+        _follower.start()
 
 
 def _follow() -> None:
     import jax
 
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        signal_name = _key_value_store().blocking_key_value_get(_STOP_NOW, _EVER)
-        print(f"{signal_name} in another process: run the same command again to resume", file=sys.stderr)
+    while not _over.wait(_SECONDS_BETWEEN_LOOKS):
+        try:
+            name = _key_value_store().key_value_try_get(_STOP_NOW)
+        except jax.errors.JaxRuntimeError:  # no such key
+            continue
+        print(f"{name} in another process: run the same command again to resume", file=sys.stderr, flush=True)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _leave()
         os._exit(EXIT_STATUS)

@@ -162,11 +162,15 @@ class Trainer:
             self._state, self._position = found
             del found
         self._metrics.drop_after(task.phase, self._position.step, self._position.validated)
-        with preemption.deferred():
-            for number in range(self._position.stage, len(task.stages)):
-                with preemption.at_once():
-                    stage = self._begin(number, self._state.params)
-                self._train_stage(number, stage)
+        try:
+            with preemption.deferred():
+                for number in range(self._position.stage, len(task.stages)):
+                    with preemption.at_once():
+                        stage = self._begin(number, self._state.params)
+                    self._train_stage(number, stage)
+        except preemption.Preempted:
+            self._checkpoints.close()  # the last one may still be written
+            raise
         params = self._state.result
         best = self._position.best_step
         if task.keep_best and 0 <= best < self._position.step:
@@ -200,7 +204,6 @@ class Trainer:
                 log.flush()
                 if self._position.step > 0:
                     self._checkpoints.save(self._state, self._position)
-                    self._checkpoints.close()
                 raise
             log.flush()
         del self._sums

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from l2m_jax.config import defaults, parse
 from l2m_jax.data.corpus import Corpus
 from l2m_jax.data.tokenizer import train_tokenizer
 from l2m_jax.errors import InputError
-from l2m_jax.run import data
+from l2m_jax.run import data, locks
 from l2m_jax.run.context import start
 from l2m_jax.run.distillation import Student
 from l2m_jax.run.models import make_model
@@ -187,6 +188,52 @@ def test_a_run_killed_within_a_stage_ends_as_one_that_was_not(finished, tmp_path
     validations = [line for line in steps if line["phase"] == "student" and "validation_rouge_l" in line]
     assert len(validations) == 4
     assert "validation_kl" in validations[0] and "validation_kl" not in validations[-1]
+
+
+def test_a_signal_in_training_saves_the_last_step_and_the_run_ends_as_one_that_got_none(finished, tmp_path):
+    shared = tmp_path / "run"
+    shutil.copytree(finished / "run", shared)
+    for made_again in ("student", "evaluation", "baselines"):
+        shutil.rmtree(shared / made_again)
+    metrics = shared / "metrics.jsonl"
+    metrics.unlink()
+    # No checkpoint is due by itself before the signal: the first stage has 6 updates.
+    command = _command(tmp_path, "--config.checkpoint_minutes=60", "--config.evaluation.select=best")
+    running = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 600
+    while running.poll() is None and time.monotonic() < deadline:
+        if metrics.is_file() and '"phase": "student", "step": 1,' in metrics.read_text():
+            break
+        time.sleep(0.01)
+    running.terminate()
+    _, errors = running.communicate(timeout=600)
+    assert running.returncode == 75, errors
+    assert "Traceback" not in errors and "run the same command again" in errors
+    steps = [line["step"] for line in map(json.loads, metrics.read_text().splitlines()) if "loss" in line]
+    saved = [
+        int(folder.name) for folder in (shared / "checkpoints" / "student").iterdir() if folder.name.isdigit()
+    ]
+    assert max(saved) == steps[-1] > 0
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert again.returncode == 0, again.stdout + again.stderr
+    for file in (
+        "student/model.safetensors",
+        "evaluation/l2m/results.json",
+        "evaluation/l2m/responses.jsonl",
+    ):
+        assert (shared / file).read_bytes() == (finished / "run" / file).read_bytes()
+    after = [line["step"] for line in map(json.loads, metrics.read_text().splitlines()) if "loss" in line]
+    assert after[: len(steps)] == steps and after == list(range(1, len(after) + 1))
+
+
+def test_a_second_run_in_a_folder_is_refused_with_the_name_of_the_first(tmp_path):
+    with locks.held(tmp_path / "run"):
+        done = _run(tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"in use by process {os.getpid()} on {socket.gethostname()} since 2" in done.stderr
+    assert sorted(os.listdir(tmp_path / "run")) == [".lock", ".lock_owner.json"]
 
 
 @pytest.mark.parametrize(

@@ -108,14 +108,30 @@ def _assert_same(folder: Path, expected: Path) -> None:
     assert [list(found) for found in results] == [["teacher", "student before", "l2m"]] * 2
 
 
-def test_a_dead_process_ends_the_other_and_both_go_on_to_the_result_of_one(one_process, tmp_path):
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    first = _Processes(tmp_path, 2, 2, slurm=True)
+def _student_reaches(step: int, folder: Path, running: subprocess.Popen) -> None:
+    metrics = folder / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and first.running[0].poll() is None:
-        if metrics.is_file() and '"phase": "student", "step": 5,' in metrics.read_text():
+    while time.monotonic() < deadline and running.poll() is None:
+        if metrics.is_file() and f'"phase": "student", "step": {step},' in metrics.read_text():
             break
-        time.sleep(0.05)
+        time.sleep(0.02)
+
+
+def test_a_signal_or_the_death_of_one_ends_the_other_and_both_go_on_to_the_result_of_one(
+    one_process, tmp_path
+):
+    asked = _Processes(tmp_path, 2, 2, "--config.checkpoint_minutes=60")
+    _student_reaches(1, tmp_path, asked.running[0])
+    asked.running[1].terminate()
+    ended = asked.ended()
+    assert [status for status, _, _ in ended] == [75, 75], ended
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    last = max(line["step"] for line in lines if line["phase"] == "student")
+    kept = tmp_path / "run" / "checkpoints" / "student"
+    assert max(int(folder.name) for folder in kept.iterdir() if folder.name.isdigit()) == last
+
+    first = _Processes(tmp_path, 2, 2, slurm=True)
+    _student_reaches(last + 1, tmp_path, first.running[0])
     first.running[1].kill()
     (status, out, errors), _ = first.ended()
     assert status != 0 and "another task died" in errors, out + errors

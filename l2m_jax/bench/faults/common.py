@@ -215,11 +215,13 @@ class Started:
             if kind == "═":
                 part = title.partition(",")[0] + ": "
                 title = "begins"
-            with self._changed:
-                self.phases.append((part + title, time.monotonic() - self._start))
-                self._changed.notify_all()
+            self._note(part + title)
+        if is_first:
+            self._note("end")
+
+    def _note(self, phase: str) -> None:
         with self._changed:
-            self.phases.append(("end", time.monotonic() - self._start))
+            self.phases.append((phase, time.monotonic() - self._start))
             self._changed.notify_all()
 
     def wait_for(self, phase: str) -> bool:

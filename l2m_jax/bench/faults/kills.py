@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from l2m_jax.bench.faults.common import SCENARIOS, Outcome, Setting, Trial
+from l2m_jax.preemption import EXIT_STATUS
 
 _MOST_IN_A_TRIAL = 3
 _OTHERS_END = 120  # seconds in which the other processes of a run must notice that one is gone
-PREEMPTED = 75
 
 
 def killed(setting: Setting, outcomes: Sequence[Outcome]) -> Iterator[Trial]:
@@ -69,14 +69,17 @@ def _try(
         begun = time.monotonic()
         statuses = started.wait(_OTHERS_END)
         facts.setdefault("seconds_to_end", []).append(time.monotonic() - begun)
-        lost += _wrong(number, statuses, started.processes.index(struck))
+        # Before the program has begun and after its results are written, nobody handles signals.
+        unhandled = facts["phases"][-1] in ("start", timeline[-1][0])
+        lost += _wrong(number, statuses, started.processes.index(struck), unhandled)
     lost += setting.finish(scenario, workdir)
     return Outcome(len(facts["phases"]), tuple(lost), facts)
 
 
-def _wrong(number: signal.Signals, statuses: list[int], struck: int) -> list[str]:
+def _wrong(number: signal.Signals, statuses: list[int], struck: int, unhandled: bool) -> list[str]:
     """What is wrong with the statuses after a signal."""
     if number == signal.SIGTERM:
-        return [] if set(statuses) <= {PREEMPTED} or set(statuses) == {0} else [f"{number.name}: {statuses}"]
+        allowed = {EXIT_STATUS, 0, -signal.SIGTERM} if unhandled else {EXIT_STATUS}
+        return [] if set(statuses) <= allowed else [f"{number.name}: ended with {statuses}"]
     others = [status for rank, status in enumerate(statuses) if rank != struck]
     return [f"another process hung after a kill: {statuses}"] if -signal.SIGKILL in others else []
