@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from l2m_jax import methods
+from l2m_jax.curriculum import Stage
 from l2m_jax.data.batches import forward_shapes
 from l2m_jax.data.packing import Shape
 from l2m_jax.generation.engine import choose_slots
@@ -134,7 +135,7 @@ class Planner:
             config.training,
             signal,
             config.teacher.store_dtype,
-            tuple(methods.by_step(method, config.curriculum)),
+            (*methods.by_step(method, config.curriculum), *_by_sample(stages[0])),
         )
         # The last stage but one has everything in its loss: cross-entropy, divergence and mixture.
         objectives = methods.objectives(method, stages[-2:][0])
@@ -318,3 +319,8 @@ class Planner:
 
     def _seconds(self, program: Program) -> float:
         return 0.0 if self._compiler.dry else seconds(program, self._target, self._devices)
+
+
+def _by_sample(stage: Stage) -> list[str]:
+    """The coefficients of the loss that differ by sample; weights are there in any case."""
+    return [name for name in (stage.samples.by_name if stage.samples else ()) if name != "weight"]

@@ -336,20 +336,6 @@ def exposure(path: Path, exposures: Mapping[str, Exposure]) -> None:
         panels[-1].set_xlabel("step")
 
 
-@contextlib.contextmanager
-def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure to draw on. It replaces `path` atomically if the block ends without an error."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=130, metadata={"Software": ""})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.unfinished")
-    temporary.write_bytes(file.getvalue())
-    os.replace(temporary, path)
-
-
 class Interval(NamedTuple):
     """A line of a forest plot.
 
@@ -409,3 +395,17 @@ def _forest(axes: Axes, lines: Sequence[Interval]) -> None:
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.grid(axis="x")
     axes.grid(visible=False, axis="y")
+
+
+@contextlib.contextmanager
+def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure to draw on. It replaces `path` atomically if the block ends without an error."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=130, metadata={"Software": ""})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.unfinished")
+    temporary.write_bytes(file.getvalue())
+    os.replace(temporary, path)

@@ -313,8 +313,8 @@ class Trainer:
             varying = by_step | by_sample
             yield _Batch(
                 part.epoch,
-                chosen,
                 by_step,
+                chosen,
                 [(term.objective, feed(m)) for term in terms for m in self._packed(term, chosen, varying)],
                 sum(int(term.examples.lengths[chosen].sum()) for term in terms),
                 sum(int(_targets(term.examples, chosen).sum()) for term in terms),
@@ -388,8 +388,8 @@ def _parts(task: Task, stage: Stage, position: Position) -> Iterator[Part]:
 @dataclass(frozen=True)
 class _Batch:
     epoch: int
-    indices: np.ndarray  # of its examples
     by_step: dict[str, float]
+    indices: np.ndarray  # of its examples
     micro_batches: list[tuple[Objective, MicroBatch]]  # on the devices
     tokens: int
     target_tokens: int
