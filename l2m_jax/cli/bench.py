@@ -4,9 +4,10 @@ l2m bench --suite loss,store --json bench.json
 """
 
 import argparse
+import functools
 import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,15 @@ def _parser() -> Parser:
     return parser
 
 
-def _run(name: str, options: dict[str, Any]) -> dict[str, Any]:
+def _prepared(name: str, options: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    """A suite with its options, checked before any of them takes its time."""
     run = importlib.import_module(f"l2m_jax.bench.{name}").run
     parameters = inspect.signature(run).parameters
     given = {key: value for key, value in options.items() if value is not None and key in parameters}
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and key not in given:
             raise InputError(f"--{key.replace('_', '-')}: suite {name} needs it")
-    return run(**given)
+    return functools.partial(run, **given)
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -68,10 +70,11 @@ def _bench(options: argparse.Namespace) -> None:
     from l2m_jax.bench import common
     from l2m_jax.progress import console
 
+    suites = {name: _prepared(name, vars(options)) for name in options.suite}
     document: dict[str, Any] = {"machine": common.machine(), "suites": {}}
     common.show("machine", document["machine"])
-    for name in options.suite:
-        result = _run(name, vars(options))
+    for name, suite in suites.items():
+        result = suite()
         document["suites"][name] = result
         # The ratios of all suites are also at the top level, where scripts find them by name.
         document |= {key: value for key, value in result.items() if "ratio" in key}

@@ -33,6 +33,7 @@ from l2m_jax.errors import InputError, reason, shown
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _BOOLEANS = {"true": True, "false": False}
+_MOST_BRACKETS = 1000
 _MOST_YAML = 1 << 18  # bytes; the reader takes a second for so much
 
 
@@ -133,6 +134,8 @@ def _read_yaml(source: str, file: Path) -> dict[str, Any]:
         text = file.read_bytes()
         if len(text) > _MOST_YAML:
             raise InputError(f"{len(text):,} bytes; a file of settings has at most {_MOST_YAML:,}")
+        if text.count(b"[") + text.count(b"{") > _MOST_BRACKETS:  # the reader's time grows with their square
+            raise RecursionError
         values = yaml.load(text.decode("utf-8"), TextLoader)
         if not isinstance(values, dict):
             raise InputError(f"expected settings by name, such as 'method: l2m', got {shown(values)}")
