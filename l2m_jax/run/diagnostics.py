@@ -5,6 +5,7 @@ these rows are computed once, before the students, and kept beside the teacher s
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -69,12 +70,17 @@ def make_states(artefact: Artefact[DiagnosticsInputs], context: Context) -> None
 
 
 @dataclass(frozen=True)
+class _Examples(ListedExamples):
+    ids: Sequence[str]
+
+
+@dataclass(frozen=True)
 class _Rows:
     """The rows to compare on: those of validation, then those of training, by their numbers in the corpora."""
 
     validation: np.ndarray
     train: np.ndarray
-    examples: ListedExamples
+    examples: _Examples
 
 
 def _rows(inputs: DiagnosticsInputs) -> _Rows:
@@ -85,7 +91,8 @@ def _rows(inputs: DiagnosticsInputs) -> _Rows:
     parts = ((validation, of_validation), (train, of_train))
     tokens = [corpus.example_tokens(i) for corpus, chosen in parts for i in chosen.tolist()]
     prompts = np.concatenate([corpus.prompt_lengths[chosen] for corpus, chosen in parts])
-    return _Rows(of_validation, of_train, ListedExamples(tokens, prompts))
+    ids = [corpus.ids[i] for corpus, chosen in parts for i in chosen.tolist()]
+    return _Rows(of_validation, of_train, _Examples(tokens, prompts, ids))
 
 
 def _store(artefact: Artefact[DiagnosticsInputs], rows: _Rows, teacher: DecoderConfig) -> TeacherStore:

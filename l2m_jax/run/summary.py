@@ -99,6 +99,13 @@ def write(
     console.print(f"student: {workdir / 'student'}\nreport:  {workdir / 'report.md'}")
 
 
+def _sampled(artefacts: Artefacts, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Row]:
+    """The validation rows whose answers are in `metrics`, by id."""
+    validation = data.open_corpus(artefacts.corpora["validation"])
+    ids = dict.fromkeys(sample["id"] for line in metrics for sample in line.get("samples", ()))
+    return {name: validation.row(validation.ids.index(name)) for name in ids if name in validation.ids}
+
+
 def _irregular(
     config: Config, artefacts: Artefacts, workdir: Path, metrics: list[dict[str, Any]]
 ) -> dict[str, str]:
@@ -120,10 +127,3 @@ def _irregular(
             markup=False,
         )
     return found
-
-
-def _sampled(artefacts: Artefacts, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Row]:
-    """The validation rows whose answers are in `metrics`, by id."""
-    validation = data.open_corpus(artefacts.corpora["validation"])
-    ids = dict.fromkeys(sample["id"] for line in metrics for sample in line.get("samples", ()))
-    return {name: validation.row(validation.ids.index(name)) for name in ids if name in validation.ids}

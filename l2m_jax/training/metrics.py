@@ -52,10 +52,6 @@ class MetricsLog:
             self._writer.close()
 
 
-def _is_validation(line: Mapping[str, Any]) -> bool:
-    return any(name.startswith("validation_") for name in line)
-
-
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
     """The numbers in nested mappings, under paths such as "student/validation_by_category/copy/kl"."""
     if isinstance(value, int | float):
@@ -63,6 +59,10 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _numbers(f"{name}/{key}", inner)
+
+
+def _is_validation(line: Mapping[str, Any]) -> bool:
+    return any(name.startswith("validation_") for name in line)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
