@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l2m_jax import methods
-from l2m_jax.config import Config
+from l2m_jax.config import Config, Student, Teacher
 from l2m_jax.run import data
-from l2m_jax.run.artefacts import Artefact
+from l2m_jax.run.artefacts import Artefact, Source
 from l2m_jax.run.distillation import (
     StudentInputs,
     relevant_curriculum,
@@ -19,10 +19,12 @@ from l2m_jax.run.distillation import (
     validation_inputs,
 )
 from l2m_jax.run.evaluation import EvaluationInputs, set_inputs
-from l2m_jax.run.models import ModelInputs, model_inputs
+from l2m_jax.run.models import ModelInputs, PretrainingInputs, continued, model_inputs
+from l2m_jax.run.pretraining import pretraining_inputs
 from l2m_jax.run.ranking import RankingInputs
 from l2m_jax.run.responses import ResponsesInputs
 from l2m_jax.run.store import StoreInputs
+from l2m_jax.training.optimizer import FineTuning
 
 _STUDENT_SETTINGS = {
     "method": "method and overrides",
@@ -44,12 +46,14 @@ class Artefacts:
 
     Attributes:
         corpora: by part.
+        pretrained: what is pretrained on text, by role: "teacher", "student".
         generated: responses that are generated once, by the name of their model.
         students, evaluations: by name; a student is named after its method.
     """
 
     tokenizer: data.Tokenizer
     corpora: dict[data.Part, Artefact[data.CorpusInputs]]
+    pretrained: dict[str, Artefact[PretrainingInputs]]
     teacher: Artefact[ModelInputs]
     initial_student: Artefact[ModelInputs]
     ranking: Artefact[RankingInputs] | None
@@ -61,7 +65,7 @@ class Artefacts:
     def __iter__(self) -> Iterator[Artefact]:
         if isinstance(self.tokenizer, Artefact):
             yield self.tokenizer
-        yield from (*self.corpora.values(), self.teacher, self.initial_student)
+        yield from (*self.corpora.values(), *self.pretrained.values(), self.teacher, self.initial_student)
         if self.ranking is not None:
             yield from (self.ranking.inputs.answers, self.ranking)
         if self.store is not None:
@@ -92,6 +96,7 @@ class _Resolver:
         self.corpora: dict[data.Part, Artefact[data.CorpusInputs]] = {
             part: self._corpus(part) for part in data.PARTS
         }
+        self.pretrained: dict[str, Artefact[PretrainingInputs]] = {}
         self.teacher = self._teacher()
         self.initial = self._initial_student()
 
@@ -115,6 +120,7 @@ class _Resolver:
         return Artefacts(
             self.tokenizer,
             self.corpora,
+            self.pretrained,
             self.teacher,
             self.initial,
             ranking,
@@ -141,34 +147,59 @@ class _Resolver:
         return Artefact(inputs, self.shared / "data" / "tokenizer", settings={"synthetic": "data.synthetic"})
 
     def _teacher(self) -> Artefact[ModelInputs]:
-        teacher, seed = self.config.teacher, self.config.seed
-        inputs = model_inputs(
-            "teacher", teacher.model, teacher.finetune, self.corpora["train"], self.tokenizer, seed
-        )
-        return Artefact(
-            inputs,
-            self.shared / "teacher",
-            self.shared / "checkpoints" / "teacher",
-            {"model": "teacher.model", "weights": "teacher.model.path", "finetune": "teacher.finetune"},
-        )
+        teacher = self.config.teacher
+        inputs = self._model("teacher", teacher, teacher.finetune, None)
+        settings = {
+            "model": "teacher.model",
+            "weights": "teacher.model.path",
+            "finetune": "teacher.finetune",
+        }
+        return Artefact(inputs, self.shared / "teacher", self.shared / "checkpoints" / "teacher", settings)
 
     def _initial_student(self) -> Artefact[ModelInputs]:
         student = self.config.student
-        inputs = model_inputs(
-            "student",
-            student.model,
-            student.warmup,
-            self.corpora["train"],
-            self.tokenizer,
-            self.config.seed,
-            self.teacher,
-        )
-        return Artefact(
-            inputs,
-            self.shared / "initial_student",
-            self.shared / "checkpoints" / "initial_student",
-            {"model": "student.model", "weights": "student.model.path", "finetune": "student.warmup"},
-        )
+        inputs = self._model("student", student, student.warmup, self.teacher)
+        settings = {
+            "model": "student.model",
+            "weights": "student.model.path",
+            "finetune": "student.warmup",
+        }
+        place, progress = self.shared / "initial_student", self.shared / "checkpoints" / "initial_student"
+        return Artefact(inputs, place, progress, settings)
+
+    def _model(
+        self, role: str, who: Teacher | Student, finetune: FineTuning, teacher: Artefact[ModelInputs] | None
+    ) -> ModelInputs:
+        """The inputs of teacher or initial student, which may continue a pretrained model."""
+        train, seed = self.corpora["train"], self.config.seed
+        if not who.pretrain.text:
+            return model_inputs(role, who.model, finetune, train, self.tokenizer, seed, teacher)
+        self.pretrained[role] = self._pretrained(role, who)
+        return continued(self.pretrained[role], finetune, train, seed)
+
+    def _pretrained(self, role: str, who: Teacher | Student) -> Artefact[PretrainingInputs]:
+        pretrain, untuned = who.pretrain, self._untuned_teacher() if role == "student" else None
+        seed = self.config.seed if pretrain.seed < 0 else pretrain.seed
+        untrained = FineTuning(epochs=0)
+        start = model_inputs(role, who.model, untrained, self.corpora["train"], self.tokenizer, seed, untuned)
+        inputs = pretraining_inputs(pretrain, start, untuned, seed)
+        name = f"pretrained_{role}"
+        settings = {
+            "start.model": f"{role}.model",
+            "start.weights": f"{role}.model.path",
+            "start.seed": "seed",
+            "pretrain": f"{role}.pretrain",
+            "text": f"{role}.pretrain.text",
+            "seed": "seed" if pretrain.seed < 0 else f"{role}.pretrain.seed",
+        }
+        return Artefact(inputs, self.shared / name, self.shared / "checkpoints" / name, settings)
+
+    def _untuned_teacher(self) -> Artefact | Source | None:
+        """The teacher before its fine-tuning; None if it has random weights then."""
+        teacher = self.config.teacher
+        if not teacher.has_weights:
+            return None
+        return self.pretrained.get("teacher") or data.given_model(teacher.model.path)
 
     def _ranking(self) -> Artefact[RankingInputs]:
         c = self.config.curriculum
