@@ -44,7 +44,7 @@ def get_config(variant: str = ""):
             )
         config.teacher.pretrain.tokens = 300_000
         config.student.pretrain.tokens = 600_000
-        config.teacher.finetune.epochs = 6
+        config.teacher.finetune.epochs = 12
         config.student.warmup.epochs = 1
     if variant == "lab":
         for who in (config.teacher, config.student):
