@@ -24,7 +24,7 @@ from l2m_jax.generation.sampling import SamplingRules
 from l2m_jax.methods import Overrides, Rollouts
 from l2m_jax.models.settings import Compute, Model
 from l2m_jax.multihost import Devices
-from l2m_jax.training.optimizer import FineTuning, Training
+from l2m_jax.training.optimizer import FineTuning, Pretraining, Training
 
 STORE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -33,6 +33,7 @@ STORE_DTYPES = ("float32", "bfloat16", "float16")
 class Teacher:
     model: Model = field(default_factory=Model)
     compute: Compute = field(default_factory=Compute)
+    pretrain: Pretraining = field(default_factory=Pretraining)  # on plain text, before the fine-tuning
     finetune: FineTuning = field(default_factory=FineTuning)  # epochs = 0: no fine-tuning
     signal: str = "store"  # "store" (hidden states computed once) or "live"
     store_dtype: str = "bfloat16"
@@ -42,14 +43,22 @@ class Teacher:
         require_choice(self, "signal", ("store", "live"))
         require_choice(self, "store_dtype", STORE_DTYPES)
         require_at_least(self, -1, "world")
+        if self.pretrain.from_teacher:
+            raise InputError("pretrain.from_teacher: for students only")
         if self.model.init == "teacher_layers":
             raise InputError("model.init: 'teacher_layers' is for students only")
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the teacher has learnt a language before its fine-tuning."""
+        return bool(self.pretrain.text) or (bool(self.model.path) and self.model.init == "pretrained")
 
 
 @dataclass(frozen=True)
 class Student:
     model: Model = field(default_factory=Model)
     compute: Compute = field(default_factory=Compute)
+    pretrain: Pretraining = field(default_factory=Pretraining)  # on plain text, before the warm-up
     # Before the ranking; random weights need it.
     warmup: FineTuning = field(default_factory=lambda: FineTuning(epochs=0))
     seed: int = -1  # only of distillation: order of examples, dropout, random subsets, rollouts (-1: as seed)
@@ -95,6 +104,16 @@ class Config:
             for name in names:
                 methods.require(name, setting)
                 methods.get(name, self.overrides, self.rollouts, self.curriculum)
+        pretrain, teacher = self.student.pretrain, self.teacher
+        for setting, used in (
+            ("student.pretrain.from_teacher", pretrain.from_teacher),
+            ("student.model.init", self.student.model.init == "teacher_layers"),
+        ):
+            if pretrain.text and used and not teacher.has_weights:
+                raise InputError(
+                    f"{setting}: the student is pretrained before the teacher is fine-tuned, when the teacher has random "
+                    "weights; give teacher.model.path or teacher.pretrain.text"
+                )
         if twice := [name for name in self.method_names if self.method_names.count(name) > 1]:
             raise InputError(f"baselines: {twice[0]!r} is named twice; each method is trained once")
 

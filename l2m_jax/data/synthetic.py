@@ -1,10 +1,10 @@
-"""Synthetic instruction tasks of graded difficulty, generated from a seed, for runs without downloads."""
+"""Synthetic instruction tasks of graded difficulty, and plain text of the same language, generated from a seed."""
 
 # Words are easier to read in a string than in a list.
 # ruff: noqa: SIM905
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,9 @@ _NUMBERS = (
     "eighteen nineteen twenty"
 ).split()
 _DRAWS = 50  # attempts at a new row of one kind before the next kind is tried
+
+
+_Task = Callable[[list[str], np.random.Generator], tuple[str, str, str]]
 
 
 class SyntheticRows(NamedTuple):
@@ -100,7 +103,7 @@ def _colours(words: list[str], rng: np.random.Generator) -> tuple[str, str, str]
 
 
 # Each kind of task with its minimum and maximum number of words: more words are harder.
-_TASKS: tuple[tuple[Callable[[list[str], np.random.Generator], tuple[str, str, str]], int, int], ...] = (
+_TASKS: tuple[tuple[_Task, int, int], ...] = (
     (_copy, 3, 8),
     (_first, 3, 8),
     (_repeat, 2, 5),
@@ -140,15 +143,47 @@ def synthetic_rows(seed: int, train: int, validation: int, test: int, world: int
     return SyntheticRows(named[2], named[1], named[0])
 
 
+# What joins both halves of a line of plain text, for each kind of task. No instruction uses these phrases.
+_JOINED: dict[_Task, str] = {
+    _copy: "and again",
+    _first: "has",
+    _repeat: "in pairs is",
+    _count: "where",
+    _reverse: "backwards is",
+    _sort: "in order is",
+    _drop_last: "but one is",
+    _without: "less one is",
+    _swap: "turned round is",
+    _every_second: "by twos is",
+    _look_up: "so",
+    _colours: "are just",
+}
+
+
+def synthetic_text(seed: int) -> Iterator[str]:
+    """Lines of the tasks' language without instructions, forever: repeated, sorted and counted lists, sums and so on.
+
+    They have the words and skills of the tasks. A task's prompt is never among them.
+    """
+    rng = np.random.default_rng([seed, 3])  # 0 to 2 are the parts of the rows
+    while True:
+        task, min_words, max_words = _TASKS[rng.integers(len(_TASKS))]
+        words = _draw(rng, min_words, max_words)
+        _, given, answer = task(words, rng)
+        yield f"{given} {_JOINED[task]} {answer}" if given else answer
+
+
+def _draw(rng: np.random.Generator, min_words: int, max_words: int) -> list[str]:
+    return [_WORDS[i] for i in rng.permutation(len(_WORDS))[: rng.integers(min_words, max_words + 1)]]
+
+
 def _rows(rng: np.random.Generator, count: int, seen: set[tuple[str, str]]) -> list[Row]:
     rows: list[Row] = []
     for task, min_words, max_words in itertools.cycle(_TASKS):
         if len(rows) == count:
             return rows
         for _ in range(_DRAWS):
-            words = [
-                _WORDS[i] for i in rng.permutation(len(_WORDS))[: rng.integers(min_words, max_words + 1)]
-            ]
+            words = _draw(rng, min_words, max_words)
             instruction, given, answer = task(words, rng)
             if (instruction, given) not in seen:
                 seen.add((instruction, given))

@@ -42,6 +42,11 @@ def disk(w: Workload) -> dict[str, int]:
     """Bytes by what takes them, as `checks.bytes_needed` counts them for a run."""
     config, sizes = w.config, {}
     trained = [
+        *(
+            (f"pretrained {role}", model, w.pretraining(role), True)
+            for role, model in (("teacher", w.teacher), ("student", w.student))
+            if w.pretraining(role).text
+        ),
         ("teacher", w.teacher, config.teacher.finetune, config.teacher.finetune.epochs > 0),
         ("initial student", w.student, config.student.warmup, config.student.warmup.epochs > 0),
         *((name, w.student, config.training, True) for name in config.method_names),

@@ -20,7 +20,7 @@ from l2m_jax.plan.programs import Compiler, Decoding, Program, TrainingShapes, s
 from l2m_jax.plan.targets import Target
 from l2m_jax.plan.workload import Batches, Workload
 from l2m_jax.training.loop import PREFETCHED_BATCHES
-from l2m_jax.training.optimizer import FineTuning
+from l2m_jax.training.optimizer import FineTuning, Pretraining
 from l2m_jax.training.step import StepSettings, cross_entropy_pass, hidden_pass
 from l2m_jax.types import Params
 
@@ -84,7 +84,12 @@ class Planner:
         """What a run goes through, by name; each is compiled when it is called."""
         w, config = self._w, self._w.config
         chosen = {name: w.method(name) for name in config.method_names}
-        found: dict[str, Callable[[], Phase]] = {
+        found: dict[str, Callable[[], Phase]] = {}
+        for role, model in (("teacher", self.teacher), ("student", self.student)):
+            if w.pretraining(role).text:
+                name = f"pretrained {role}"
+                found[name] = lambda name=name, role=role, model=model: self._pretrained(name, role, model)
+        found |= {
             "teacher": lambda: self._model("teacher", self.teacher, config.teacher.finetune),
             "initial student": lambda: self._model("initial student", self.student, config.student.warmup),
         }
@@ -113,10 +118,33 @@ class Planner:
             return Phase(name, (saving,))
         model = with_dropout(model, finetune.dropout)
         settings = StepSettings(model, None, model.valid_vocab_size, self._w.config.chunk_size)
-        shapes = TrainingShapes(settings, finetune)
-        updates = finetune.epochs * math.ceil(len(self._w.lengths) / finetune.batch_size)
-        batches = self._w.fine_tuning_batches(finetune)
-        training = self._training(shapes, (Objective(beta=0.0),), batches, updates, stages=1)
+        return self._single_stage(
+            name, TrainingShapes(settings, finetune), finetune, Objective(beta=0.0), saving
+        )
+
+    def _pretrained(self, name: str, role: str, model: DecoderConfig) -> Phase:
+        """A model that learns from plain text, from the teacher if asked for, and is saved."""
+        pretrain, saving = self._w.pretraining(role), self._moments.saving(model)
+        model = with_dropout(model, pretrain.dropout)
+        vocabulary = min(model.valid_vocab_size, self.teacher.valid_vocab_size)
+        teacher, signal = (self.teacher, "live") if pretrain.from_teacher else (None, "none")
+        settings = StepSettings(model, teacher, vocabulary, self._w.config.chunk_size)
+        shapes = TrainingShapes(settings, pretrain, signal)
+        objective = Objective(beta=float(pretrain.from_teacher))
+        planner = Planner(self._w.of_text(pretrain), self._target, self._compiler)
+        return planner._single_stage(name, shapes, pretrain, objective, saving)
+
+    def _single_stage(
+        self,
+        name: str,
+        shapes: TrainingShapes,
+        settings: FineTuning | Pretraining,
+        objective: Objective,
+        saving: Moment,
+    ) -> Phase:
+        updates = settings.epochs * math.ceil(len(self._w.lengths) / settings.batch_size)
+        batches = self._w.fine_tuning_batches(settings)
+        training = self._training(shapes, (objective,), batches, updates, stages=1)
         return self._trained(name, shapes, training, (saving,))
 
     def _distillation(self, phase: str, name: str) -> Phase:

@@ -23,7 +23,7 @@ from l2m_jax.run import data as run_data
 from l2m_jax.run.artefacts import Artefact
 from l2m_jax.run.distillation import longest_row
 from l2m_jax.run.responses import longest_prompt
-from l2m_jax.training.optimizer import FineTuning, Training
+from l2m_jax.training.optimizer import FineTuning, Pretraining, Training
 
 # Dolly by the paper's rules (at most 1,024 GPT-2 tokens with the prompt): every 32nd part of 11,500 training examples.
 _DOLLY_LENGTHS = (
@@ -32,6 +32,7 @@ _DOLLY_LENGTHS = (
 )  # fmt: skip
 _DOLLY_RESPONSE_SHARE = 0.4
 _DOLLY_ROWS = 11_500
+_TEXT_TOKENS = 1_000_000  # of a text that is not on this machine
 _SAMPLED_BATCHES = 64
 
 
@@ -97,7 +98,20 @@ class Workload:
         room = longest_prompt(model, c.sampling, c.data.max_prompt_length)
         return max(1, min(int(self.prompt_lengths.max()), room))
 
-    def fine_tuning_batches(self, settings: FineTuning) -> Batches:
+    def pretraining(self, role: str) -> Pretraining:
+        """The settings of `role`: "teacher" or "student"."""
+        return getattr(self.config, role).pretrain
+
+    def of_text(self, pretrain: Pretraining) -> "Workload":
+        """The same with the sequences of the text as its examples. All of a file: four bytes a token."""
+        file = Path(pretrain.text)
+        tokens = pretrain.tokens or (file.stat().st_size // 4 if file.is_file() else _TEXT_TOKENS)
+        targets = pretrain.sequence_length - 1
+        count = max(1, math.ceil(tokens / targets))
+        lengths = np.full(count, min(pretrain.sequence_length, tokens + 1), np.int32)
+        return dataclasses.replace(self, lengths=lengths, prompt_lengths=np.ones(count, np.int32))
+
+    def fine_tuning_batches(self, settings: FineTuning | Pretraining) -> Batches:
         return self._batches(settings, int(self.lengths.max()))
 
     def batches(self, method: Method) -> Batches:

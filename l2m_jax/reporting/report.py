@@ -44,7 +44,7 @@ def write_report(
 ) -> None:
     """Writes `folder`/report.md and the PNG files that it shows into `folder`/figures.
 
-    Sections without input are left out.
+    Sections without input are left out. With several students, the first lines say which scores highest.
 
     Args:
         title: the heading, such as the method's name.
@@ -61,7 +61,7 @@ def write_report(
         sampled: the validation rows whose answers are in `metrics`, by id.
         files: descriptions of files by path, relative to `folder`.
     """
-    sections = [f"# {title}\n", _facts(facts or {}), _results(results, teacher)]
+    sections = [f"# {title}\n", verdict(results), _facts(facts or {}), _results(results, teacher)]
     shown = folder / "figures"
     if figures.steps_of(metrics, "student"):
         figures.training(shown / "training.png", metrics)
@@ -83,6 +83,24 @@ def write_report(
         listed = "\n".join(f"- [`{path}`]({path}): {what}" for path, what in files.items())
         sections += [f"## Files\n\n{listed}\n"]
     write_text(folder / "report.md", "\n".join(section for section in sections if section))
+
+
+def verdict(results: Mapping[str, Results]) -> str:
+    """Which student wins, and whether a staged one beats its control; empty with fewer than two students."""
+    scores = {name: f.rouge_l for name, f in results.items() if name not in ("teacher", "student before")}
+    if len(scores) < 2:
+        return ""
+    best = max(scores, key=lambda name: scores[name])
+    others = ", ".join(f"{name} {score:.1f}" for name, score in scores.items() if name != best)
+    text = f"**{best} scores highest: Rouge-L {scores[best]:.1f} ({others}).**"
+    control = scores.get("random_order")
+    if control is not None and "l2m" in scores:
+        lead = scores["l2m"] - control
+        text += (
+            f" Easiest first {'gains' if lead >= 0 else 'loses'} {abs(lead):.1f} against the same stages filled at random "
+            "(l2m against random_order)."
+        )
+    return f"{text} Each student was trained with one seed, so a difference of a few points may be chance.\n"
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from l2m_jax import files, methods, models
 from l2m_jax.config import Config
 from l2m_jax.data.splits import check_sources
+from l2m_jax.data.text import read_documents
 from l2m_jax.data.tokenizer import tokenizer_fingerprint
 from l2m_jax.errors import InputError
 from l2m_jax.evaluation.sets import check_set, require_prompts
@@ -22,10 +23,11 @@ from l2m_jax.progress import console
 from l2m_jax.run import data
 from l2m_jax.run.artefacts import Artefact, Source, refuse_changed
 from l2m_jax.run.models import ModelInputs, initial_config, read_config
+from l2m_jax.run.pretraining import SYNTHETIC
 from l2m_jax.run.resolve import Artefacts
 from l2m_jax.run.responses import longest_prompt
 from l2m_jax.run.stages import strata_of
-from l2m_jax.training.optimizer import OptimizerSettings, make_optimizer
+from l2m_jax.training.optimizer import OptimizerSettings, Pretraining, make_optimizer
 from l2m_jax.training.step import state_shapes
 
 CHECKPOINTS = ", checkpoints"  # behind the name of a model
@@ -47,12 +49,23 @@ def _check_files(config: Config) -> None:
         check_sources(config.data)
     except InputError as error:
         raise InputError(f"config.{error}") from error
+    for who, pretrain in _pretraining(config):
+        if pretrain.text != SYNTHETIC:
+            try:
+                read_documents(pretrain.text)
+            except InputError as error:
+                raise InputError(f"config.{who}.pretrain.text: {error}") from error
     for source in config.evaluation.sets:
         if source != "test":
             try:
                 check_set(source)
             except InputError as error:
                 raise InputError(f"config.evaluation.sets: {error}") from error
+
+
+def _pretraining(config: Config) -> list[tuple[str, Pretraining]]:
+    both = (("teacher", config.teacher.pretrain), ("student", config.student.pretrain))
+    return [(who, pretrain) for who, pretrain in both if pretrain.text]
 
 
 def check_models(config: Config, artefacts: Artefacts) -> None:
@@ -70,6 +83,15 @@ def check_models(config: Config, artefacts: Artefacts) -> None:
     found = [("teacher", teacher), ("student", student)]
     if ranking := _ranking_model(config, artefacts):
         found.append(("ranking model", ranking))
+    for who, pretrain in _pretraining(config):
+        read_by = [student] if who == "student" else [teacher]
+        read_by += [teacher] * pretrain.from_teacher
+        most = min([m.max_positions for m in read_by if m.rope is None], default=pretrain.sequence_length)
+        if pretrain.sequence_length > most:
+            raise InputError(
+                f"config.{who}.pretrain.sequence_length: {pretrain.sequence_length} exceeds the {most} positions of the "
+                "model; lower it"
+            )
     for who, model in found:
         if longest_prompt(model, config.sampling, config.data.max_prompt_length) < 1:
             raise InputError(
@@ -241,6 +263,15 @@ def bytes_needed(config: Config, artefacts: Artefacts) -> dict[str, int]:
     teacher, student = _architectures(config, artefacts)
     sizes = {}
     for name, artefact, model, training in (
+        *(
+            (
+                f"pretrained {role}",
+                artefact,
+                teacher if role == "teacher" else student,
+                artefact.inputs.pretrain,
+            )
+            for role, artefact in artefacts.pretrained.items()
+        ),
         ("teacher", artefacts.teacher, teacher, config.teacher.finetune),
         ("initial student", artefacts.initial_student, student, config.student.warmup),
         *((name, artefact, student, config.training) for name, artefact in artefacts.students.items()),

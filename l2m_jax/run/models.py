@@ -1,7 +1,8 @@
-"""The phases that make the teacher, and the student before distillation."""
+"""The phases that make the teacher, and the student before distillation (see `pretraining.py` for their first phase)."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -20,8 +21,8 @@ from l2m_jax.run.artefacts import Artefact, Source
 from l2m_jax.run.context import Context
 from l2m_jax.training.checkpoint import Checkpoints
 from l2m_jax.training.loop import Task, Term, Trainer
-from l2m_jax.training.optimizer import FineTuning
-from l2m_jax.training.step import StepSettings
+from l2m_jax.training.optimizer import FineTuning, Pretraining
+from l2m_jax.training.step import StepSettings, Teacher
 from l2m_jax.types import Params
 
 
@@ -33,6 +34,7 @@ class ModelInputs:
         model: with the settings that don't matter at their defaults; `weights` replaces its path.
         weights: a folder, a GGUF file or a hub name; None for a random architecture or the teacher's layers.
         teacher: the model whose layers the student takes; None unless it takes some.
+        pretrained: the model that it continues; then there is none of the three above.
         finetune: None for no fine-tuning.
         train: the rows to fine-tune on.
         seed: for random weights and fine-tuning; None without either.
@@ -41,11 +43,31 @@ class ModelInputs:
     role: str
     model: Model
     weights: Source | None
-    teacher: Artefact | None
+    teacher: Artefact | Source | None
+    pretrained: "Artefact[PretrainingInputs] | None"
     finetune: FineTuning | None
     train: Artefact | None
     tokenizer: data.Tokenizer
     seed: int | None
+
+
+@dataclass(frozen=True)
+class PretrainingInputs:
+    """
+    Attributes:
+        start: the model before.
+        pretrain: without its text and seed.
+        text: None for the synthetic text, which follows from `seed`.
+        teacher: the model to learn from; None without one.
+        seed: for the synthetic text, the order of sequences and dropout.
+    """
+
+    start: ModelInputs
+    pretrain: Pretraining
+    text: Source | None
+    teacher: Artefact | Source | None
+    tokenizer: data.Tokenizer
+    seed: int
 
 
 def model_inputs(
@@ -55,7 +77,7 @@ def model_inputs(
     train: Artefact,
     tokenizer: data.Tokenizer,
     seed: int,
-    teacher: Artefact | None = None,
+    teacher: Artefact | Source | None = None,
 ) -> ModelInputs:
     """The inputs of a model: only what changes its weights."""
     takes_layers = model.init == "teacher_layers"
@@ -75,10 +97,22 @@ def model_inputs(
         ),
         weights=weights,
         teacher=teacher if takes_layers else None,
+        pretrained=None,
         finetune=finetuned,
         train=train if finetuned else None,
         tokenizer=tokenizer,
         seed=seed if finetuned or random or model.init == "random" else None,
+    )
+
+
+def continued(
+    pretrained: Artefact[PretrainingInputs], finetune: FineTuning, train: Artefact, seed: int
+) -> ModelInputs:
+    """The inputs of a model that continues a pretrained one."""
+    start = pretrained.inputs.start
+    changes = {"finetune": finetune, "train": train, "seed": seed} if finetune.epochs else {"seed": None}
+    return dataclasses.replace(
+        start, model=Model(), weights=None, teacher=None, pretrained=pretrained, **changes
     )
 
 
@@ -118,8 +152,10 @@ def initial_config(inputs: ModelInputs, compute: Compute) -> DecoderConfig:
     Raises:
         InputError: a model that cannot be read, or whose vocabulary is smaller than the tokenizer's.
     """
+    if inputs.pretrained is not None:
+        return initial_config(inputs.pretrained.inputs.start, compute)
     if inputs.teacher is not None:
-        teacher = initial_config(inputs.teacher.inputs, compute)
+        teacher = config_before(inputs.teacher, compute, inputs.tokenizer)
         if absent := [layer for layer in inputs.model.layers if layer >= teacher.num_layers]:
             raise InputError(
                 f"layers: {absent[0]} is not among the teacher's {teacher.num_layers}, counted from 0"
@@ -131,6 +167,14 @@ def initial_config(inputs: ModelInputs, compute: Compute) -> DecoderConfig:
     return _completed(config, compute, inputs.tokenizer)
 
 
+def config_before(model: Artefact | Source, compute: Compute, tokenizer: data.Tokenizer) -> DecoderConfig:
+    """The config of a given model, or of one that need not exist yet."""
+    if isinstance(model, Source):
+        return read_config(model, compute, tokenizer)
+    inputs = model.inputs
+    return initial_config(inputs.start if isinstance(inputs, PretrainingInputs) else inputs, compute)
+
+
 def make_model(artefact: Artefact[ModelInputs], name: str, compute: Compute, context: Context) -> None:
     """Loads or initialises a model, fine-tunes it if requested, and saves it as a Hugging Face folder."""
     if artefact.is_finished:
@@ -140,7 +184,7 @@ def make_model(artefact: Artefact[ModelInputs], name: str, compute: Compute, con
     artefact.begin()
     inputs, placement = artefact.inputs, context.placement
     config = initial_config(inputs, compute)
-    initial = functools.partial(_initial_params, inputs, config, placement)
+    initial = functools.partial(initial_params, inputs, config, placement)
     params = initial() if inputs.finetune is None else _finetuned(artefact, name, config, initial, context)
     save(artefact, config, params, placement)
 
@@ -163,7 +207,10 @@ def save(
     first(write)
 
 
-def _initial_params(inputs: ModelInputs, config: DecoderConfig, placement: Placement) -> Params:
+def initial_params(inputs: ModelInputs, config: DecoderConfig, placement: Placement) -> Params:
+    """The placed parameters before any training of this phase."""
+    if inputs.pretrained is not None:
+        return load_to_train(inputs.pretrained, placement)
     if inputs.teacher is not None:
         path = str(inputs.teacher.path)
         return models.load(path, layers=inputs.model.layers, put=placement.put)[1]
@@ -180,8 +227,7 @@ def _finetuned(
 ) -> Params:
     """Supervised fine-tuning on the reference responses."""
     inputs, finetune = artefact.inputs, artefact.inputs.finetune
-    assert finetune is not None and inputs.train is not None and artefact.progress is not None
-    assert inputs.seed is not None
+    assert finetune is not None and inputs.train is not None and inputs.seed is not None
     train = data.open_corpus(inputs.train)
     config = with_dropout(config, finetune.dropout)
     task = Task(
@@ -195,9 +241,21 @@ def _finetuned(
         skip_nonfinite=context.skip_nonfinite,
         name=lambda i: train.row(i).id,
     )
-    terms = (Term(Objective(beta=0.0), train),)
+    return run_task(artefact, task, Term(Objective(beta=0.0), train), None, initial, context)
+
+
+def run_task(
+    artefact: Artefact,
+    task: Task,
+    term: Term,
+    teacher: Teacher | None,
+    initial: Callable[[], Params],
+    context: Context,
+) -> Params:
+    """The placed parameters after a training on one term, which resumes from the artefact's checkpoints."""
+    assert artefact.progress is not None
     checkpoints = Checkpoints(artefact.progress, context.placement, context.checkpoint_minutes)
-    trainer = Trainer(task, context.placement, lambda *_: terms, None, checkpoints, context.metrics)
+    trainer = Trainer(task, context.placement, lambda *_: (term,), teacher, checkpoints, context.metrics)
     params = trainer.run(initial)
     checkpoints.close()
     return params

@@ -1,4 +1,4 @@
-"""The phases of a run, in order: data, teacher, initial student, ranking, teacher store, students, evaluation.
+"""The phases of a run, in order: data, pretraining, teacher, initial student, ranking, teacher store, students, evaluation.
 
 Each makes an artefact that is identified by its inputs, and is skipped if that artefact is finished.
 """
@@ -20,6 +20,7 @@ from l2m_jax.run.diagnostics import Diagnostics, make_states
 from l2m_jax.run.distillation import make_student, validation_inputs
 from l2m_jax.run.evaluation import make_evaluation, write_summary
 from l2m_jax.run.models import make_model
+from l2m_jax.run.pretraining import make_pretrained
 from l2m_jax.run.ranking import make_ranking
 from l2m_jax.run.resolve import Artefacts, folder_of_world, resolve
 from l2m_jax.run.responses import make_responses
@@ -159,6 +160,9 @@ def _resolve(config: Config, workdir: Path, shared: Path, context: Context) -> A
 
 def _prepare(config: Config, artefacts: Artefacts, context: Context) -> Difficulty | None:
     """The phases before the students' training."""
+    for role, pretrained in artefacts.pretrained.items():
+        with context.phase(f"pretrained {role}"):
+            make_pretrained(pretrained, f"pretrained {role}", getattr(context, role), context)
     with context.phase("teacher"):
         make_model(artefacts.teacher, "teacher", config.teacher.compute, context)
     with context.phase("initial student"):

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l2m_jax import methods
-from l2m_jax.config import Config
+from l2m_jax.config import Config, Student, Teacher
 from l2m_jax.generation import SamplingRules
 from l2m_jax.run import data
-from l2m_jax.run.artefacts import Artefact
+from l2m_jax.run.artefacts import Artefact, Source
 from l2m_jax.run.diagnostics import DiagnosticsInputs, diagnostics_artefact
 from l2m_jax.run.distillation import (
     StudentInputs,
@@ -22,10 +22,12 @@ from l2m_jax.run.distillation import (
     validation_inputs,
 )
 from l2m_jax.run.evaluation import EvaluationInputs, set_inputs
-from l2m_jax.run.models import ModelInputs, model_inputs
+from l2m_jax.run.models import ModelInputs, PretrainingInputs, continued, model_inputs
+from l2m_jax.run.pretraining import pretraining_inputs
 from l2m_jax.run.ranking import RankingInputs
 from l2m_jax.run.responses import ResponsesInputs
 from l2m_jax.run.store import StoreInputs
+from l2m_jax.training.optimizer import FineTuning
 
 _STUDENT_SETTINGS = {
     "method": "method and overrides",
@@ -47,6 +49,7 @@ class Artefacts:
 
     Attributes:
         corpora: by part.
+        pretrained: what is pretrained on text, by role: "teacher", "student".
         diagnostics: the teacher's states on the rows of the diagnostics; None without them.
         generated: responses that are generated once, by the name of their model.
         students, evaluations: by name; a student is named after its method.
@@ -54,6 +57,7 @@ class Artefacts:
 
     tokenizer: data.Tokenizer
     corpora: dict[data.Part, Artefact[data.CorpusInputs]]
+    pretrained: dict[str, Artefact[PretrainingInputs]]
     teacher: Artefact[ModelInputs]
     initial_student: Artefact[ModelInputs]
     ranking: Artefact[RankingInputs] | None
@@ -78,7 +82,7 @@ class Artefacts:
     def __iter__(self) -> Iterator[Artefact]:
         if isinstance(self.tokenizer, Artefact):
             yield self.tokenizer
-        yield from (*self.all_corpora, self.teacher, self.initial_student)
+        yield from (*self.all_corpora, *self.pretrained.values(), self.teacher, self.initial_student)
         if self.ranking is not None:
             yield from (self.ranking.inputs.answers, self.ranking)
         if self.store is not None:
@@ -118,6 +122,7 @@ class _Resolver:
         self.corpora: dict[data.Part, Artefact[data.CorpusInputs]] = {
             part: self._corpus(part, config.world) for part in data.PARTS
         }
+        self.pretrained: dict[str, Artefact[PretrainingInputs]] = {}
         self.teacher = self._teacher()
         self.initial = self._initial_student()
 
@@ -141,6 +146,7 @@ class _Resolver:
         return Artefacts(
             self.tokenizer,
             self.corpora,
+            self.pretrained,
             self.teacher,
             self.initial,
             ranking,
@@ -168,12 +174,10 @@ class _Resolver:
         return Artefact(inputs, self.shared / "data" / "tokenizer", settings={"synthetic": "data.synthetic"})
 
     def _teacher(self) -> Artefact[ModelInputs]:
-        config, teacher, world = self.config, self.config.teacher, self.config.teacher_world
-        train = self._corpus("train", world)
-        seed = config.seed_of(world)
-        inputs = model_inputs("teacher", teacher.model, teacher.finetune, train, self.tokenizer, seed)
+        teacher, world = self.config.teacher, self.config.teacher_world
+        inputs = self._model("teacher", teacher, teacher.finetune, world, None)
         # A teacher that is the same in every world is kept once.
-        alike = inputs.train is None and inputs.seed is None
+        alike = inputs.train is None and inputs.seed is None and not self._redrawn(teacher)
         folder = folder_of_world(self.shared, 0 if alike else world)
         return Artefact(
             inputs,
@@ -184,21 +188,57 @@ class _Resolver:
 
     def _initial_student(self) -> Artefact[ModelInputs]:
         student = self.config.student
-        inputs = model_inputs(
-            "student",
-            student.model,
-            student.warmup,
-            self.corpora["train"],
-            self.tokenizer,
-            self.config.seed_of(self.config.world),
-            self.teacher,
-        )
+        inputs = self._model("student", student, student.warmup, self.config.world, self.teacher)
         return Artefact(
             inputs,
             self.own / "initial_student",
             self.own / "checkpoints" / "initial_student",
             {"model": "student.model", "weights": "student.model.path", "finetune": "student.warmup"},
         )
+
+    def _model(
+        self,
+        role: str,
+        who: Teacher | Student,
+        finetune: FineTuning,
+        world: int,
+        teacher: Artefact[ModelInputs] | None,
+    ) -> ModelInputs:
+        """The inputs of teacher or initial student, which may continue a pretrained model."""
+        train, seed = self._corpus("train", world), self.config.seed_of(world)
+        if not who.pretrain.text:
+            return model_inputs(role, who.model, finetune, train, self.tokenizer, seed, teacher)
+        self.pretrained[role] = self._pretrained(role, who, world)
+        return continued(self.pretrained[role], finetune, train, seed)
+
+    @staticmethod
+    def _redrawn(who: Teacher | Student) -> bool:
+        """Whether the model is pretrained anew in each world."""
+        return bool(who.pretrain.text) and who.pretrain.seed < 0
+
+    def _pretrained(self, role: str, who: Teacher | Student, world: int) -> Artefact[PretrainingInputs]:
+        pretrain, untuned = who.pretrain, self._untuned_teacher() if role == "student" else None
+        seed = self.config.seed_of(world) if self._redrawn(who) else pretrain.seed
+        untrained, train = FineTuning(epochs=0), self._corpus("train", world)
+        start = model_inputs(role, who.model, untrained, train, self.tokenizer, seed, untuned)
+        inputs = pretraining_inputs(pretrain, start, untuned, seed)
+        name, folder = f"pretrained_{role}", folder_of_world(self.shared, world if self._redrawn(who) else 0)
+        settings = {
+            "start.model": f"{role}.model",
+            "start.weights": f"{role}.model.path",
+            "start.seed": "seed",
+            "pretrain": f"{role}.pretrain",
+            "text": f"{role}.pretrain.text",
+            "seed": "seed" if pretrain.seed < 0 else f"{role}.pretrain.seed",
+        }
+        return Artefact(inputs, folder / name, folder / "checkpoints" / name, settings)
+
+    def _untuned_teacher(self) -> Artefact | Source | None:
+        """The teacher before its fine-tuning; None if it has random weights then."""
+        teacher = self.config.teacher
+        if not teacher.has_weights:
+            return None
+        return self.pretrained.get("teacher") or data.given_model(teacher.model.path)
 
     def _ranking(self) -> Artefact[RankingInputs]:
         c = self.config.curriculum

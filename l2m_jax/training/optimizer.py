@@ -121,3 +121,30 @@ class FineTuning(Training):
     def __post_init__(self):
         super().__post_init__()
         require_at_least(self, 0, "epochs")
+
+
+@dataclass(frozen=True)
+class Pretraining(Training):
+    """Learning a language from plain text, before any task; every token carries loss.
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    text: str = ""  # a text file or JSON lines (see `data/text.py`), or "synthetic"; empty: no pretraining
+    tokens: int = 1_000_000  # of the text, from its beginning (0: all)
+    epochs: int = 1
+    sequence_length: int = 512  # tokens of a sequence; `batch_size` counts sequences
+    from_teacher: bool = (
+        False  # a student learns by KL from the teacher before its fine-tuning, not by cross-entropy
+    )
+    seed: int = -1  # of random weights, the synthetic text, the order of sequences and dropout (-1: as seed)
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_at_least(self, 0, "tokens")
+        require_positive(self, "epochs")
+        require_at_least(self, 2, "sequence_length")
+        require_at_least(self, -1, "seed")
+        if self.text == "synthetic" and not self.tokens:
+            raise InputError("tokens: 0 is for files; give the number of tokens of synthetic text")

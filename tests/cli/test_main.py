@@ -49,7 +49,8 @@ def test_every_entry_point_refuses_in_one_sentence(entry, tmp_path):
     done = python(*entry, "--config=configs/quickstart.py:x", f"--workdir={tmp_path}")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
-        "error: --config configs/quickstart.py:x: no variant 'x' of configs/quickstart.py; known: compare\n"
+        "error: --config configs/quickstart.py:x: no variant 'x' of configs/quickstart.py; known: compare, random, "
+        "lab, lab_random\n"
     )
 
 

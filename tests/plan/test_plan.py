@@ -293,3 +293,18 @@ def test_a_compiler_that_is_not_installed_is_named(config, monkeypatch, target, 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=f"--target: compiling for .* needs .*uv sync --extra {extra}"):
         plan.make(config, target, 1)
+
+
+def test_pretraining_has_phases_of_its_own(config):
+    text = {"text": "synthetic", "tokens": 1000, "epochs": 2, "sequence_length": 51, "batch_size": 4}
+    settings = {
+        f"{who}.pretrain.{name}": value for who in ("teacher", "student") for name, value in text.items()
+    }
+    only = ("pretrained teacher", "pretrained student")
+    changed = change(config, settings | {"student.pretrain.from_teacher": True})
+    teacher, student = plan.make(changed, "cpu", 1, dry=True, only=only).phases
+    assert (teacher.name, student.name) == only
+    # 20 sequences of 50 targets, twice.
+    assert teacher.training.updates == student.training.updates == 10
+    held = [phase.moment("training").weights.teacher for phase in (teacher, student)]
+    assert held[0] == 0 and held[1] > 0  # the teacher runs live

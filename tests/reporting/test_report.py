@@ -8,7 +8,7 @@ from l2m_jax.curriculum import Difficulty, baby_steps, exposure, partition
 from l2m_jax.data.sources import Row
 from l2m_jax.evaluation.protocol import Group, Results, Score, SetResult
 from l2m_jax.generation import SamplingRules
-from l2m_jax.reporting.report import extremes, write_report
+from l2m_jax.reporting.report import extremes, verdict, write_report
 
 N = 16
 
@@ -140,3 +140,21 @@ def test_many_categories_are_cut_and_counted(tmp_path):
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "by category, the 12 largest of 30" in report
     assert "| c30 (30) |" in report and "| c19 (19) |" in report and "c18" not in report
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ({"l2m": 40, "random_order": 43.5, "sft": 42}, "**random_order scores highest: Rouge-L 43.5 (l2m 40.0, sft 42.0).** Easiest first loses 3.5"),
+        ({"l2m": 44, "random_order": 43.5}, "**l2m scores highest: Rouge-L 44.0 (random_order 43.5).** Easiest first gains 0.5"),
+    ],
+)  # fmt: skip
+def test_the_first_lines_say_which_student_wins(scores, said):
+    models = {"teacher": results(90), "student before": results(80)}
+    text = verdict(models | {name: results(score) for name, score in scores.items()})
+    assert text.startswith(said) and "one seed" in text
+
+
+def test_one_student_has_no_rival():
+    assert verdict({"teacher": results(90), "student before": results(80), "l2m": results(40)}) == ""
+    assert "Easiest first" not in verdict({"l2m": results(40), "sft": results(41)})

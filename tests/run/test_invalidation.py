@@ -67,9 +67,11 @@ OTHERS: dict[str, Any] = {
     **{f"{who}.compute.{name}": value for who in ("teacher", "student") for name, value in (("dtype", "bfloat16"), ("remat", "block"))},
     **{f"{who}.model.architecture.{name}": value for who in ("teacher", "student")
        for name, value in (("family", "llama"), ("num_heads", 2), ("num_kv_heads", 4), ("hidden_size", 64))},
-    **{f"{place}.dropout": 0.3 for place in ("training", "teacher.finetune", "student.warmup")},
-    **{f"{place}.{name}": value for place in ("training", "teacher.finetune", "student.warmup")
+    **{f"{place}.dropout": 0.3 for place in ("training", "teacher.finetune", "student.warmup", "teacher.pretrain", "student.pretrain")},
+    **{f"{place}.{name}": value for place in ("training", "teacher.finetune", "student.warmup", "teacher.pretrain", "student.pretrain")
        for name, value in (("schedule", "wsd"), ("ema", 0.9))},
+    "teacher.pretrain.text": "synthetic",
+    "student.pretrain.text": "other.txt",
     "overrides.alpha": 0.3,
     "overrides.beta": 0.9,
     "overrides.temperature": 2.0,
@@ -112,6 +114,7 @@ def folder(tmp_path_factory) -> Path:
     for name, count in (("rows", 40), ("other", 50)):
         rows = [{"instruction": f"say {i}", "output": f"it is {i}"} for i in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.txt").write_text(f"a text of {name}\n")
     for name in ("tokenizer", "other_tokenizer"):
         train_tokenizer([f"say {name}, it is {name}"] * 3, 300).save_pretrained(folder / name)
     tokenizer = train_tokenizer(["say tokenizer, it is tokenizer"] * 3, 300)
@@ -131,6 +134,8 @@ def _config(folder: Path, changes: dict[str, Any]) -> Config:
         tokenizer="tokenizer",
         max_length=100,
     )
+    for who in (values.teacher, values.student):
+        who.pretrain.text = "rows.txt"
     values.student.warmup.epochs = 1
     values.curriculum.update(beta_last=0.9, patience=5)
     return change(parse(values), changes)
@@ -141,6 +146,7 @@ def _keys(artefacts: Artefacts) -> dict[str, set[str]]:
     found = {
         "tokenizer": {str(getattr(artefacts.tokenizer, "key", getattr(artefacts.tokenizer, "content", "")))},
         **{f"{part} rows": {corpus.key} for part, corpus in artefacts.corpora.items()},
+        **{f"pretrained {role}": {found.key} for role, found in artefacts.pretrained.items()},
         "teacher": {artefacts.teacher.key},
         "initial student": {artefacts.initial_student.key},
         "ranking": {artefacts.ranking.key} if artefacts.ranking else set(),
@@ -168,9 +174,9 @@ def _other(config: Config, field: str) -> Any:
 
 def _made_anew(folder: Path, field: str) -> str:
     before = _config(folder, CONTEXT.get(field, {}))
-    if field == "teacher.model.layers":
+    if field in ("teacher.model.layers", "teacher.pretrain.from_teacher"):
         with pytest.raises(InputError):
-            change(before, {field: (0,)})
+            change(before, {field: _other(before, field)})
         return "nothing: for students only"
     after = change(before, {field: _other(before, field)})
     first, second = (_keys(resolve(config, folder / "work", folder / "work")) for config in (before, after))
@@ -181,6 +187,22 @@ def _made_anew(folder: Path, field: str) -> str:
 def _table() -> dict[str, str]:
     rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \|$", TABLE.read_text(encoding="utf-8"), re.MULTILINE)
     return dict(rows)
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_what_comes_after_pretraining_changes_no_pretrained_model(folder, monkeypatch, role):
+    monkeypatch.chdir(folder)
+    changes = {
+        "student.warmup.epochs": 2,
+        "teacher.finetune.epochs": 3,
+        "data.train": "other.jsonl",
+        "seed": 3,
+    }
+    own_seed = {"teacher.pretrain.seed": 0, "student.pretrain.seed": 0, "student.pretrain.from_teacher": True}
+    before = _config(folder, own_seed)
+    both = (resolve(c, folder / "w", folder / "w") for c in (before, change(before, changes)))
+    first, second = (_keys(artefacts)[f"pretrained {role}"] for artefacts in both)
+    assert first == second
 
 
 def test_the_table_has_a_row_for_every_setting_and_no_other():
