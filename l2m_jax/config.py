@@ -36,10 +36,12 @@ class Teacher:
     finetune: FineTuning = field(default_factory=FineTuning)  # epochs = 0: no fine-tuning
     signal: str = "store"  # "store" (hidden states computed once) or "live"
     store_dtype: str = "bfloat16"
+    world: int = 0  # whose training rows and seed it has (-1: those of `world`)
 
     def __post_init__(self):
         require_choice(self, "signal", ("store", "live"))
         require_choice(self, "store_dtype", STORE_DTYPES)
+        require_at_least(self, -1, "world")
         if self.model.init == "teacher_layers":
             raise InputError("model.init: 'teacher_layers' is for students only")
 
@@ -59,6 +61,9 @@ class Student:
 @dataclass(frozen=True)
 class Config:
     seed: int = 42
+    # Each world has other training rows, another initial student and ranking, and another seed of the distillation.
+    # Validation and test rows, the tokenizer and (see `teacher.world`) the teacher are the same in all worlds.
+    world: int = 0
     method: str = "l2m"
     baselines: tuple[str, ...] = ()  # methods to train as well, on the same budget
     data: Data = field(default_factory=Data)
@@ -74,10 +79,17 @@ class Config:
     max_shapes: int = 4  # maximum number of compiled shapes of packed rows in a phase
     chunk_size: int = 512  # tokens whose logits are held at once
     checkpoint_minutes: float = 10.0  # minutes between checkpoints within a stage; 0: after each step
+    # Skip batches whose loss or gradient is not finite, instead of ending the run. What is finished without it is equal.
+    skip_nonfinite: bool = False
     tensorboard: bool = False  # also write TensorBoard events (extra: tracking)
 
     def __post_init__(self):
-        require_at_least(self, 0, "seed", "checkpoint_minutes")
+        require_at_least(self, 0, "seed", "world", "checkpoint_minutes")
+        for name, world in (("world", self.world), ("teacher.world", self.teacher.world)):
+            if world > 0 and self.data.source == "files" and not self.data.train_rows:
+                raise InputError(
+                    f"{name}: {world} has no training rows of its own, as world 0 takes all; set data.train_rows"
+                )
         require_positive(self, "max_shapes", "chunk_size")
         for setting, names in (("method", (self.method,)), ("baselines", self.baselines)):
             for name in names:
@@ -94,7 +106,15 @@ class Config:
     @property
     def student_seed(self) -> int:
         """The seed of everything random in the distillation."""
-        return self.seed if self.student.seed < 0 else self.student.seed
+        return self.seed_of(self.world, self.student.seed)
+
+    @property
+    def teacher_world(self) -> int:
+        return self.world if self.teacher.world < 0 else self.teacher.world
+
+    def seed_of(self, world: int, seed: int = -1) -> int:
+        """The seed `seed` (-1: that of the config) in a world; worlds are far apart, so that seeds do not meet."""
+        return (self.seed if seed < 0 else seed) + 10_000 * world
 
 
 PRESETS: dict[str, dict[str, Any]] = {

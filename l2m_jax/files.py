@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -59,19 +60,14 @@ def _file_hash(file: Path) -> str:
     # The status from before reading: had the file changed meanwhile, the entry would never match.
     status, known = file.stat(), _remembered_hashes()
     match known.get(str(file)):
-        case [status.st_size, status.st_mtime_ns, str(digest)]:
-            return digest
-    digest = _digest(file)
+        case [status.st_size, status.st_mtime_ns, str(found)]:
+            return found
+    found = digest(file)
     known = {name: entry for name, entry in known.items() if os.path.exists(name)}
-    known[str(file)] = [status.st_size, status.st_mtime_ns, digest]
+    known[str(file)] = [status.st_size, status.st_mtime_ns, found]
     with contextlib.suppress(OSError, RuntimeError):
         write_text(_hash_cache(), json.dumps(known))
-    return digest
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return found
 
 
 def checksums(place: Path, *, without: Collection[str] = ()) -> dict[str, list]:
@@ -85,7 +81,7 @@ def checksums(place: Path, *, without: Collection[str] = ()) -> dict[str, list]:
         name = file.relative_to(place).as_posix()
         if file.is_file() and name not in without:
             status = file.stat()
-            found[name] = [status.st_size, status.st_mtime_ns, _digest(file)]
+            found[name] = [status.st_size, status.st_mtime_ns, digest(file)]
     return found
 
 
@@ -94,16 +90,22 @@ def damaged(place: Path, recorded: Mapping[str, Sequence]) -> Path | None:
 
     Reads only files with another size or modification time, such as copies.
     """
-    for name, (size, modified, digest) in recorded.items():
+    for name, (size, modified, hexadecimal) in recorded.items():
         file = place / name if name != "." else place
         if not file.is_file():
             return file
         status = file.stat()
         if status.st_size != size or (
-            status.st_mtime_ns != modified and _file_hash(file.absolute()) != digest
+            status.st_mtime_ns != modified and _file_hash(file.absolute()) != hexadecimal
         ):
             return file
     return None
+
+
+def digest(file: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits. Always reads the file."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _hash_cache() -> Path:
@@ -118,6 +120,24 @@ def _remembered_hashes() -> dict[str, Any]:
     except (OSError, RuntimeError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
+
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that a disk or a quota is full.
+
+    Libraries that write from Rust or C++ keep only the words of the system's error.
+    """
+    words = [os.strerror(number) for number in _FULL_DISK]
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL_DISK:
+            return True
+        if any(said in str(error) for said in words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def write_text(path: Path, text: str) -> None:
@@ -142,10 +162,14 @@ def replacing(path: Path) -> Iterator[Path]:
     """A file to write instead of `path`, which it replaces atomically and durably if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.unfinished")
-    yield temporary
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 

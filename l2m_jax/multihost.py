@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -40,6 +40,7 @@ class Devices:
     )
     process_id: int = -1  # 0, 1, ...; -1: from the environment
     timeout: int = 300  # seconds that processes wait for each other at the start
+    deterministic: bool = False  # two runs on GPUs of one kind are equal bit for bit, and slower
 
     def __post_init__(self):
         require_choice(self, "mapping", ("pmap", "fsdp"))
@@ -54,6 +55,7 @@ class Devices:
             )
 
 
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _SILENCE = 100  # seconds without a heartbeat from a process until the others end: JAX's default
 _LONGEST_WORK = (
     7 * 24 * 3600
@@ -72,6 +74,7 @@ def start(devices: Devices) -> None:
         InputError: settings that do not fit together. If the others cannot be reached within `devices.timeout` seconds,
             the process ends with a message, where JAX would abort.
     """
+    use_deterministic_kernels(devices)
     address = devices.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     if devices.num_processes == 1 or jax.distributed.is_initialized():
         return
@@ -102,6 +105,20 @@ def start(devices: Devices) -> None:
         gives_up.cancel()
     console.quiet = jax.process_index() != 0
     console.print(f"{jax.process_count()} processes, {jax.device_count()} × {jax.devices()[0].device_kind}")
+
+
+def use_deterministic_kernels(devices: Devices) -> None:
+    """Sets the flag of `devices.deterministic`. Call it before anything that uses a device.
+
+    Sums then need no atomic additions, also in cuDNN's attention, and kernels are not chosen by measured times.
+    """
+    if devices.deterministic and not is_deterministic():
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
+
+
+def is_deterministic() -> bool:
+    """Whether XLA is told to use deterministic kernels only."""
+    return DETERMINISTIC in os.environ.get("XLA_FLAGS", "").split()
 
 
 def _give_up(address: str | None, seconds: int) -> None:

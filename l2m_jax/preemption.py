@@ -1,25 +1,24 @@
 """Ends a run on SIGTERM or SIGINT with nothing lost: training saves after the step in flight, and then ends.
 
-Schedulers announce the end of a job by SIGTERM (SLURM, Kubernetes, spot instances), people by Ctrl-C. Work whose results
-are kept as they come (generation, the teacher store) ends at once.
+Schedulers announce the end of a job by SIGTERM (SLURM, Kubernetes, spot instances), people by Ctrl-C. Work whose
+results are kept as they come (generation, the teacher store) ends at once.
 """
+
+# jax takes seconds to import, and signals are handled from the start, so it is imported where it is needed.
 
 import contextlib
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-
-import jax
-
-from l2m_jax import multihost
+from typing import Any
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 # With several processes all stop after the same step: this many steps after the one that the first signal interrupted.
 # A process is at most 2 steps ahead of another, because it reads the metrics of step n - 1 after it has started step n.
 _STEPS_AHEAD = 3
-_STOP = "l2m_jax/stop_at_step"
+_STOP = "l2m_jax/stop_after_step"
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -58,7 +57,7 @@ def _on_signal(number: int, _) -> None:
     _noted = signal.Signals(number).name
     if not _deferred:
         raise Preempted(_noted)
-    print(f"\n{_noted}: the run ends after this step", file=sys.stderr, flush=True)
+    print(f"\n{_noted}: the run saves and ends after this step", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -70,7 +69,9 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         _deferred = False
-    if jax.process_count() > 1:
+    if _several_processes():
+        from l2m_jax import multihost
+
         multihost.first(lambda: None)  # so that all processes read the same
         if _agreed_step() is not None:
             raise Preempted
@@ -85,7 +86,7 @@ def at_once() -> Iterator[None]:
     With several processes it does not: the others would wait for this one in the midst of their work.
     """
     global _deferred
-    if not _deferred or jax.process_count() > 1:
+    if not _deferred or _several_processes():
         yield
         return
     if _noted is not None:
@@ -99,18 +100,35 @@ def at_once() -> Iterator[None]:
 
 def requested(step: int) -> bool:
     """Whether to save after `step` and end. The same in all processes, which must ask after each step."""
-    if jax.process_count() == 1:
+    if not _several_processes():
         return _noted is not None
+    import jax
+
     agreed = _agreed_step()
     if agreed is None and _noted is not None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was faster
-            multihost.store().key_value_set(_STOP, str(step + _STEPS_AHEAD))
+            _key_value_store().key_value_set(_STOP, str(step + _STEPS_AHEAD))
         agreed = _agreed_step()
     return agreed is not None and step >= agreed
 
 
 def _agreed_step() -> int | None:
+    import jax
+
     try:
-        return int(multihost.store().key_value_try_get(_STOP))
+        return int(_key_value_store().key_value_try_get(_STOP))
     except jax.errors.JaxRuntimeError:  # no such key
         return None
+
+
+def _several_processes() -> bool:
+    import jax
+
+    return jax.process_count() > 1
+
+
+def _key_value_store() -> Any:
+    """The store of JAX's coordination service, which has no public name."""
+    from jax._src import distributed
+
+    return distributed.global_state.client

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "l2m_jax"
 
 # Each may import from what stands before it, and from within itself.
 ORDER = (
-    "errors", "types", "files", "progress", "multihost", "parallel", "losses", "models", "data", "curriculum",
+    "errors", "types", "files", "progress", "multihost", "preemption", "parallel", "losses", "models", "data", "curriculum",
     "generation", "training", "evaluation", "methods", "config", "reporting", "run", "sweep", "plan", "bench", "cli",
 )  # fmt: skip
 

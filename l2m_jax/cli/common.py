@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from l2m_jax import files, preemption
 from l2m_jax.errors import InputError
 
 _OVERRIDE = "--config."
@@ -77,12 +78,24 @@ def run(
 ) -> None:
     """Parses `arguments` (by default the process's) and runs the command.
 
-    Exits with status 2 after an error that the user can correct, and with 130 after an interrupt.
+    Exits with status 2 after an error that the user can correct, a full disk among them; with 75 after SIGTERM or
+    SIGINT, which tells supervisors to run the command again; and with 130 after a second signal.
     """
     try:
-        command(parser.parse_args(arguments))
+        with preemption.handled():
+            command(parser.parse_args(arguments))
     except InputError as error:
         refuse(str(error))
+    except Exception as error:
+        if not files.disk_is_full(error):
+            raise
+        place = getattr(error, "filename", None)
+        refuse(
+            f"{f'{place}: ' if place else ''}the disk or the quota is full; make room and run the same command again"
+        )
+    except preemption.Preempted:
+        print("ended as asked: run the same command again to resume", file=sys.stderr)
+        sys.exit(preemption.EXIT_STATUS)
     except KeyboardInterrupt:
         print("interrupted: run the same command again to resume", file=sys.stderr)
         sys.exit(130)

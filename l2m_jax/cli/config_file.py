@@ -61,7 +61,7 @@ def read(source: str, overrides: Iterable[tuple[str, str]] = ()) -> settings.Con
         change: Any = value
         for part in reversed(name.split(".")):
             change = {part: change}
-        values = _merge(values, _typed(settings.Config, change, "config"))
+        values = _merge(values, typed_fields(settings.Config, change, "config"))
     return settings.parse(values)
 
 
@@ -110,7 +110,7 @@ def _describe(error: Exception, file: Path) -> str:
     return f"line {lines[-1] if lines else '?'}: {type(error).__name__}: {said}"
 
 
-class _TextLoader(yaml.BaseLoader):
+class TextLoader(yaml.BaseLoader):
     """Builds nothing but mappings, lists and text, and refuses a name that occurs twice.
 
     YAML's own rules would read 1e-4 as text, and `on` as true.
@@ -129,7 +129,7 @@ class _TextLoader(yaml.BaseLoader):
 
 def _read_yaml(source: str, file: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _TextLoader)
+        values = yaml.load(file.read_text(encoding="utf-8"), TextLoader)
         if not isinstance(values, dict):
             raise InputError(f"expected settings by name, such as 'method: l2m', got {values!r}")
         preset = values.pop("preset", "paper")
@@ -142,7 +142,7 @@ def _read_yaml(source: str, file: Path) -> dict[str, Any]:
     except (InputError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"--config {source}: {str(error).splitlines()[0]}") from error
     defaults = settings.defaults(preset).to_dict()
-    return _merge(defaults, _typed(settings.Config, values, "config"))
+    return _merge(defaults, typed_fields(settings.Config, values, "config"))
 
 
 def _merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     return merged
 
 
-def _typed(kind: type, values: Any, place: str) -> dict[str, Any]:
+def typed_fields(kind: type, values: Any, place: str) -> dict[str, Any]:
     """`values`, which are text, as the settings of the dataclass `kind` need them. Unknown names are left to `parse`."""
     hints = typing.get_type_hints(kind)
     if not isinstance(values, Mapping):
@@ -163,7 +163,7 @@ def _typed(kind: type, values: Any, place: str) -> dict[str, Any]:
     for name in values.keys() & hints.keys():
         hint, value, where = hints[name], values[name], f"{place}.{name}"
         if dataclasses.is_dataclass(hint):
-            typed[name] = _typed(typing.cast(type, hint), value, where)
+            typed[name] = typed_fields(typing.cast(type, hint), value, where)
         elif isinstance(value, Mapping):
             raise InputError(
                 f"{where}.{next(iter(value), '')}: no such setting ({where} is a single setting)"
@@ -171,6 +171,23 @@ def _typed(kind: type, values: Any, place: str) -> dict[str, Any]:
         else:
             typed[name] = _convert(hint, value, where)
     return typed
+
+
+def typed(name: str, value: Any, place: str) -> Any:
+    """The value, which is text, of a setting by its name, such as "curriculum.alpha".
+
+    Raises:
+        InputError: no such setting, or another type than it needs; the message begins with `place`.
+    """
+    kind: Any = settings.Config
+    for part in name.split("."):
+        hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        if part not in hints:
+            raise InputError(f"{place}: no such setting {name!r}{_near(part, hints)}")
+        kind = hints[part]
+    if dataclasses.is_dataclass(kind):
+        raise InputError(f"{place}: {name!r} is a group of settings; set one of them")
+    return _convert(kind, value, place)
 
 
 def _convert(hint: Any, value: Any, place: str) -> Any:

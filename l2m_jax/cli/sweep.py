@@ -1,6 +1,11 @@
-"""Train methods over several seeds, and make the table.
+"""Train methods over several seeds or worlds, and make the table.
 
     l2m sweep --config configs/gpt2_small.py --methods sft,l2m --seeds 0,1 --workdir runs/sweep
+    l2m sweep --config configs/quickstart.py --claims configs/claims/experiment_s.yaml --worlds 8 --workdir runs/s
+
+A seed redraws the training of the student; a world also its training rows, initial weights and ranking. --claims
+names the arms and, before the runs, the contrasts that are then tested over the worlds. With --grid, each arm first
+chooses a setting by validation in a world of its own.
 
 Any setting can be changed for all runs with a flag such as --config.training.learning_rate=5e-5. Run the same
 command again to resume. As a SLURM array, with one task per run:
@@ -30,11 +35,31 @@ def _parser() -> Parser:
         "--methods", type=comma_separated, help="methods by name, such as sft,l2m: one row each"
     )
     rows.add_argument("--preset", choices=PRESETS, help="instead of --methods: a table of the paper")
-    parser.add_argument(
+    rows.add_argument(
+        "--claims",
+        type=Path,
+        metavar="FILE",
+        help="instead of --methods: arms, and contrasts between them (YAML)",
+    )
+    runs = parser.add_mutually_exclusive_group()
+    runs.add_argument(
         "--seeds",
         type=whole_numbers,
         default=[0, 1, 2],
         help="training seeds of the students (default: 0,1,2)",
+    )
+    runs.add_argument("--worlds", type=int, metavar="N", help="instead of --seeds: the number of worlds")
+    parser.add_argument(
+        "--redraw-teacher",
+        action="store_true",
+        help="with --worlds: a teacher for each world, from its training rows",
+    )
+    parser.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="NAME=A,B",
+        help="with --worlds: values of a setting, of which each row chooses one by validation in world 0",
     )
     parser.add_argument("--workdir", type=Path, required=True, help="where all runs and the table are kept")
     parser.add_argument(
@@ -59,29 +84,54 @@ def _task(given: int | None) -> int | None:
         ) from None
 
 
+def _refuse_without_worlds(options: argparse.Namespace) -> None:
+    for flag in ("claims", "redraw_teacher", "grid"):
+        if options.worlds is None and getattr(options, flag):
+            raise InputError(
+                f"--{flag.replace('_', '-')}: needs --worlds, as in --worlds 8; seeds redraw the training alone"
+            )
+
+
 def _sweep(options: argparse.Namespace) -> None:
     task = _task(options.task)
+    _refuse_without_worlds(options)
 
-    from l2m_jax.cli import config_file
+    from l2m_jax.cli import claims_file, config_file
 
     config = config_file.read(options.config, options.overrides)
+    claims = claims_file.read(options.claims) if options.claims else None
 
+    from l2m_jax import multihost
     from l2m_jax.progress import console
-    from l2m_jax.sweep.cells import finished, grid, prepare, run
-    from l2m_jax.sweep.table import write_table
+    from l2m_jax.sweep.cells import finished, prepare
+    from l2m_jax.sweep.sweep import Sweep
 
-    rows = PRESETS[options.preset] if options.preset else rows_of(options.methods)
-    cells, workdir = grid(config, rows, options.seeds), options.workdir
+    if claims is not None:
+        rows = claims.arms
+    else:
+        rows = PRESETS[options.preset] if options.preset else rows_of(options.methods)
+    sweep = Sweep(
+        config,
+        rows,
+        options.workdir,
+        seeds=options.seeds,
+        worlds=options.worlds,
+        redraw_teacher=options.redraw_teacher,
+        grid=claims_file.grid(options.grid),
+        claims=claims,
+    )
     if options.list:
-        for number, cell in enumerate(cells):
-            console.print(f"{number:4}  {cell.name}{'  finished' * (finished(cell, workdir) is not None)}")
+        for number, cell in enumerate(sweep.cells()):
+            done = finished(cell, options.workdir) is not None
+            console.print(f"{number:4}  {cell.name}{'  finished' * done}")
         return
+    multihost.use_deterministic_kernels(config.devices)
     if options.prepare:
-        prepare(cells, workdir)
+        prepare(sweep.cells(), options.workdir)
         return
-    failures = {} if options.table else run(cells, workdir, task)
-    if options.table or (task is None and len(failures) < len(cells)):
-        console.print(write_table(cells, workdir), markup=False)
+    failures = {} if options.table else sweep.run(task)
+    if options.table or (task is None and sweep.has_scores()):
+        console.print(sweep.report(), markup=False)
     if failures:
         listed = "".join(f"\n  {name}: {what}" for name, what in failures.items())
         sys.exit(f"error: {len(failures)} of the runs failed:{listed}")

@@ -85,8 +85,12 @@ class Corpus:
 
         return datasets.Dataset.from_file(str(self.folder / _ROWS))
 
-    @cached_property
+    @property
     def ids(self) -> list[str]:
+        return self._ids
+
+    @cached_property
+    def _ids(self) -> list[str]:
         return list(self.rows["id"])
 
     def row(self, i: int) -> Row:

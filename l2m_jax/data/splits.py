@@ -3,6 +3,9 @@
 Parts without a file of their own are split off the training source. The order in which rows are drawn depends only on
 the source and `split_seed`: test rows come first, then validation rows, and the rest is for training. The number of
 training rows therefore does not affect the other parts, and never turns a test row into a training row.
+
+World 0 trains on the first `train_rows` rows that are left, world 1 on the next, and so on: the training rows of two
+worlds have no row in common, and all worlds have the same validation and test rows.
 """
 
 from collections.abc import Iterator
@@ -45,25 +48,29 @@ def check_sources(data: Data) -> None:
                 raise InputError(f"data.{name}: {error}") from error
 
 
-def part_rows(data: Data, part: Part, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Row]:
+def part_rows(data: Data, part: Part, tokenizer: "PreTrainedTokenizerBase", world: int = 0) -> Iterator[Row]:
     """The rows of one part, read lazily. The three parts have no rows in common.
 
     Rows that are split off fit into the limits, with a beginning-of-sequence token if any part has one, so that the
     parts have the requested sizes whatever their own limits are. Other rows are not filtered: `write_corpus`
     drops and counts those that are too long.
 
+    Args:
+        world: of the training rows; another than 0 needs `train_rows`, unless the rows are synthetic.
+
     Raises:
         InputError: from reading the source, or it has fewer fitting rows than the parts need.
     """
     if data.source == "synthetic":
         s = data.synthetic
-        yield from getattr(synthetic_rows(s.seed, s.train, s.validation, s.test), part)
+        yield from getattr(synthetic_rows(s.seed, s.train, s.validation, s.test, world), part)
     elif part != "train" and (source := getattr(data, part)):
         yield from islice(read_rows(source, "evaluation"), getattr(data, f"{part}_rows") or None)
     elif data.validation and data.test:
-        yield from islice(read_rows(data.train), data.train_rows or None)
+        first = world * data.train_rows
+        yield from islice(read_rows(data.train), first, first + data.train_rows if data.train_rows else None)
     else:
-        yield from _split_rows(data, part, tokenizer)
+        yield from _split_rows(data, part, tokenizer, world)
 
 
 def _limits(data: Data, bos: bool) -> TokenLimits:
@@ -77,7 +84,7 @@ def _limits(data: Data, bos: bool) -> TokenLimits:
     )
 
 
-def _split_rows(data: Data, part: Part, tokenizer: Any) -> Iterator[Row]:
+def _split_rows(data: Data, part: Part, tokenizer: Any, world: int) -> Iterator[Row]:
     """Validation and test rows in the order of the draw; training rows in the order of the source.
 
     The source is read several times: only row numbers, and the chosen validation or test rows, are kept in memory.
@@ -94,9 +101,9 @@ def _split_rows(data: Data, part: Part, tokenizer: Any) -> Iterator[Row]:
         chosen = ((places[i], row) for i, row in enumerate(read_rows(data.train)) if i in places)
         yield from (row for _, row in sorted(chosen))
         return
-    fitting = _fitting(data, tokenizer, order, num_held_out + (data.train_rows or 1))
+    fitting = _fitting(data, tokenizer, order, num_held_out + ((world + 1) * data.train_rows or 1))
     wanted = np.full(size, not data.train_rows)
-    wanted[fitting[num_held_out:]] = True
+    wanted[fitting[num_held_out + world * data.train_rows :]] = True
     wanted[fitting[:num_held_out]] = False
     rows = (row for row, is_wanted in zip(read_rows(data.train), wanted, strict=True) if is_wanted)
     limits = _split_limits(data)

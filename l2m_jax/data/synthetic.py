@@ -117,16 +117,21 @@ _TASKS: tuple[tuple[Callable[[list[str], np.random.Generator], tuple[str, str, s
 )
 
 
-def synthetic_rows(seed: int, train: int, validation: int, test: int) -> SyntheticRows:
+def synthetic_rows(seed: int, train: int, validation: int, test: int, world: int = 0) -> SyntheticRows:
     """Rows of thirteen kinds in turn (`category` names the kind). All rows are distinct, within and across parts.
 
-    The first rows of a part do not depend on its size.
+    The first rows of a part do not depend on its size. Each `world` has other training rows, and the same validation
+    and test rows.
     """
     seen: set[tuple[str, str]] = set()
     # The small parts come first, so that the number of training rows does not change the test rows.
     parts = [
-        _rows(np.random.default_rng([seed, n]), size, seen)
-        for n, size in enumerate((test, validation, train))
+        _rows(np.random.default_rng(words), size, seen)
+        for words, size in (
+            ([seed, 0], test),
+            ([seed, 1], validation),
+            ([seed, 2, world] if world else [seed, 2], train),
+        )
     ]
     named = [
         [row._replace(id=f"{name}/{i}") for i, row in enumerate(rows)]

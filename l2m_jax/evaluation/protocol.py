@@ -21,6 +21,7 @@ from l2m_jax.generation import Answer, Generator, ResponseFile, SamplingRules, g
 from l2m_jax.multihost import first, is_first
 
 RESULTS, RESPONSES = "results.json", "responses.jsonl"
+_DIGEST = "responses_sha256"  # in results.json
 _ANSWERS = ".answers"  # in the folder until it is finished
 
 
@@ -159,7 +160,8 @@ def evaluate(
     evaluated = Results(made_from, tuple(seeds), rules, tuple(results))
     if folder is not None and is_first():
         files.write_text(folder / RESPONSES, "".join(lines))
-        files.write_json(folder / RESULTS, evaluated)
+        digest = {_DIGEST: files.digest(folder / RESPONSES)}
+        files.write_json(folder / RESULTS, dataclasses.asdict(evaluated) | digest)
         shutil.rmtree(folder / _ANSWERS)
     return evaluated
 
@@ -167,7 +169,20 @@ def evaluate(
 def _finished(path: Path, made_from: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    value = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        value = dict(json.loads(path.read_text(encoding="utf-8")))
+        answers = path.with_name(RESPONSES)
+        damaged = (
+            path if _DIGEST not in value else answers if files.digest(answers) != value[_DIGEST] else None
+        )
+    except (ValueError, TypeError):
+        damaged, value = path, {}
+    except FileNotFoundError:
+        damaged, value = path.with_name(RESPONSES), {}
+    if damaged is not None:
+        raise InputError(
+            f"{damaged}: missing, or not what was written; restore it, or delete {path.parent} to evaluate again"
+        )
     if value.get("made_from") != made_from:
         raise InputError(
             f"{path}: holds the results of another model, or with other sets, sampling rules or seeds; choose another "

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -55,7 +56,7 @@ class ResponseFile:
         try:
             key = json.loads(lines[0])["key"]
             rows = [json.loads(line) for line in lines[1:]]
-            answers = [Answer(r["prompt"], r["seed"], tuple(r["tokens"]), r["text"]) for r in rows]
+            answers = [_checked(row) for row in rows]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{self.path}: not a file of generated answers ({error!r}); move it away or choose another folder"
@@ -81,10 +82,23 @@ class ResponseFile:
 
             def append(answers: Iterable[Answer]) -> None:
                 for answer in answers:
-                    write(dataclasses.asdict(answer))
+                    write(_line(answer))
                 file.flush()
 
             if not complete:
                 write({"key": self.key})
             yield append
             os.fsync(file.fileno())
+
+
+def _line(answer: Answer) -> dict:
+    """The answer with a checksum: a file that grows cannot have one of its own."""
+    line = dataclasses.asdict(answer)
+    return line | {"crc32": zlib.crc32(json.dumps(line).encode())}
+
+
+def _checked(line: dict) -> Answer:
+    answer = Answer(line["prompt"], line["seed"], tuple(line["tokens"]), line["text"])
+    if line != json.loads(json.dumps(_line(answer))):
+        raise ValueError("an answer differs from what was written")
+    return answer

@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -252,6 +252,67 @@ def difficulty(path: Path, graded: Difficulty) -> None:
                 )
             axes.set_xticks(numbers, [str(number) for number in numbers])
             axes.set(xlabel="subset, from easy to hard", ylabel=label, title=title)
+
+
+class Interval(NamedTuple):
+    """A line of a forest plot.
+
+    Attributes:
+        unit: lines of one unit share a panel.
+        second: another interval, drawn thinner.
+        reference: a value to compare with, such as a published one.
+        is_strong: filled rather than open.
+    """
+
+    label: str
+    unit: str
+    mean: float
+    interval: tuple[float, float]
+    second: tuple[float, float] | None
+    reference: float | None
+    verdict: str
+    is_strong: bool
+
+
+_VERDICTS = {"holds": _GREEN, "reversed": _RED, "smaller than the paper's effect": _ORANGE}
+
+
+def contrasts(path: Path, lines: Sequence[Interval]) -> None:
+    """A forest plot: differences with their intervals, one panel for each unit, the first line at the top."""
+    units = list(dict.fromkeys(line.unit for line in lines))
+    heights = [sum(line.unit == unit for line in lines) for unit in units]
+    with _figure(path, 7.2, 0.5 + 0.34 * len(lines) + 0.6 * len(units)) as figure:
+        panels = figure.subplots(len(units), 1, squeeze=False, height_ratios=heights)[:, 0].tolist()
+        for axes, unit in zip(panels, units, strict=True):
+            _forest(axes, [line for line in lines if line.unit == unit])
+            axes.set_title(f"{unit}: left − right")
+
+
+def _forest(axes: Axes, lines: Sequence[Interval]) -> None:
+    axes.axvline(0, color=_GREY, linewidth=0.8)
+    for y, line in enumerate(lines):
+        colour = _VERDICTS.get(line.verdict, _GREY)
+        if line.second is not None:
+            axes.plot(line.second, (y + 0.2, y + 0.2), color=colour, linewidth=0.8)
+        axes.plot(line.interval, (y, y), color=colour, linewidth=2)
+        filled = colour if line.is_strong else "white"
+        axes.plot(line.mean, y, marker="o", markersize=6, color=colour, markerfacecolor=filled)
+        if line.reference is not None:
+            axes.plot(line.reference, y, marker="D", markersize=4, color=_BLUE)
+        axes.annotate(
+            line.verdict,
+            (1, y),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            annotation_clip=False,
+        )
+    axes.set_yticks(range(len(lines)), [line.label for line in lines])
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+    axes.grid(axis="x")
+    axes.grid(visible=False, axis="y")
 
 
 @contextlib.contextmanager

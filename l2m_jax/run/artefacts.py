@@ -125,7 +125,10 @@ def _read_record(place: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return {name: found[name] for name in ("key", "finished", "inputs", "files")}
+        record = {name: found[name] for name in ("key", "finished", "inputs", "files")}
+        if not (isinstance(record["inputs"], dict) and isinstance(record["files"], dict)):
+            raise ValueError("inputs or files are not there by name")
+        return record
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{file}: cannot read what {place} was made from ({error}); delete {place} to make it again"

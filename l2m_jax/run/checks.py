@@ -1,12 +1,14 @@
 """Checks before the first phase: files, models, tokenizers, evaluation sets, rows and room on the disk."""
 
+import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from l2m_jax import files
 from l2m_jax.config import Config
 from l2m_jax.curriculum import partition
 from l2m_jax.data.splits import check_sources
@@ -146,6 +148,41 @@ def check_rows(config: Config, artefacts: Artefacts) -> None:
     first(lambda: _check_room(needed, there, shared, workdir))
 
 
+@contextlib.contextmanager
+def full_disk_explained(config: Config, artefacts: Artefacts) -> Iterator[None]:
+    """Says what the run has yet to write if the disk fills up within the block, in whatever library.
+
+    Raises:
+        InputError: the disk or the quota is full; the run can be resumed.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not files.disk_is_full(error):
+            raise
+        raise InputError(_full_disk(config, artefacts)) from error
+
+
+def _full_disk(config: Config, artefacts: Artefacts) -> str:
+    folders = artefacts.teacher.path.parent, artefacts.evaluations[config.method].path.parents[1]
+    free = ", ".join(
+        f"{folder} has {_size(shutil.disk_usage(folder).free)} free"
+        for folder in dict.fromkeys(folders)
+        if folder.is_dir()
+    )
+    sizes = bytes_needed(config, artefacts)
+    needed = _size(max(0, peak_bytes(sizes) - _bytes_there(artefacts)))
+    listed = ", ".join(f"{name} {_size(size)}" for name, size in sizes.items()) or "answers and reports"
+    return (
+        f"the disk or the quota is full: {free}, and the run has yet to write about {needed} ({listed}); make room and "
+        "run the same command again, which resumes"
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
 def bytes_needed(config: Config, artefacts: Artefacts) -> dict[str, int]:
     """Bytes that the run has yet to write, by artefact. Answers and reports are negligible."""
     teacher, student = _architectures(config, artefacts)
@@ -204,8 +241,7 @@ def _check_room(sizes: dict[str, int], there: int, shared: Path, workdir: Path) 
     )
     needed = peak_bytes(sizes) - there
     if needed > free:
-        listed = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in sizes.items())
+        listed = ", ".join(f"{name} {_size(size)}" for name, size in sizes.items())
         raise InputError(
-            f"{shared}: the run needs about {needed / 1e9:.1f} GB ({listed}), and {free / 1e9:.1f} GB are free; make "
-            "room, choose another --workdir, or set teacher.signal to 'live'"
+            f"{shared}: the run needs about {_size(needed)} ({listed}), and {_size(free)} are free; make room, choose another --workdir, or set teacher.signal to 'live'"
         )

@@ -14,7 +14,7 @@ from l2m_jax.config import Config
 from l2m_jax.data.packing import Shape, choose_shapes
 from l2m_jax.errors import InputError
 from l2m_jax.models.settings import Compute
-from l2m_jax.multihost import Devices, first, is_first
+from l2m_jax.multihost import DETERMINISTIC, Devices, first, is_deterministic, is_first
 from l2m_jax.parallel import Placement
 from l2m_jax.progress import console
 from l2m_jax.training.metrics import MetricsLog
@@ -30,6 +30,7 @@ class Context:
         chunk_size: tokens whose logits are held at once.
         max_shapes: the maximum number of compiled shapes of packed rows in a phase.
         checkpoint_minutes: minutes between checkpoints within a stage.
+        skip_nonfinite: skip batches whose loss or gradient is not finite, instead of ending the run.
         teacher, student: compute dtype and remat of these models.
         workdir: the folder of metrics.jsonl and phases.json.
         seconds: the time that each phase has taken, over all starts.
@@ -40,6 +41,7 @@ class Context:
     chunk_size: int
     max_shapes: int
     checkpoint_minutes: float
+    skip_nonfinite: bool
     teacher: Compute
     student: Compute
     workdir: Path
@@ -88,14 +90,26 @@ def start(config: Config, workdir: Path) -> Context:
         chunk_size=config.chunk_size,
         max_shapes=config.max_shapes,
         checkpoint_minutes=config.checkpoint_minutes,
+        skip_nonfinite=config.skip_nonfinite,
         teacher=config.teacher.compute,
         student=config.student.compute,
         workdir=workdir,
         metrics=MetricsLog(
             workdir / "metrics.jsonl", workdir / "tensorboard" if config.tensorboard else None
         ),
-        seconds=first(lambda: json.loads(times.read_text()) if times.is_file() else {}),
+        seconds=first(lambda: _seconds(times)),
     )
+
+
+def _seconds(file: Path) -> dict[str, float]:
+    """The times of earlier starts. They are only reported, so damaged ones stop no run."""
+    if not file.is_file():
+        return {}
+    try:
+        return {str(phase): float(taken) for phase, taken in json.loads(file.read_bytes()).items()}
+    except (ValueError, TypeError, AttributeError):
+        console.print(f"  note: {file} cannot be read; the times of earlier starts are lost", markup=False)
+        return {}
 
 
 def _use_compilation_cache() -> None:
@@ -110,6 +124,8 @@ def placement_of(devices: Devices) -> Placement:
     Raises:
         InputError: more devices than there are, or a number that the processes cannot share evenly.
     """
+    if devices.deterministic and not is_deterministic():
+        raise InputError(f"config.devices.deterministic: set XLA_FLAGS={DETERMINISTIC} before JAX starts")
     hosts = [jax.local_devices(process_index=process) for process in range(jax.process_count())]
     found = sum(map(len, hosts))
     count = devices.count or found

@@ -36,6 +36,7 @@ class CorpusInputs:
         data: the settings that matter to this part; the others, and all paths, are at their defaults.
         source: the file or hub name of its rows; None for synthetic tasks.
         split: whether the part is split off the training rows.
+        world: of training rows; 0 for the other parts.
     """
 
     part: Part
@@ -43,6 +44,7 @@ class CorpusInputs:
     source: Source | None
     split: bool
     tokenizer: "Tokenizer"
+    world: int = 0
 
 
 Tokenizer = Source | Artefact[TokenizerInputs]
@@ -83,8 +85,9 @@ def make_tokenizer(artefact: Artefact[TokenizerInputs]) -> None:
         first(make)
 
 
-def corpus_inputs(data: Data, part: Part, tokenizer: Tokenizer) -> CorpusInputs:
+def corpus_inputs(data: Data, part: Part, tokenizer: Tokenizer, world: int = 0) -> CorpusInputs:
     """The inputs of one part: only what matters to it."""
+    world = world if part == "train" else 0
     separate = bool(getattr(data, part)) if part != "train" else bool(data.validation and data.test)
     kept: dict[str, Any] = {
         name: getattr(data, name) for name in ("source", "max_length", "max_prompt_length", "truncate")
@@ -96,7 +99,7 @@ def corpus_inputs(data: Data, part: Part, tokenizer: Tokenizer) -> CorpusInputs:
             data.synthetic, tokenizer_size=SyntheticData().tokenizer_size, **small
         )
         kept |= {"synthetic": synthetic, "bos": _bos(data, part)}
-        return CorpusInputs(part, Data(**kept), None, False, tokenizer)
+        return CorpusInputs(part, Data(**kept), None, False, tokenizer, world)
     if separate:
         kept |= {"bos": _bos(data, part), "validation": "given", "test": "given"}
         rows = [part]
@@ -109,7 +112,7 @@ def corpus_inputs(data: Data, part: Part, tokenizer: Tokenizer) -> CorpusInputs:
         kept |= {p: "given" for p in before if getattr(data, p)}
     kept |= {f"{p}_rows": getattr(data, f"{p}_rows") for p in rows}
     path = getattr(data, part) if separate else data.train
-    return CorpusInputs(part, Data(train="given", **kept), given(path), not separate, tokenizer)
+    return CorpusInputs(part, Data(train="given", **kept), given(path), not separate, tokenizer, world)
 
 
 def _bos(data: Data, part: Part) -> str:
@@ -155,7 +158,8 @@ def make_corpus(artefact: Artefact[CorpusInputs]) -> Corpus:
         if inputs.source is not None:
             field = "train" if inputs.split else inputs.part
             data = dataclasses.replace(data, **{field: inputs.source.path})
-        rows, limits = part_rows(data, inputs.part, tokenizer), token_limits(data, inputs.part)
+        rows = part_rows(data, inputs.part, tokenizer, inputs.world)
+        limits = token_limits(data, inputs.part)
         try:
             with artefact.writing() as folder:
                 write_corpus(folder, rows, tokenizer, limits)

@@ -191,6 +191,8 @@ class Student:
             patience=inputs.curriculum.patience,
             validations=self._monitored.count,
             keep_best=self._monitored.keep_best,
+            skip_nonfinite=self._context.skip_nonfinite,
+            name=lambda i: self._references.row(i).id,
         )
 
     def _teacher(self) -> tuple[DecoderConfig | None, Teacher | None]:

@@ -192,6 +192,8 @@ def _finetuned(
         optimizer=finetune,
         batch_size=finetune.batch_size,
         seed=inputs.seed,
+        skip_nonfinite=context.skip_nonfinite,
+        name=lambda i: train.row(i).id,
     )
     terms = (Term(Objective(beta=0.0), train),)
     checkpoints = Checkpoints(artefact.progress, context.placement, context.checkpoint_minutes)

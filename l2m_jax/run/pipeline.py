@@ -3,7 +3,9 @@
 Each makes an artefact that is identified by its inputs, and is skipped if that artefact is finished.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from l2m_jax import files
@@ -11,16 +13,19 @@ from l2m_jax.config import Config
 from l2m_jax.curriculum import Difficulty
 from l2m_jax.evaluation.protocol import Results
 from l2m_jax.multihost import first
-from l2m_jax.run import checks, data, summary
+from l2m_jax.run import checks, data, locks, summary
 from l2m_jax.run.artefacts import Artefact
 from l2m_jax.run.context import Context, start
 from l2m_jax.run.distillation import make_student, validation_inputs
 from l2m_jax.run.evaluation import make_evaluation, write_summary
 from l2m_jax.run.models import make_model
 from l2m_jax.run.ranking import make_ranking
-from l2m_jax.run.resolve import Artefacts, resolve
+from l2m_jax.run.resolve import Artefacts, folder_of_world, resolve
 from l2m_jax.run.responses import make_responses
 from l2m_jax.run.store import make_store
+
+# The models that runs share.
+_BEFORE = ("teacher", "student before")
 
 
 def run(config: Config, workdir: str | Path, shared: str | Path | None = None) -> dict[str, Results]:
@@ -38,9 +43,26 @@ def run(config: Config, workdir: str | Path, shared: str | Path | None = None) -
             in these folders. That work is left unchanged.
     """
     workdir, shared = Path(workdir), Path(shared or workdir)
-    context, artefacts = _start(config, workdir, shared)
+    context = _start(config, workdir)
+    with locks.held(workdir):
+        with _sharing(shared, workdir):
+            artefacts = _resolve(config, workdir, shared, context)
+            with checks.full_disk_explained(config, artefacts):
+                difficulty = _prepare(config, artefacts, context)
+        with checks.full_disk_explained(config, artefacts):
+            return _run(config, workdir, shared, context, artefacts, difficulty)
+
+
+def _run(
+    config: Config,
+    workdir: Path,
+    shared: Path,
+    context: Context,
+    artefacts: Artefacts,
+    difficulty: Difficulty | None,
+) -> dict[str, Results]:
+    """The phases from the students' training on."""
     first(lambda: files.write_json(workdir / "config.json", config))
-    difficulty = _prepare(config, artefacts, context)
     for name, student in artefacts.students.items():
         phase = "student" if name == config.method else f"student:{name}"
         with context.phase(phase):
@@ -52,14 +74,27 @@ def run(config: Config, workdir: str | Path, shared: str | Path | None = None) -
             )
             readme = summary.card(config, artefacts, name).render()
             make_student(student, phase, monitored, readme, context)
-    results = _evaluate(artefacts, context, artefacts.evaluations)
+    with _sharing(shared, workdir):
+        results = _evaluate(artefacts, context, _BEFORE)
+    results |= _evaluate(artefacts, context, artefacts.students)
     write_summary(workdir, results, {name: artefacts.evaluations[name].path for name in results})
     for name, student in artefacts.students.items():
         rouge_l = {found.title: found.rouge_l.mean for found in results[name].sets}
         text = summary.card(config, artefacts, name, rouge_l).render()
         first(functools.partial(files.write_text, student.path / "README.md", text))
+    context.metrics.close()
     first(lambda: summary.write(config, artefacts, context, results, difficulty))
     return results
+
+
+@contextlib.contextmanager
+def _sharing(shared: Path, workdir: Path) -> Iterator[None]:
+    """Waits for other runs that make what is shared; several may read it at the same time."""
+    if shared == workdir:
+        yield
+        return
+    with locks.held(shared, wait=True):
+        yield
 
 
 def prepare(config: Config, shared: str | Path) -> dict[str, Results]:
@@ -73,26 +108,48 @@ def prepare(config: Config, shared: str | Path) -> dict[str, Results]:
     Raises:
         InputError: as `run`.
     """
-    context, artefacts = _start(config, Path(shared), Path(shared))
-    _prepare(config, artefacts, context)
-    before = {name: artefacts.evaluations[name] for name in ("teacher", "student before")}
-    return _evaluate(artefacts, context, before)
+    shared = Path(shared)
+    folder = folder_of_world(shared, config.world)
+    context = _start(config, folder)
+    with locks.held(shared, wait=True):
+        artefacts = _resolve(config, folder, shared, context)
+        with checks.full_disk_explained(config, artefacts):
+            _prepare(config, artefacts, context)
+            results = _evaluate(artefacts, context, _BEFORE)
+    context.metrics.close()
+    return results
 
 
-def _start(config: Config, workdir: Path, shared: Path) -> tuple[Context, Artefacts]:
-    """All checks, and between them the tokenizer and the rows, which the last check needs."""
+def check(config: Config, shared: str | Path) -> None:
+    """Makes the tokenizer and the rows in `shared`, and all checks.
+
+    Raises:
+        InputError: as `run`.
+    """
+    shared = Path(shared)
+    folder = folder_of_world(shared, config.world)
+    context = _start(config, folder)
+    with locks.held(shared, wait=True):
+        _resolve(config, folder, shared, context)
+
+
+def _start(config: Config, workdir: Path) -> Context:
     checks.check_files(config)
-    context = start(config, workdir)
+    return start(config, workdir)
+
+
+def _resolve(config: Config, workdir: Path, shared: Path, context: Context) -> Artefacts:
+    """All further checks, and between them the tokenizer and the rows, which the last check needs."""
     artefacts = resolve(config, workdir, shared)
     if isinstance(artefacts.tokenizer, Artefact):
         checks.refuse_changed([artefacts.tokenizer])
         data.make_tokenizer(artefacts.tokenizer)
     checks.check_models(config, artefacts)
     with context.phase("data"):
-        for corpus in artefacts.corpora.values():
+        for corpus in artefacts.all_corpora:
             data.make_corpus(corpus)
     checks.check_rows(config, artefacts)
-    return context, artefacts
+    return artefacts
 
 
 def _prepare(config: Config, artefacts: Artefacts, context: Context) -> Difficulty | None:
@@ -116,11 +173,11 @@ def _prepare(config: Config, artefacts: Artefacts, context: Context) -> Difficul
     return difficulty
 
 
-def _evaluate(artefacts: Artefacts, context: Context, evaluations: dict[str, Artefact]) -> dict[str, Results]:
+def _evaluate(artefacts: Artefacts, context: Context, names: Iterable[str]) -> dict[str, Results]:
     with context.phase("evaluation"):
         found = {}
-        for name, evaluation in evaluations.items():
+        for name in names:
+            evaluation = artefacts.evaluations[name]
             compute = context.teacher if evaluation.inputs.model == artefacts.teacher else context.student
             found[name] = make_evaluation(evaluation, name, compute, context.placement, context.slots)
-    context.metrics.close()
     return found

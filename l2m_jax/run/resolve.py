@@ -58,10 +58,22 @@ class Artefacts:
     students: dict[str, Artefact[StudentInputs]]
     evaluations: dict[str, Artefact[EvaluationInputs]]
 
+    @property
+    def all_corpora(self) -> list[Artefact[data.CorpusInputs]]:
+        """The parts of the data, and the teacher's training rows if they are those of another world."""
+        others = [rows for rows in (self.teacher.inputs.train,) if rows is not None]
+        return list(dict.fromkeys([*self.corpora.values(), *others]))
+
+    @property
+    def common(self) -> list[Artefact]:
+        """All but the students and their scores."""
+        own = [*self.students.values(), *(self.evaluations[name] for name in self.students)]
+        return [artefact for artefact in self if artefact not in own]
+
     def __iter__(self) -> Iterator[Artefact]:
         if isinstance(self.tokenizer, Artefact):
             yield self.tokenizer
-        yield from (*self.corpora.values(), self.teacher, self.initial_student)
+        yield from (*self.all_corpora, self.teacher, self.initial_student)
         if self.ranking is not None:
             yield from (self.ranking.inputs.answers, self.ranking)
         if self.store is not None:
@@ -73,7 +85,8 @@ def resolve(config: Config, workdir: Path, shared: Path) -> Artefacts:
     """All artefacts of a run.
 
     Args:
-        shared: the folder of tokenizer, data, teacher, initial student, ranking, store and generated responses.
+        shared: the folder of tokenizer, data, teacher, initial student, ranking, store and generated responses; what
+            belongs to another world than 0 is in `folder_of_world`.
 
     Raises:
         InputError: a file or model that cannot be read.
@@ -81,16 +94,22 @@ def resolve(config: Config, workdir: Path, shared: Path) -> Artefacts:
     return _Resolver(config, workdir, shared).artefacts()
 
 
+def folder_of_world(shared: Path, world: int) -> Path:
+    """Where `shared` keeps what belongs to one world."""
+    return shared / f"world{world}" if world else shared
+
+
 class _Resolver:
     def __init__(self, config: Config, workdir: Path, shared: Path):
         self.config, self.workdir, self.shared = config, workdir, shared
+        self.own = folder_of_world(shared, config.world)
         self.chosen = {
             name: methods.get(name, config.overrides, config.rollouts, config.curriculum)
             for name in config.method_names
         }
         self.tokenizer = self._tokenizer()
         self.corpora: dict[data.Part, Artefact[data.CorpusInputs]] = {
-            part: self._corpus(part) for part in data.PARTS
+            part: self._corpus(part, config.world) for part in data.PARTS
         }
         self.teacher = self._teacher()
         self.initial = self._initial_student()
@@ -107,8 +126,8 @@ class _Resolver:
             for name, method in self.chosen.items()
         }
         evaluations = {
-            "teacher": self._evaluation(self.teacher, self.shared, "teacher"),
-            "student before": self._evaluation(self.initial, self.shared, "student_before"),
+            "teacher": self._evaluation(self.teacher, self.teacher.path.parent, "teacher"),
+            "student before": self._evaluation(self.initial, self.own, "student_before"),
         }
         for name, student in students.items():
             evaluations[name] = self._evaluation(student, self.workdir, name)
@@ -124,11 +143,11 @@ class _Resolver:
             evaluations,
         )
 
-    def _corpus(self, part: data.Part) -> Artefact[data.CorpusInputs]:
-        inputs = data.corpus_inputs(self.config.data, part, self.tokenizer)
+    def _corpus(self, part: data.Part, world: int) -> Artefact[data.CorpusInputs]:
+        inputs = data.corpus_inputs(self.config.data, part, self.tokenizer, world)
         source = "data.train" if inputs.split else f"data.{part}"
-        settings = {"data": "data", "source": source, "tokenizer": "data.tokenizer"}
-        return Artefact(inputs, self.shared / "data" / part, settings=settings)
+        settings = {"data": "data", "source": source, "tokenizer": "data.tokenizer", "world": "world"}
+        return Artefact(inputs, folder_of_world(self.shared, inputs.world) / "data" / part, settings=settings)
 
     def _tokenizer(self) -> data.Tokenizer:
         given, teacher = self.config.data.tokenizer, self.config.teacher.model.path
@@ -141,14 +160,17 @@ class _Resolver:
         return Artefact(inputs, self.shared / "data" / "tokenizer", settings={"synthetic": "data.synthetic"})
 
     def _teacher(self) -> Artefact[ModelInputs]:
-        teacher, seed = self.config.teacher, self.config.seed
-        inputs = model_inputs(
-            "teacher", teacher.model, teacher.finetune, self.corpora["train"], self.tokenizer, seed
-        )
+        config, teacher, world = self.config, self.config.teacher, self.config.teacher_world
+        train = self._corpus("train", world)
+        seed = config.seed_of(world)
+        inputs = model_inputs("teacher", teacher.model, teacher.finetune, train, self.tokenizer, seed)
+        # A teacher that is the same in every world is kept once.
+        alike = inputs.train is None and inputs.seed is None
+        folder = folder_of_world(self.shared, 0 if alike else world)
         return Artefact(
             inputs,
-            self.shared / "teacher",
-            self.shared / "checkpoints" / "teacher",
+            folder / "teacher",
+            folder / "checkpoints" / "teacher",
             {"model": "teacher.model", "weights": "teacher.model.path", "finetune": "teacher.finetune"},
         )
 
@@ -160,13 +182,13 @@ class _Resolver:
             student.warmup,
             self.corpora["train"],
             self.tokenizer,
-            self.config.seed,
+            self.config.seed_of(self.config.world),
             self.teacher,
         )
         return Artefact(
             inputs,
-            self.shared / "initial_student",
-            self.shared / "checkpoints" / "initial_student",
+            self.own / "initial_student",
+            self.own / "checkpoints" / "initial_student",
             {"model": "student.model", "weights": "student.model.path", "finetune": "student.warmup"},
         )
 
@@ -185,10 +207,10 @@ class _Resolver:
             tokenizer=self.tokenizer,
             ranking=c.ranking,
             stages=c.stages,
-            seed=self.config.seed if c.ranking == "random" else None,
+            seed=self.config.seed_of(self.config.world) if c.ranking == "random" else None,
         )
         settings = {"ranking": "curriculum.ranking", "stages": "curriculum.stages"}
-        return Artefact(inputs, self.shared / "difficulty.parquet", settings=settings)
+        return Artefact(inputs, self.own / "difficulty.parquet", settings=settings)
 
     def _responses(self, name: str) -> Artefact[ResponsesInputs]:
         return self._responses_of({"teacher": self.teacher, "initial_student": self.initial}[name], name)
@@ -204,12 +226,12 @@ class _Resolver:
             max_prompt_length=config.data.max_prompt_length,
         )
         settings = {"seed": "evaluation.seeds", "max_prompt_length": "data.max_prompt_length"}
-        return Artefact(inputs, self.shared / f"{name}_responses.jsonl", settings=settings)
+        return Artefact(inputs, self.own / f"{name}_responses.jsonl", settings=settings)
 
     def _store(self) -> Artefact[StoreInputs]:
         dtype = self.config.teacher.store_dtype
         inputs = StoreInputs(self.teacher, self.corpora["train"], self.tokenizer, dtype)
-        return Artefact(inputs, self.shared / "teacher_store", settings={"dtype": "teacher.store_dtype"})
+        return Artefact(inputs, self.own / "teacher_store", settings={"dtype": "teacher.store_dtype"})
 
     def _reads_store(self, method: methods.Method) -> bool:
         stored = self.config.teacher.signal == "store" and method.on_references_alone

@@ -10,18 +10,21 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from l2m_jax import files, methods
 from l2m_jax.data.batches import AnsweredExamples, Examples
+from l2m_jax.errors import InputError
 from l2m_jax.generation import Answer, Generator, SamplingRules, generate
 from l2m_jax.models import DecoderConfig
 from l2m_jax.multihost import first
 from l2m_jax.parallel import Placement
 from l2m_jax.training.loop import Part, Term
 from l2m_jax.types import Params
+
+_CHECKSUMS = "checksums.json"
 
 Responses = Mapping[int, tuple[int, ...]]  # example number -> response, with the end of sequence if it ended
 
@@ -133,10 +136,10 @@ class Rollouts:
         known = np.array([i for i in indices.tolist() if i in latest], np.int64)
         share = self.settings.replay_share * len(indices) / max(len(known), 1)
         replayed = known[spread(len(known), min(share, 1.0))]
-        if not first(file.is_file):
+        if not first(functools.partial(self._is_there, file, part)):
             fresh = indices[~np.isin(indices, replayed)]
             new = self._sample(self._references, fresh, params, part)
-            first(functools.partial(_write, file, new, self._decode))
+            first(functools.partial(self._write, file, new))
         sampled = _read(file)
         responses = {i: latest[i] for i in replayed.tolist()} | sampled
         if self.settings.replay_share:
@@ -149,10 +152,53 @@ class Rollouts:
             self._latest = {}
             if self.settings.replay_share:
                 # One process looks, because all must find the same files.
-                for earlier in first(lambda: sorted(f.name for f in self._folder.glob("*.jsonl"))):
+                for earlier in first(lambda: sorted(self._recorded())):
                     if earlier < file.name:
                         self._latest.update(_read(self._folder / earlier))
         return self._latest
+
+    def _recorded(self) -> dict[str, list]:
+        """The checksums of the files that are complete, by name. The first process looks.
+
+        A file that is not as it was written cannot be sampled again: the parameters have changed since.
+        """
+        record = self._folder / _CHECKSUMS
+        if not record.is_file():
+            if any(self._folder.glob("*.jsonl")):
+                self._refuse(record)
+            return {}
+        try:
+            recorded = dict(json.loads(record.read_text(encoding="utf-8")))
+            damaged = files.damaged(self._folder, recorded)
+        except (ValueError, TypeError):
+            damaged, recorded = record, {}
+        if damaged is not None:
+            self._refuse(damaged)
+        return recorded
+
+    def _is_there(self, file: Path, part: Part) -> bool:
+        known = file.name in self._recorded()
+        if part.started and not known:
+            self._refuse(file)
+        return known
+
+    def _refuse(self, file: Path) -> NoReturn:
+        checkpoints = self._folder.parent.parent / "checkpoints" / self._folder.name.rpartition("-")[0]
+        raise InputError(
+            f"{file}: missing, or not what was written; restore it, or delete {self._folder} and {checkpoints} to "
+            "train from the start"
+        )
+
+    def _write(self, file: Path, responses: Responses) -> None:
+        recorded = self._recorded()
+        if not recorded:
+            files.write_json(self._folder / _CHECKSUMS, {})  # files without it have lost it
+        lines: Iterable[dict[str, Any]] = (
+            {"example": i, "tokens": r, "text": self._decode(r)} for i, r in responses.items()
+        )
+        files.write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        recorded[file.name] = files.checksums(file)["."]
+        files.write_json(self._folder / _CHECKSUMS, recorded)
 
 
 def spread(count: int, share: float) -> np.ndarray:
@@ -175,13 +221,6 @@ def _prompt(examples: Examples, i: int) -> np.ndarray:
 
 def _name(part: Part) -> str:
     return f"stage{part.stage.index:02}_epoch{part.epoch:03}_part{part.number:03}.jsonl"
-
-
-def _write(file: Path, responses: Responses, decode: Callable[[tuple[int, ...]], str]) -> None:
-    lines: Iterable[dict[str, Any]] = (
-        {"example": i, "tokens": r, "text": decode(r)} for i, r in responses.items()
-    )
-    files.write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def _read(file: Path) -> dict[int, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -15,7 +16,7 @@ from l2m_jax.run import data
 from l2m_jax.run.context import Context
 from l2m_jax.run.distillation import stages_of
 from l2m_jax.run.resolve import Artefacts
-from l2m_jax.training.metrics import read_metrics
+from l2m_jax.training.metrics import missing_steps, read_metrics
 
 
 def card(
@@ -46,17 +47,17 @@ def write(
     workdir, train = context.workdir, data.open_corpus(artefacts.corpora["train"])
     stages = stages_of(artefacts.students[config.method].inputs)
     easiest, hardest = extremes(difficulty) if difficulty is not None else ((), ())
-    shared = Path(os.path.relpath(artefacts.teacher.path.parent, workdir))
     devices, batch_size = context.placement.devices, config.training.batch_size
     listed = {
         "student/": "the distilled student, a Hugging Face folder",
-        f"{shared / 'teacher'}/": "the fine-tuned teacher",
+        f"{os.path.relpath(artefacts.teacher.path, workdir)}/": "the fine-tuned teacher",
         "metrics.jsonl": "losses, rates and validations",
         "evaluation/": "scores and answers of each model",
         "config.json": "every setting of this run",
     }
-    if difficulty is not None:
-        listed[f"{shared / 'difficulty.parquet'}"] = (
+    metrics = read_metrics(workdir / "metrics.jsonl")
+    if artefacts.ranking is not None:
+        listed[os.path.relpath(artefacts.ranking.path, workdir)] = (
             "Rouge-L, cross-entropy, rank and subset of each training example"
         )
     write_report(
@@ -70,8 +71,9 @@ def write(
             "examples seen": f"{examples_seen(stages):,} in {steps(stages, batch_size):,} updates",
             "devices": f"{len(devices)} × {devices[0].device_kind}, {context.placement.mapping}",
             "seed": config.student_seed,
+            **_irregular(config, artefacts, workdir, metrics),
         },
-        metrics=read_metrics(workdir / "metrics.jsonl"),
+        metrics=metrics,
         stages=stages,
         batch_size=batch_size,
         seconds=context.seconds,
@@ -85,3 +87,26 @@ def write(
         table.add_row(name, *(f"{s.rouge_l.mean:.1f} ± {s.rouge_l.std:.1f}" for s in result.sets))
     console.print(table)
     console.print(f"student: {workdir / 'student'}\nreport:  {workdir / 'report.md'}")
+
+
+def _irregular(
+    config: Config, artefacts: Artefacts, workdir: Path, metrics: list[dict[str, Any]]
+) -> dict[str, str]:
+    """Facts for the report: skipped batches, and updates whose lines in metrics.jsonl are gone."""
+    found = {}
+    if skipped := sum(line.get("skipped", 0) for line in metrics):
+        found["skipped batches"] = f"{skipped:,} with a loss or gradient that was not finite"
+    # A stage that patience ended has fewer updates than planned.
+    planned = 0
+    if config.curriculum.patience == 0:
+        planned = steps(stages_of(artefacts.students[config.method].inputs), config.training.batch_size)
+    at_least = {"student": planned}
+    phases = dict.fromkeys([*at_least, *(line["phase"] for line in metrics)])
+    if missing := sum(missing_steps(metrics, phase, at_least.get(phase, 0)) for phase in phases):
+        found["metrics"] = f"incomplete: metrics.jsonl lacks {missing:,} updates"
+        console.print(
+            f"  note: {workdir / 'metrics.jsonl'} is damaged and lacks {missing:,} updates; the curves in the report "
+            "are incomplete, models and scores are not affected",
+            markup=False,
+        )
+    return found

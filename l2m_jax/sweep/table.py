@@ -15,6 +15,8 @@ _ONE_MODEL = ("teacher", "student before")
 def write_table(cells: Sequence[Cell], workdir: Path) -> str:
     """Writes table.md, table.csv and table.tex into `workdir`.
 
+    A row's values are those of its runs. So are those of the teacher and of the student before, if runs differ in them.
+
     Returns:
         The text of table.md: the table, a caption, and the missing cells.
 
@@ -24,13 +26,14 @@ def write_table(cells: Sequence[Cell], workdir: Path) -> str:
     found: dict[str, list[Results]] = {name: [] for name in (*_ONE_MODEL, *(cell.row for cell in cells))}
     missing = []
     for cell in cells:
-        results = finished(cell, workdir)
-        if results is None:
+        scores = finished(cell, workdir)
+        if scores is None:
             missing.append(cell.name)
             continue
-        found[cell.row].append(results[cell.config.method])
+        found[cell.row].append(scores.results[cell.config.method])
         for name in _ONE_MODEL:
-            found[name] = [results[name]]
+            if scores.results[name] not in found[name]:
+                found[name].append(scores.results[name])
     if len(missing) == len(cells):
         raise InputError(f"{workdir}: none of the {len(cells)} runs is finished with these settings")
     unreportable = {s.title for runs in found.values() for run in runs for s in run.sets if s.unreportable}
@@ -55,11 +58,14 @@ def _values(runs: Sequence[Results]) -> dict[str, tuple[float, ...]]:
 
 
 def _caption(cells: Sequence[Cell], found: dict[str, list[Results]]) -> str:
-    seeds = len({cell.seed for cell in cells})
+    runs = len({cell.run for cell in cells})
     sampling = len(found["teacher"][0].seeds)
-    if seeds == 1:
+    if runs == 1:
         return f"Rouge-L × 100, mean ± standard deviation over {sampling} sampling seeds of one run."
+    what = "worlds" if any(cell.config.world for cell in cells) else "training seeds"
+    single = " and ".join(name for name in _ONE_MODEL if len(found[name]) == 1)
     return (
-        f"Rouge-L × 100, mean ± standard deviation over {seeds} training seeds, each the mean of {sampling} sampling "
-        f"seeds; a row with a single model, such as {' and '.join(_ONE_MODEL)}, over the sampling seeds."
+        f"Rouge-L × 100, mean ± standard deviation over {runs} {what}, each the mean of {sampling} sampling seeds"
+        + f"; a row with a single model, such as {single}, over the sampling seeds." * bool(single)
+        + "." * (not single)
     )

@@ -1,16 +1,25 @@
 """Checkpoints of a training phase: the latest to resume from, and the best by validation."""
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import orbax.checkpoint as ocp
 
-from l2m_jax.multihost import first
+from l2m_jax import files
+from l2m_jax.errors import InputError
+from l2m_jax.multihost import first, is_first
 from l2m_jax.parallel import Placement
+from l2m_jax.progress import console
+
+# In the folder of each checkpoint: checksums of its files.
+_CHECKSUMS = "checksums.json"
+# Orbax writes it once more after the checksums are made, and nothing here reads it.
+_NOT_CHECKED = ("_CHECKPOINT_METADATA",)
 
 # All processes must save at the same step, so they ask for the first one's clock, this often.
 _STEPS_BETWEEN_LOOKS = 32
@@ -30,6 +39,7 @@ class Position:
         best_rouge_l: the best validation Rouge-L.
         stage_best: the best one of this stage.
         not_better: validations since the best one of this stage.
+        validated: the step of the latest validation.
     """
 
     stage: int = 0
@@ -41,6 +51,7 @@ class Position:
     best_rouge_l: float = -1.0
     stage_best: float = -1.0
     not_better: int = 0
+    validated: int = 0
 
 
 class _LatestAndBest:
@@ -65,9 +76,15 @@ class Checkpoints:
         self._placement, self._minutes = placement, minutes
         self._saved_at = time.monotonic()
         self._kept = _LatestAndBest()
+        self._folder = folder.resolve()
+        self._saving = -1
         self._manager = ocp.CheckpointManager(
-            folder.resolve(),
-            options=ocp.CheckpointManagerOptions(preservation_policy=self._kept),
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self._kept,
+                cleanup_tmp_directories=True,  # what a kill or a full disk left takes room
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+            ),
             item_names=("state", "position"),
         )
 
@@ -93,6 +110,7 @@ class Checkpoints:
         # Orbax waits too, but only once a second copy of the state is on the host.
         self._manager.wait_until_finished()
         replicated = self._placement.mapping == "pmap"
+        self._saving = position.step
         self._manager.save(
             position.step,
             args=ocp.args.Composite(
@@ -103,22 +121,76 @@ class Checkpoints:
         if not replicated and self._placement.devices[0].platform == "cpu":
             self._manager.wait_until_finished()  # a host copy of a CPU buffer is the buffer itself
 
-    def restore_latest(self, shapes: Any) -> tuple[Any, Position] | None:
+    def _write_checksums(self) -> None:
+        """In Orbax's thread: all files of the checkpoint are written, and its folder has not got its name yet."""
+        if not is_first():
+            return
+        for unfinished in self._folder.glob(f"{self._saving}.*tmp*"):
+            found = files.checksums(unfinished, without=_NOT_CHECKED)
+            files.write_json(unfinished / _CHECKSUMS, found)
+
+    def _damaged(self, step: int) -> str | None:
+        """A file of a checkpoint that is missing or differs from what was written."""
+        place = self._folder / str(step)
+        try:
+            recorded = json.loads((place / _CHECKSUMS).read_text(encoding="utf-8"))
+            found = files.damaged(place, recorded)
+        except (OSError, ValueError, TypeError, AttributeError):
+            found = place / _CHECKSUMS
+        return None if found is None else str(found)
+
+    def restore_latest(self, shapes: Any, *, needs_best: bool = False) -> tuple[Any, Position] | None:
         """The latest state, placed, and its position; None before the first checkpoint.
+
+        If files of the latest checkpoint are damaged, the other kept one is the latest, and the damaged one is deleted.
 
         Args:
             shapes: of the state, as from `jax.eval_shape`.
+            needs_best: the best checkpoint so far must be there as well.
+
+        Raises:
+            InputError: no checkpoint is intact, or the best one is not; names a file.
         """
-        step = self._manager.latest_step()
-        if step is None:
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if not steps:
             return None
-        found = self._restore(step, shapes)
+        damaged = {
+            s: file for s, file in zip(steps, first(lambda: list(map(self._damaged, steps))), strict=True)
+        }
+        intact = [step for step in steps if damaged[step] is None]
+        if not intact:
+            self._refuse(damaged[steps[0]])
+        found = self._restore(intact[0], shapes)
         position = Position(**found.position)
-        self._kept.best_step = position.best_step
+        best = position.best_step
+        if needs_best and 0 <= best != position.step and best not in intact:
+            self._refuse(damaged.get(best) or str(self._folder / str(best)))
+        for step in steps:
+            if step > intact[0]:
+                console.print(
+                    f"  note: {damaged[step]} is damaged; resuming from step {intact[0]} instead of {step}",
+                    markup=False,
+                )
+                self._manager.delete(step)
+        self._kept.best_step = best
         return self._placed(found.state), position
 
+    def _refuse(self, file: str | None) -> NoReturn:
+        raise InputError(
+            f"{file}: missing, or not what was written; restore it, or delete {self._folder} to train from the start"
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """The step of the latest checkpoint; None before the first."""
+        return self._manager.latest_step()
+
     def restore_best(self, shapes: Any, step: int) -> Any:
-        """The parameters to keep (`TrainState.result`) after `step`, that of the best validation, placed. `shapes` as in `restore_latest`."""
+        """The parameters to keep (`TrainState.result`) after `step`, that of the best validation, placed.
+
+        Args:
+            shapes: as in `restore_latest`.
+        """
         self._manager.wait_until_finished()
         return self._placed(self._restore(step, shapes).state.result)
 

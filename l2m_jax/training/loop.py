@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from l2m_jax import progress
+from l2m_jax import preemption, progress
 from l2m_jax.curriculum import Schedule, Stage, steps
 from l2m_jax.data.batches import Examples, micro_batches, order_of_examples, prefetch
 from l2m_jax.data.packing import Shape
+from l2m_jax.errors import InputError
 from l2m_jax.losses import Objective
 from l2m_jax.parallel import Placement
 from l2m_jax.training import step as step_functions
@@ -34,6 +35,7 @@ class Part:
         epoch, number: 0-based; the number is that of the part within its epoch.
         indices: the part's examples, in the order of training.
         first_batch: the index of the part's first batch within the epoch.
+        started: whether updates of this part are in the parameters already, from an earlier start.
     """
 
     stage: Stage
@@ -41,6 +43,7 @@ class Part:
     number: int
     indices: np.ndarray
     first_batch: int
+    started: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class Task:
         patience: end a stage after this many validations without a better Rouge-L; 0: never.
         validations: the number over the whole task, evenly spaced, the last one at its end.
         keep_best: return the best parameters by validation instead of the last.
+        skip_nonfinite: skip batches whose loss or gradient is not finite, instead of ending the run.
+        name: of an example by its number, for messages.
     """
 
     phase: str
@@ -92,6 +97,8 @@ class Task:
     patience: int = 0
     validations: int = 0
     keep_best: bool = False
+    skip_nonfinite: bool = False
+    name: Callable[[int], str] = str
 
 
 class Trainer:
@@ -118,7 +125,8 @@ class Trainer:
         self._checkpoints, self._metrics, self._validate = checkpoints, metrics, validate
         self._optimizer = make_optimizer(task.optimizer)
         self._accumulate = placement.map(step_functions.accumulate)
-        self._update = placement.map(step_functions.update)
+        update = step_functions.update_if_finite if task.skip_nonfinite else step_functions.update
+        self._update = placement.map(update)
         self._init_optimizer = placement.map(step_functions.init_optimizer)
         self._init_average = placement.map(step_functions.init_average)
         self._update_average = placement.map(step_functions.update_average)
@@ -131,12 +139,15 @@ class Trainer:
 
         Returns:
             The placed parameters, or their average: the best by validation if `task.keep_best`, otherwise the last.
+
+        Raises:
+            InputError: a loss or gradient that is not finite, unless `task.skip_nonfinite`; a damaged checkpoint.
         """
         task = self._task
         shapes = step_functions.state_shapes(
             self._optimizer, task.settings.student, averaged=task.optimizer.ema > 0
         )
-        found = self._checkpoints.restore_latest(shapes)
+        found = self._checkpoints.restore_latest(shapes, needs_best=task.keep_best)
         if found is None:
             params = initial()
             average = self._init_average(params) if task.optimizer.ema else None
@@ -145,10 +156,11 @@ class Trainer:
         else:
             self._state, self._position = found
             del found
-        self._metrics.drop_after(task.phase, self._position.step)
-        for number, stage in enumerate(task.stages):
-            if number >= self._position.stage:
-                self._train_stage(number, stage)
+        self._metrics.drop_after(task.phase, self._position.step, self._position.validated)
+        with preemption.deferred():
+            for number, stage in enumerate(task.stages):
+                if number >= self._position.stage:
+                    self._train_stage(number, stage)
         params = self._state.result
         best = self._position.best_step
         if task.keep_best and 0 <= best < self._position.step:
@@ -176,29 +188,61 @@ class Trainer:
         with progress.bar(title, steps((stage,), task.batch_size)) as bar:
             bar.resume_at(self._position.stage_step)
             log = _StepLog(task, stage, self._metrics, bar, self._placement)
-            for batch in self._batches_of_stage(stage, log):
-                at = self._position.stage_step if task.restart_optimizer else self._position.step
-                learning_rate = np.float32(rate(at))
-                values = self._train_batch(batch, learning_rate)
-                self._position = _after_batch(task, stage, self._position)
-                log.add(self._position, learning_rate, batch, values)
-                ended = self._position.epoch == stage.epochs
-                improved = False
-                if before + self._position.stage_step in self._validated_at:
-                    log.flush()
-                    improved = self._validate_now(stage)
-                    log.restart_clock()
-                    ended = ended or 0 < task.patience <= self._position.not_better
-                if ended:
-                    self._position = _next_stage(self._position)
-                if ended or improved or self._checkpoints.due(self._position.step):
-                    log.flush()
+            try:
+                self._train_batches(stage, before, rate, log)
+            except preemption.Preempted:
+                log.flush()
+                if self._position.step > 0:
                     self._checkpoints.save(self._state, self._position)
-                    log.restart_clock()
-                if ended:
-                    break
+                    self._checkpoints.close()
+                raise
             log.flush()
         del self._sums
+
+    def _train_batches(
+        self, stage: Stage, before: int, rate: Callable[[int], float], log: "_StepLog"
+    ) -> None:
+        """Trains from the current position to the end of the stage.
+
+        Args:
+            before: updates in earlier stages.
+            rate: the learning rate by step.
+
+        Raises:
+            Preempted: the run is asked to end. The state is that of the current position.
+        """
+        task = self._task
+        # A run may have been asked to end after an update whose validation was due.
+        if self._position.stage_step > 0 and self._after_update(stage, before, log):
+            return
+        for batch in self._batches_of_stage(stage, log):
+            at = self._position.stage_step if task.restart_optimizer else self._position.step
+            learning_rate = np.float32(rate(at))
+            values = self._train_batch(batch, learning_rate)
+            self._position = _after_batch(task, stage, self._position)
+            log.add(self._position, learning_rate, batch, values)
+            if preemption.requested(self._position.step):
+                raise preemption.Preempted
+            if self._after_update(stage, before, log):
+                return
+
+    def _after_update(self, stage: Stage, before: int, log: "_StepLog") -> bool:
+        """Validates and saves, where it is time for it. Returns whether the stage has ended."""
+        task, improved = self._task, False
+        ended = self._position.epoch == stage.epochs
+        validates = before + self._position.stage_step in self._validated_at
+        if validates and self._position.validated < self._position.step:
+            log.flush()
+            improved = self._validate_now(stage)
+            log.restart_clock()
+            ended = ended or 0 < task.patience <= self._position.not_better
+        if ended:
+            self._position = _next_stage(self._position)
+        if ended or improved or self._checkpoints.due(self._position.step):
+            log.flush()
+            self._checkpoints.save(self._state, self._position)
+            log.restart_clock()
+        return ended
 
     def _train_batch(self, batch: "_Batch", learning_rate: np.float32) -> Any:
         settings = self._task.settings
@@ -220,7 +264,8 @@ class Trainer:
         assert self._validate is not None
         # The sums are zero between batches, and generation needs their memory.
         del self._sums
-        values = self._validate(self._state.result)
+        with preemption.at_once():
+            values = self._validate(self._state.result)
         self._sums = self._zero_sums(self._state.params)
         position, rouge_l = self._position, values["rouge_l"]
         named = {f"validation_{name}": value for name, value in values.items()}
@@ -232,6 +277,7 @@ class Trainer:
             position,
             stage_best=max(position.stage_best, rouge_l),
             not_better=0 if better_in_stage else position.not_better + 1,
+            validated=position.step,
         )
         return self._task.keep_best and position.best_step == position.step
 
@@ -242,7 +288,8 @@ class Trainer:
                 log.flush()
                 # Zeros between batches: rollouts need their memory beside the state, as validations do.
                 del self._sums
-                terms = self._data(part, self._state.params)
+                with preemption.at_once():
+                    terms = self._data(part, self._state.params)
                 self._sums = self._zero_sums(self._state.params)
                 log.restart_clock()
                 yield from prefetch(self._batches(part, terms, self._position), depth=PREFETCHED_BATCHES)
@@ -259,8 +306,8 @@ class Trainer:
             yield _Batch(
                 part.epoch,
                 by_step,
+                chosen,
                 [(term.objective, feed(m)) for term in terms for m in self._packed(term, chosen, varying)],
-                len(chosen),
                 sum(int(term.examples.lengths[chosen].sum()) for term in terms),
                 sum(int(_targets(term.examples, chosen).sum()) for term in terms),
             )
@@ -328,17 +375,33 @@ def _parts(task: Task, stage: Stage, position: Position) -> Iterator[Part]:
         first, end = (batches * n // task.parts for n in (number, number + 1))
         if max(first, position.batch) < end:
             chosen = order[first * task.batch_size : end * task.batch_size]
-            yield Part(stage, position.epoch, number, chosen, first)
+            yield Part(stage, position.epoch, number, chosen, first, started=first < position.batch)
 
 
 @dataclass(frozen=True)
 class _Batch:
     epoch: int
     by_step: dict[str, float]
+    indices: np.ndarray  # of its examples
     micro_batches: list[tuple[Objective, MicroBatch]]  # on the devices
-    examples: int
     tokens: int
     target_tokens: int
+
+
+def _not_finite(
+    task: Task, position: Position, learning_rate: Any, batch: _Batch, values: Mapping[str, float]
+) -> str:
+    """The message for a batch that ends the training. Checkpoints and validations read the metrics first."""
+    blamed = ""
+    if math.isfinite(values["cross_entropy"]) and not math.isfinite(values["divergence"]):
+        blamed = " (the student's cross-entropy is finite, the divergence from the teacher is not: check the teacher)"
+    names = ", ".join(task.name(int(i)) for i in batch.indices)
+    return (
+        f"{task.phase}, step {position.step}: the loss is {values['loss']:.4g} and the gradient's norm "
+        f"{values['grad_norm']:.4g}{blamed}, at learning rate {float(learning_rate):.3g} on the examples {names}; "
+        "lower the learning rate, check these examples, or set skip_nonfinite to skip such batches; the checkpoints "
+        "are from before this step, so the same command resumes there"
+    )
 
 
 def _targets(examples: Examples, chosen: np.ndarray) -> np.ndarray:
@@ -373,7 +436,10 @@ class _StepLog:
         values = {name: float(value) for name, value in self._placement.read(values).items()}
         # The divisor of the sums: target tokens or examples, which are counted below.
         del values["weight"]
-        self._examples += batch.examples
+        skipped = not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]))
+        if skipped and not self._task.skip_nonfinite:
+            raise InputError(_not_finite(self._task, position, learning_rate, batch, values))
+        self._examples += len(batch.indices)
         self._tokens += batch.tokens
         seconds = max(time.monotonic() - self._clock, 1e-9)
         rates = {
@@ -387,15 +453,15 @@ class _StepLog:
             epoch=batch.epoch,
             **{"alpha": self._stage.alpha, "beta": self._stage.beta} | batch.by_step,
             learning_rate=float(learning_rate),
-            examples=batch.examples,
+            examples=len(batch.indices),
             tokens=batch.tokens,
             target_tokens=batch.target_tokens,
             micro_batches=len(batch.micro_batches),
-            **values,
+            **({"skipped": 1} if skipped else values),
             **rates,
         )
         self._bar.advance(
-            loss=f"{values['loss']:.3f}",
+            loss="skipped" if skipped else f"{values['loss']:.3f}",
             examples=f"{rates['examples_per_second']:.0f}/s",
             tokens=f"{rates['tokens_per_second']:.0f}/s",
         )

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,16 @@ class MetricsLog:
                 if isinstance(value, int | float):
                     self._writer.add_scalar(f"{phase}/{name}", value, step)
 
-    def drop_after(self, phase: str, step: int) -> None:
-        """Deletes the lines of `phase` after `step`, and an incomplete last line."""
+    def drop_after(self, phase: str, step: int, validated: int) -> None:
+        """Deletes the lines of `phase` after `step`, those of validations after `validated`, and an incomplete line."""
         if not self._writes:
             return
-        kept = [line for line in read_metrics(self._path) if line["phase"] != phase or line["step"] <= step]
+        last = {False: step, True: validated}
+        kept = [
+            line
+            for line in read_metrics(self._path)
+            if line["phase"] != phase or line["step"] <= last[_is_validation(line)]
+        ]
         files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def close(self) -> None:
@@ -47,11 +53,26 @@ class MetricsLog:
             self._writer.close()
 
 
+def _is_validation(line: Mapping[str, Any]) -> bool:
+    return any(name.startswith("validation_") for name in line)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without an incomplete last one."""
+    """The lines of metrics.jsonl, without an incomplete last one and without damaged ones."""
     lines = []
     if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                lines.append(json.loads(text))
+        for text in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict) and isinstance(line.get("step"), int) and "phase" in line:
+                    lines.append(line)
     return lines
+
+
+def missing_steps(lines: Sequence[Mapping[str, Any]], phase: str, steps: int = 0) -> int:
+    """How many updates of `phase` have no line, of as many as there were: at least `steps`, and the latest one found."""
+    found = {line["step"] for line in lines if line["phase"] == phase}
+    updates = {
+        line["step"] for line in lines if line["phase"] == phase and ("loss" in line or "skipped" in line)
+    }
+    return len(set(range(1, max(steps, *found, 0) + 1)) - updates)

@@ -253,3 +253,25 @@ def update(
         "grad_norm": optax.global_norm(gradients),
     }
     return TrainState(params, optimizer_state, state.average), jax.tree.map(jnp.zeros_like, sums), metrics
+
+
+@over_devices(
+    static=("optimizer",),
+    weights=("state", "sums"),
+    replicated=("learning_rate",),
+    donate=("state", "sums"),
+    returns="weights",
+)
+def update_if_finite(
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    sums: Sums,
+    learning_rate: jax.Array,
+    *,
+    axis_name: str | None = None,
+) -> tuple[TrainState, Sums, dict[str, Any]]:
+    """`update`, but the state stays as it is if the loss or the gradient's norm is not finite."""
+    new, sums, metrics = update(optimizer, state, sums, learning_rate, axis_name=axis_name)
+    # Both come from sums over all devices, so these decide alike.
+    finite = jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(metrics["loss"])
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state), sums, metrics

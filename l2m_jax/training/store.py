@@ -4,15 +4,15 @@ E numbers per token instead of V logits. Together with the teacher's head, which
 distribution. They are stored in one flat, memory-mapped array `[Σ r_i, E]`: the r_i targets of each example i in turn.
 """
 
-import contextlib
 import functools
+import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import jax
 import ml_dtypes
@@ -32,6 +32,11 @@ _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.b
 
 class Corpus(Examples, Protocol):
     """The data set of a store, such as `data.corpus.Corpus`."""
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Names of the examples, for messages."""
+        ...
 
     @property
     def response_lengths(self) -> np.ndarray:
@@ -60,6 +65,7 @@ class TeacherStore:
         self.offsets = np.concatenate([[0], np.cumsum(corpus.response_lengths, dtype=np.int64)])
         self._folder, self._corpus, self._width, self._dtype = folder, corpus, width, dtype
         self._made_from = {"key": key, "width": width, "dtype": dtype}
+        self._blocks: list[str] = []  # the hash of each finished block
         self._done = first(self._examples_done)
 
     @property
@@ -86,7 +92,7 @@ class TeacherStore:
                 `[A, T, E]`.
 
         Raises:
-            InputError: there is not enough room on the disk.
+            InputError: there is not enough room on the disk, or a hidden state is not finite in the store's dtype.
         """
         if self.is_complete:
             return
@@ -102,7 +108,9 @@ class TeacherStore:
                 self._fill_block(block, target, placement, forward, bar)
                 if target is not None:
                     target.flush()
-                    self._note(int(block[-1]) + 1)
+                    end = int(block[-1]) + 1
+                    self._blocks.append(self._hash(target, start, end))
+                    self._note(end)
         first(lambda: None)  # the others wait until it is complete
         self._done = count
 
@@ -123,7 +131,10 @@ class TeacherStore:
                 return
             real = batch.example_AxT >= 0
             rows = self.offsets[batch.example_AxT[real]] + batch.target_AxT[real]
-            target_TxE[rows] = states[real].astype(target_TxE.dtype)
+            stored = states[real].astype(target_TxE.dtype)
+            if not np.isfinite(stored).all():
+                self._refuse(batch.example_AxT[real][~np.isfinite(stored).all(axis=1)][0])
+            target_TxE[rows] = stored
             tokens += int(self._corpus.lengths[batch.indices].sum())
             rate = tokens / (time.monotonic() - start)
             bar.advance(len(batch.indices), **{"tokens/s": f"{rate:,.0f}"})
@@ -149,7 +160,11 @@ class TeacherStore:
         mark, file = self._folder / _MARK, self._folder / _HIDDEN
         if not mark.is_file():
             return 0
-        noted = json.loads(mark.read_text())
+        try:
+            noted = json.loads(mark.read_text(encoding="utf-8"))
+            done, self._blocks = int(noted["examples"]), list(noted["blocks"])
+        except (ValueError, KeyError, TypeError):
+            return 0  # damaged: computed again
         differing = [name for name, value in self._made_from.items() if noted.get(name) != value]
         if differing:
             raise InputError(
@@ -157,15 +172,46 @@ class TeacherStore:
                 "--workdir, or move this folder away"
             )
         if not file.is_file() or file.stat().st_size != self._bytes:
+            self._blocks = []
             return 0  # the data is incomplete or gone, whatever was recorded
-        return noted["examples"]
+        if done == len(self._corpus):
+            return done  # the artefact has checksums of finished files
+        return self._intact(done)
+
+    def _intact(self, done: int) -> int:
+        """The examples of the first blocks that are still as they were written; reads them."""
+        hidden_TxE = self._mapped("r")
+        for number, start in enumerate(range(0, done, _BLOCK)):
+            end = min(start + _BLOCK, done)
+            if number >= len(self._blocks) or self._hash(hidden_TxE, start, end) != self._blocks[number]:
+                progress.console.print(
+                    f"  note: {self._folder / _HIDDEN} is damaged from example {start} on; computing these again",
+                    markup=False,
+                )
+                self._blocks = self._blocks[:number]
+                return start
+        return done
+
+    def _hash(self, hidden_TxE: np.ndarray, start: int, end: int) -> str:
+        """Of the states of the examples from `start` to `end`."""
+        rows = hidden_TxE[self.offsets[start] : self.offsets[end]]
+        return hashlib.sha256(rows.view(np.uint8).data).hexdigest()
+
+    def _refuse(self, example: int) -> NoReturn:
+        raise InputError(
+            f"{self._folder}: the teacher's hidden states of training example {self._corpus.ids[example]} are not "
+            f"finite in {self._dtype}; check the teacher's weights, or choose another teacher.store_dtype and "
+            "teacher.compute.dtype, such as bfloat16"
+        )
 
     def _prepare(self) -> None:
         _reserve(self._folder / _HIDDEN, self._bytes)
         self._note(self._done)
 
     def _note(self, examples: int) -> None:
-        files.write_json(self._folder / _MARK, self._made_from | {"examples": examples})
+        files.write_json(
+            self._folder / _MARK, self._made_from | {"examples": examples, "blocks": self._blocks}
+        )
 
 
 def _reserve(file: Path, size: int) -> None:
@@ -182,5 +228,8 @@ def _reserve(file: Path, size: int) -> None:
     with file.open("ab") as opened:
         opened.truncate(size)
         # macOS lacks this call, and some network file systems refuse it.
-        with contextlib.suppress(AttributeError, OSError):
+        try:
             os.posix_fallocate(opened.fileno(), 0, size)
+        except (AttributeError, OSError) as error:
+            if files.disk_is_full(error):
+                raise

@@ -218,3 +218,25 @@ def test_sources_are_checked_by_their_first_row(data, others, tmp_path):
             check_sources(dataclasses.replace(data, **{name: str(tmp_path / "gone.jsonl")}))
         with pytest.raises(InputError, match=rf"^data\.{name}: .*bad\.jsonl, line 1: no field 'output'"):
             check_sources(dataclasses.replace(data, **{name: str(bad)}))
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_worlds_train_on_rows_of_their_own_and_share_the_others(data, tokenizer, others, separate):
+    limited = dataclasses.replace(data, train_rows=6, **(others if separate else {}))
+
+    def rows(part, world):
+        return [row.id for row in part_rows(limited, part, tokenizer, world)]
+
+    trained = [rows("train", world) for world in range(3)]
+    assert trained[0] == ids(limited, "train", tokenizer)  # world 0 is the data without worlds
+    assert [len(found) for found in trained] == [6, 6, 6]
+    assert len({row for found in trained for row in found}) == 18
+    for part in ("validation", "test"):
+        assert rows(part, 2) == ids(limited, part, tokenizer)
+        assert not {row for found in trained for row in found} & set(rows(part, 0))
+
+
+def test_a_world_beyond_the_rows_is_refused(data, tokenizer):
+    limited = dataclasses.replace(data, train_rows=6)
+    with pytest.raises(InputError, match=r"data\.train: .* the split needs at least 33"):
+        list(part_rows(limited, "train", tokenizer, 3))

@@ -94,3 +94,15 @@ def test_examples_are_short_with_a_trained_tokenizer(rows):
     tokenizer = train_tokenizer((f"{r.instruction}\n{r.input}\n{r.references[0]}" for r in rows.train), 1024)
     texts = [format_prompt(row.instruction, row.input) + row.references[0] for row in rows.test]
     assert sum(len(tokenizer.encode(text)) + 1 for text in texts) / len(texts) < 32
+
+
+def test_worlds_have_other_training_rows_and_the_same_validation_and_test_rows(rows):
+    other = synthetic_rows(0, 650, 65, 130, world=1)
+    assert (other.validation, other.test) == (rows.validation, rows.test)
+
+    def asked(found):
+        return {(row.instruction, row.input) for row in found}
+
+    shared = asked(rows.train) & asked(other.train)
+    assert len(shared) < 0.1 * len(rows.train)
+    assert not asked(other.train) & asked([*rows.validation, *rows.test])

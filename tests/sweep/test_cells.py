@@ -51,6 +51,7 @@ def runs(monkeypatch):
     found = Runs()
     monkeypatch.setattr(pipeline, "run", found.run)
     monkeypatch.setattr(pipeline, "prepare", found.prepare)
+    monkeypatch.setattr(pipeline, "check", lambda config, shared: None)
     return found
 
 

@@ -172,7 +172,13 @@ def _reader(
             name = weight.name.format(layers[row]) if stacked else weight.name
             for chunk in _row_chunks(slices):
                 start = chunk[0].start - slices[0].start
-                target[start : start + _length(chunk[0])] = source.read(name, chunk)
+                piece = target[start : start + _length(chunk[0])]
+                piece[...] = source.read(name, chunk)
+                if not np.isfinite(piece).all():
+                    raise InputError(
+                        f"{source.place(name)}: tensor {name} has values that are not finite in {dtype}; "
+                        "the model is damaged, or its training diverged"
+                    )
         return host
 
     return read
