@@ -161,6 +161,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "training.batch_size": 64,
         "training.learning_rate": 1e-4,
         "training.warmup_fraction": 0.0,
+        "training.schedule": "cosine",
         "curriculum.ranking_temperature": 0.01,
         "evaluation.validation_rows": 500,
         "evaluation.select": "last",

@@ -201,7 +201,11 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def restore_best(self, shapes: Any, step: int) -> Any:
-        """The parameters to keep (`TrainState.result`) after `step`, that of the best validation, placed. `shapes` as in `restore_latest`."""
+        """The parameters to keep (`TrainState.result`) after `step`, that of the best validation, placed.
+
+        Args:
+            shapes: as in `restore_latest`.
+        """
         self._manager.wait_until_finished()
         return self._placed(self._restore(step, shapes).state.result)
 
