@@ -198,6 +198,11 @@ def get(
     method = METHODS[name]
     _refuse_unused(name, method, overrides)
     divergence = DIVERGENCES[overrides.divergence] if overrides.divergence else method.divergence
+    if overrides.alpha >= 0 and not divergence.takes_alpha:
+        raise InputError(
+            f"overrides.alpha: the divergence of {name}, {divergence}, has no alpha; set overrides.divergence too, to "
+            "'skew_kl', say"
+        )
     method = replace(
         method,
         divergence=divergence if overrides.alpha < 0 else divergence.with_alpha(overrides.alpha),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,6 @@ from l2m_jax import preemption, progress
 from l2m_jax.curriculum import Schedule, Stage, steps
 from l2m_jax.data.batches import Examples, micro_batches, prefetch
 from l2m_jax.data.packing import Shape
-from l2m_jax.errors import InputError
 from l2m_jax.losses import Objective
 from l2m_jax.parallel import Placement
 from l2m_jax.training import step as step_functions
@@ -22,6 +20,7 @@ from l2m_jax.training.checkpoint import Checkpoints, Position
 from l2m_jax.training.metrics import MetricsLog
 from l2m_jax.training.optimizer import OptimizerSettings, learning_rate_schedule, make_optimizer
 from l2m_jax.training.step import StepSettings, Teacher, TrainState
+from l2m_jax.training.step_log import Batch, StepLog
 from l2m_jax.types import MicroBatch, Params
 
 PREFETCHED_BATCHES = 4  # on the devices, ahead of the batch that is trained on
@@ -197,7 +196,15 @@ class Trainer:
 
         with progress.bar(title, steps((stage,), task.batch_size)) as bar:
             bar.resume_at(self._position.stage_step)
-            log = _StepLog(task, stage, self._metrics, bar, self._placement)
+            log = StepLog(
+                task.phase,
+                stage,
+                self._metrics,
+                bar,
+                self._placement,
+                skip_nonfinite=task.skip_nonfinite,
+                name=task.name,
+            )
             try:
                 self._train_batches(stage, before, rate, log)
             except preemption.Preempted:
@@ -208,9 +215,7 @@ class Trainer:
             log.flush()
         del self._sums
 
-    def _train_batches(
-        self, stage: Stage, before: int, rate: Callable[[int], float], log: "_StepLog"
-    ) -> None:
+    def _train_batches(self, stage: Stage, before: int, rate: Callable[[int], float], log: StepLog) -> None:
         """Trains from the current position to the end of the stage.
 
         Args:
@@ -229,13 +234,13 @@ class Trainer:
             learning_rate = np.float32(rate(at))
             values = self._train_batch(batch, learning_rate)
             self._position = _after_batch(task, stage, self._position)
-            log.add(self._position, learning_rate, batch, values)
+            log.add(self._position.step, float(learning_rate), batch, values)
             if preemption.requested(self._position.step):
                 raise preemption.Preempted
             if self._after_update(stage, before, log):
                 return
 
-    def _after_update(self, stage: Stage, before: int, log: "_StepLog") -> bool:
+    def _after_update(self, stage: Stage, before: int, log: StepLog) -> bool:
         """Validates and saves, where it is time for it. Returns whether the stage has ended."""
         task, improved = self._task, False
         ended = self._position.epoch == stage.epochs
@@ -253,7 +258,7 @@ class Trainer:
             log.restart_clock()
         return ended
 
-    def _train_batch(self, batch: "_Batch", learning_rate: np.float32) -> Any:
+    def _train_batch(self, batch: Batch, learning_rate: np.float32) -> Any:
         settings = self._task.settings
         for number, (objective, micro_batch) in enumerate(batch.micro_batches):
             key = _dropout_key(self._task, self._position.step, number)
@@ -289,7 +294,7 @@ class Trainer:
         )
         return self._task.keep_best and position.best_step == position.step
 
-    def _batches_of_stage(self, stage: Stage, log: "_StepLog") -> Iterator["_Batch"]:
+    def _batches_of_stage(self, stage: Stage, log: StepLog) -> Iterator[Batch]:
         """The batches from the current position on. Within a part they are packed and fed to the devices in advance."""
         while self._position.epoch < stage.epochs:
             for part in _parts(self._task, stage, self._position):
@@ -302,7 +307,7 @@ class Trainer:
                 log.restart_clock()
                 yield from prefetch(self._batches(part, terms, self._position), depth=PREFETCHED_BATCHES)
 
-    def _batches(self, part: Part, terms: Sequence[Term], position: Position) -> Iterator["_Batch"]:
+    def _batches(self, part: Part, terms: Sequence[Term], position: Position) -> Iterator[Batch]:
         """The batches of `part`, from `position` on, which lies in it or before it."""
         size, feed = self._task.batch_size, self._placement.feed
         first = max(position.batch - part.first_batch, 0)
@@ -311,7 +316,7 @@ class Trainer:
             by_step = self._by_step(part.stage, position.stage_step + number)
             by_sample = {} if part.stage.samples is None else part.stage.samples.by_name
             varying = by_step | by_sample
-            yield _Batch(
+            yield Batch(
                 part.epoch,
                 by_step,
                 chosen,
@@ -385,90 +390,5 @@ def _parts(task: Task, stage: Stage, position: Position) -> Iterator[Part]:
             yield Part(stage, position.epoch, number, chosen, first, started=first < position.batch)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    epoch: int
-    by_step: dict[str, float]
-    indices: np.ndarray  # of its examples
-    micro_batches: list[tuple[Objective, MicroBatch]]  # on the devices
-    tokens: int
-    target_tokens: int
-
-
-def _not_finite(
-    task: Task, position: Position, learning_rate: Any, batch: _Batch, values: Mapping[str, float]
-) -> str:
-    """The message for a batch that ends the training. Checkpoints and validations read the metrics first."""
-    blamed = ""
-    if math.isfinite(values["cross_entropy"]) and not math.isfinite(values["divergence"]):
-        blamed = " (the student's cross-entropy is finite, the divergence from the teacher is not: check the teacher)"
-    names = ", ".join(task.name(int(i)) for i in batch.indices)
-    return (
-        f"{task.phase}, step {position.step}: the loss is {values['loss']:.4g} and the gradient's norm "
-        f"{values['grad_norm']:.4g}{blamed}, at learning rate {float(learning_rate):.3g} on the examples {names}; "
-        "lower the learning rate, check these examples, or set skip_nonfinite to skip such batches; the checkpoints "
-        "are from before this step, so the same command resumes there"
-    )
-
-
 def _targets(examples: Examples, chosen: np.ndarray) -> np.ndarray:
     return examples.lengths[chosen] - examples.prompt_lengths[chosen]
-
-
-class _StepLog:
-    """Writes a step's metrics after the next step is dispatched, so that reading them does not delay it."""
-
-    def __init__(
-        self, task: Task, stage: Stage, metrics: MetricsLog, bar: progress.Bar, placement: Placement
-    ):
-        self._task, self._stage, self._metrics, self._bar = task, stage, metrics, bar
-        self._placement = placement
-        self._waiting: tuple[Position, Any, _Batch, Any] | None = None
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Restarts the measurement of rates, so that only time spent on training counts."""
-        self._clock = time.monotonic()
-        self._examples = self._tokens = 0
-
-    def add(self, position: Position, learning_rate: Any, batch: _Batch, values: Any) -> None:
-        self.flush()
-        self._waiting = (position, learning_rate, batch, values)
-
-    def flush(self) -> None:
-        if self._waiting is None:
-            return
-        position, learning_rate, batch, values = self._waiting
-        self._waiting = None
-        values = {name: float(value) for name, value in self._placement.read(values).items()}
-        # The divisor of the sums: target tokens or examples, which are counted below.
-        del values["weight"]
-        skipped = not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]))
-        if skipped and not self._task.skip_nonfinite:
-            raise InputError(_not_finite(self._task, position, learning_rate, batch, values))
-        self._examples += len(batch.indices)
-        self._tokens += batch.tokens
-        seconds = max(time.monotonic() - self._clock, 1e-9)
-        rates = {
-            "examples_per_second": self._examples / seconds,
-            "tokens_per_second": self._tokens / seconds,
-        }
-        self._metrics.write(
-            self._task.phase,
-            position.step,
-            stage=self._stage.index,
-            epoch=batch.epoch,
-            **{"alpha": self._stage.alpha, "beta": self._stage.beta} | batch.by_step,
-            learning_rate=float(learning_rate),
-            examples=len(batch.indices),
-            tokens=batch.tokens,
-            target_tokens=batch.target_tokens,
-            micro_batches=len(batch.micro_batches),
-            **({"skipped": 1} if skipped else values),
-            **rates,
-        )
-        self._bar.advance(
-            loss="skipped" if skipped else f"{values['loss']:.3f}",
-            examples=f"{rates['examples_per_second']:.0f}/s",
-            tokens=f"{rates['tokens_per_second']:.0f}/s",
-        )
