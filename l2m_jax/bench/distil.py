@@ -34,6 +34,10 @@ _DEVICES = 1  # as the peers have one
 
 class _Corpus(ListedExamples):
     @property
+    def ids(self) -> list[str]:
+        return [str(i) for i in range(len(self))]
+
+    @property
     def response_lengths(self) -> np.ndarray:
         return self.lengths - self.prompt_lengths
 

@@ -49,11 +49,6 @@ class ListedExamples:
     prompt_lengths: np.ndarray
 
     @property
-    def ids(self) -> list[str]:
-        """Their numbers, for messages."""
-        return [str(i) for i in range(len(self.tokens))]
-
-    @property
     def lengths(self) -> np.ndarray:
         return self._lengths
 

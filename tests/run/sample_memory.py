@@ -103,8 +103,8 @@ class Sampler:
         """Also samples when a method of the package returns: what it places last may not live longer than a moment."""
         original = getattr(owner, name)
 
-        def sampled(*arguments):
-            result = original(*arguments)
+        def sampled(*arguments, **named):
+            result = original(*arguments, **named)
             self.sample(MOMENTS[name])
             return result
 
