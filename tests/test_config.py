@@ -15,7 +15,7 @@ from l2m_jax.errors import InputError
 # Names and paths: whatever is there, or is refused when it is looked for.
 FREE = {
     "data.train", "data.validation", "data.test", "data.tokenizer", "teacher.model.path", "student.model.path",
-    "curriculum.ranking_model",
+    "curriculum.ranking_model", "teacher.pretrain.text", "student.pretrain.text",
 }  # fmt: skip
 
 

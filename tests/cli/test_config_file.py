@@ -141,8 +141,11 @@ def test_wrong_overrides(tmp_path, refused, setting, text, said):
         ("seed: 1\nseed: 2", "line 2: 'seed' is set twice"),
         ("student:\n  model:\n    path: a\n    path: b", "line 4: 'path' is set twice"),
         ("seed: [1", "line 1: not valid YAML ("),
-        ("preset: minilm", "preset: no preset 'minilm' (known: paper, minillm); did you mean 'minillm'?"),
-        ("preset: [paper]", "preset: no preset ['paper'] (known: paper, minillm)"),
+        (
+            "preset: minilm",
+            "preset: no preset 'minilm' (known: paper, minillm, pocl); did you mean 'minillm'?",
+        ),
+        ("preset: [paper]", "preset: no preset ['paper'] (known: paper, minillm, pocl)"),
         ("? [1, 2]\n: 3", "line 1: not valid YAML ("),
     ],
 )

@@ -64,8 +64,8 @@ def test_yaml_builds_text_alone():
 
     from l2m_jax.cli import config_file
 
-    assert issubclass(config_file._TextLoader, yaml.BaseLoader)
-    read = yaml.load("a: !!python/object/apply:os.getcwd []\nb: 1", config_file._TextLoader)
+    assert issubclass(config_file.TextLoader, yaml.BaseLoader)
+    read = yaml.load("a: !!python/object/apply:os.getcwd []\nb: 1", config_file.TextLoader)
     assert read == {"a": [], "b": "1"}
 
 

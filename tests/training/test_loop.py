@@ -144,7 +144,7 @@ def _teach(folder, stages, params, *, by_step=None, minutes=10.0, stop_after=Non
 
     def validate(params):
         validated.append(placement.to_host(params))
-        return {"rouge_l": float(len(validated))}
+        return {"validation_rouge_l": float(len(validated))}
 
     trainer = Trainer(task, placement, data, signal, checkpoints, metrics, validate)
     try:

@@ -8,10 +8,11 @@ import pytest
 
 from l2m_jax import models
 from l2m_jax.curriculum import single_stage
-from l2m_jax.data.batches import ListedExamples, order_of_examples
+from l2m_jax.data.batches import ListedExamples
+from l2m_jax.data.order import order_of_examples
 from l2m_jax.data.packing import Shape
 from l2m_jax.errors import InputError
-from l2m_jax.losses import LossSums, Objective
+from l2m_jax.losses import ForwardKL, LossSums, Objective
 from l2m_jax.models import DecoderConfig
 from l2m_jax.parallel import Placement
 from l2m_jax.training import step
@@ -71,7 +72,7 @@ def _trainer(folder, *, skip: bool = False, validate=None) -> tuple[Trainer, Che
     tokens = [rng.integers(0, 32, 9).astype(np.int32) for _ in range(EXAMPLES)]
     rows = [rng.normal(size=(6, 8)).astype(np.float32) for _ in range(EXAMPLES)]
     rows[POISONED][2, 3] = np.nan
-    objective = Objective("forward_kl", beta=1.0)
+    objective = Objective(ForwardKL(), beta=1.0)
     task = Task(
         phase="test",
         settings=StepSettings(CONFIG, CONFIG, 32, chunk_size=16),
@@ -109,7 +110,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_before_anything_of_it_is_ke
 
     def validate(params):
         validated.append(all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(params))))
-        return {"rouge_l": 0.1 * len(validated)}
+        return {"validation_rouge_l": 0.1 * len(validated)}
 
     trainer, checkpoints = _trainer(tmp_path, validate=validate)
     with pytest.raises(InputError) as raised:
