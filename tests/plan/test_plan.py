@@ -210,7 +210,7 @@ def test_planned_batches_and_frozen_models_are_shaped_as_real_ones(on_cpu, tmp_p
     rows = np.zeros((5, 32), np.float32)
     (real,) = micro_batches(examples, [0, 1, 2], [shape], 1, lambda _: rows)
     planned = micro_batch(shape, 32, "float32")
-    for array, expected in zip(real, planned, strict=True):
+    for array, expected in zip(jax.tree.leaves(real), jax.tree.leaves(planned), strict=True):
         assert array.shape[1:] == expected.shape and array.dtype == expected.dtype
     fed = {batch.micro_batch.tokens_RxL.shape[1:] for batch in forward_batches(examples, [0, 1, 2], 1)}
     assert fed <= set(forward_shapes(examples.lengths, 1))
