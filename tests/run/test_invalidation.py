@@ -213,7 +213,9 @@ def test_the_table_has_a_row_for_every_setting_and_no_other():
 def test_a_changed_setting_makes_anew_what_the_table_says(folder, monkeypatch, field):
     monkeypatch.chdir(folder)
     expected = _table()[field]
-    assert _made_anew(folder, field) == (expected if "for students only" in expected else expected.partition(":")[0])
+    assert _made_anew(folder, field) == (
+        expected if "for students only" in expected else expected.partition(":")[0]
+    )
     cost_only = any(field == name or field.startswith(f"{name}.") for name in COST_ONLY)
     assert cost_only == (expected == "nothing: cost only")
 

@@ -116,13 +116,20 @@ def test_the_student_says_how_it_was_made_and_how_well_it_does(finished):
     assert f"{results['l2m']['sets'][0]['rouge_l']['mean']:.2f}"[:3] in card
 
 
-def test_responses_that_a_power_failure_cut_short_are_completed(finished, tmp_path):
+def test_responses_that_a_power_failure_cut_short_are_named_and_made_again(finished, tmp_path):
     """The record may say finished: it can reach the disk before the answers do."""
     shutil.copytree(finished / "run", tmp_path / "run")
     answers = tmp_path / "run" / "initial_student_responses.jsonl"
     whole = answers.read_bytes()
     answers.write_bytes(whole[: whole[:-1].rfind(b"\n") + 20])
-    done = _run(tmp_path, "--config.baselines=('distillm2',)", "--config.training.learning_rate=1e-4")
+    flags = ("--config.baselines=('distillm2',)", "--config.training.learning_rate=1e-4")
+    refused = _run(tmp_path, *flags)
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"error: {answers}: differs from what was written; restore it, or delete {answers} to make it again\n"
+    )
+    answers.unlink()
+    done = _run(tmp_path, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     assert answers.read_bytes() == whole
 

@@ -69,9 +69,9 @@ def test_fixed_responses_are_generated_once_and_shared(finished):
 def test_rollouts_are_refreshed_within_the_epoch(finished):
     # Three batches an epoch, and up to four refreshes; one for DistiLLM-2, with a response to each prompt.
     (folder,) = (finished / "run" / "rollouts").glob("student-*")
-    assert len(list(folder.iterdir())) == 5 * 3
+    assert len(list(folder.glob("*.jsonl"))) == 5 * 3
     (folder,) = (finished / "run" / "rollouts").glob("student_distillm2_on_policy-*")
-    files = sorted(folder.iterdir())
+    files = sorted(folder.glob("*.jsonl"))
     assert len(files) == 5
     first, last = ([json.loads(line) for line in f.read_text().splitlines()] for f in (files[0], files[-1]))
     assert sorted(line["example"] for line in first) == list(range(48))
@@ -108,9 +108,10 @@ def test_an_interrupted_on_policy_run_ends_as_one_that_was_not(tiny, finished, t
         write(self, phase, step, **values)
 
     def saving(path, text):
-        rolled.extend([path] * ("rollouts" in str(path)))
-        if killed == "generating" and len(rolled) == 6:
-            raise _Killed
+        if "rollouts" in str(path) and path.suffix == ".jsonl":
+            rolled.append(path)
+            if killed == "generating" and len(rolled) == 6:
+                raise _Killed
         write_text(path, text)
 
     monkeypatch.setattr(distillation, "Checkpoints", _RecordedCheckpoints)
@@ -133,4 +134,4 @@ def test_an_interrupted_on_policy_run_ends_as_one_that_was_not(tiny, finished, t
 
 def _files(workdir: Path) -> dict[str, str]:
     (folder,) = (workdir / "rollouts").iterdir()
-    return {file.name: file.read_text() for file in folder.iterdir()}
+    return {file.name: file.read_text() for file in folder.glob("*.jsonl")}
