@@ -88,7 +88,7 @@ class Config:
     max_shapes: int = 4  # maximum number of compiled shapes of packed rows in a phase
     chunk_size: int = 512  # tokens whose logits are held at once
     checkpoint_minutes: float = 10.0  # minutes between checkpoints within a stage; 0: after each step
-    # Skip batches whose loss or gradient is not finite, instead of ending the run. What is finished without it is equal.
+    # Skip batches whose loss or gradient is not finite, instead of ending the run. Without such batches, it changes nothing.
     skip_nonfinite: bool = False
     tensorboard: bool = False  # also write TensorBoard events (extra: tracking)
 

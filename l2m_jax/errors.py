@@ -1,4 +1,4 @@
-"""The one exception for everything that a user can put right, and checks of settings that raise it."""
+"""The one exception for everything that a user can correct, and checks of settings that raise it."""
 
 import functools
 import math
@@ -92,7 +92,7 @@ def field_types(kind: type) -> dict[str, Any]:
 
 
 def require_type(name: str, value: Any, hint: Any) -> None:
-    """Raises InputError unless `value` is of the type `hint`; true and false are no numbers."""
+    """Raises InputError unless `value` is of the type `hint`; true and false are not numbers."""
     if not _is_a(value, hint):
         raise InputError(f"{name}: expected {_described(hint)}, got {shown(value)}")
 

@@ -162,7 +162,7 @@ def first(work: Callable[[], T]) -> T:
     if is_first():
         _working = True
         try:
-            # As JSON also where nobody else needs it, so that its type does not depend on the number of processes.
+            # As JSON even with a single process, so that its type does not depend on the number of processes.
             value = json.dumps(work())
         except Exception as raised:
             error = raised

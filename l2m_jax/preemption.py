@@ -103,7 +103,7 @@ def deferred() -> Iterator[None]:
 def at_once() -> Iterator[None]:
     """Within `deferred`: a signal raises `Preempted` within this block, or at its start if it was noted before.
 
-    With several processes it does not: the others would wait for this one in the midst of their work.
+    With several processes it does not: the others would wait for this one in the middle of their work.
     """
     global _deferred
     if not _deferred or _several_processes():
@@ -135,7 +135,7 @@ def requested(step: int) -> bool:
 def end_others() -> None:
     """Ends the other processes after a signal that only this one has raised, and then this one.
 
-    They may wait for it in the midst of their work, and their results are kept as they come.
+    They may wait for it in the middle of their work, and their results are kept as they come.
     """
     if not _raised or not _several_processes():
         return

@@ -13,7 +13,7 @@ from l2m_jax.errors import InputError, shown
 
 _OVERRIDE = "--config."
 _LONGEST_MESSAGE = 2000
-# A path that cannot be used as it was given, whatever is done with it.
+# Errors of a path that cannot be used as it was given.
 _WRONG_PATH = (
     errno.EACCES,
     errno.EEXIST,
@@ -33,7 +33,7 @@ def refuse(message: str) -> NoReturn:
 
 
 def _one_line(message: str) -> str:
-    """What is quoted may hold line ends, control characters, or a whole file."""
+    """A message may quote line ends, control characters, or a whole file."""
     text = " ".join(message.splitlines())
     if len(text) > _LONGEST_MESSAGE:
         text = f"{text[: _LONGEST_MESSAGE // 2]} ... {text[-_LONGEST_MESSAGE // 2 :]}"
@@ -149,7 +149,7 @@ def output_folder(text: str) -> Path:
 
 
 def _require_folder(path: Path, text: str) -> None:
-    """Of a folder that is yet to be made, the nearest one that is there counts."""
+    """Of a folder that does not exist yet, the nearest existing parent counts."""
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not there.is_dir():
         raise argparse.ArgumentTypeError(f"'{text}': '{there}' is a file, not a folder; choose another place")

@@ -3,7 +3,7 @@
 `--config FILE[:VARIANT]` names a Python file with a function `get_config(variant="")` that returns a ConfigDict, or a
 YAML file with the same settings by the same names. A YAML file starts from `config.defaults(preset)`:
 
-    preset: minillm        # optional: "paper" (the default) or "minillm"
+    preset: minillm        # optional: "paper" (the default), "minillm" or "pocl"
     method: l2m
     training:
       learning_rate: 1e-4

@@ -12,7 +12,7 @@ COMMANDS = {
     "sweep": "train methods over several seeds, and make the table",
     "plan": "estimate memory and time of a run on hardware you don't have",
     "compare": "compare a run with another one, or with a published log",
-    "bench": "measure speed and memory",
+    "bench": "measure speed, memory and what a run survives",
 }
 
 

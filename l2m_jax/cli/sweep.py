@@ -3,8 +3,8 @@
     l2m sweep --config configs/gpt2_small.py --methods sft,l2m --seeds 0,1 --workdir runs/sweep
     l2m sweep --config configs/quickstart.py --claims configs/claims/experiment_s.yaml --worlds 8 --workdir runs/s
 
-A seed redraws the training of the student; a world also its training rows, initial weights and ranking. --claims
-names the arms and, before the runs, the contrasts that are then tested over the worlds. With --grid, each arm first
+A seed redraws the student's training; a world also redraws its training rows, initial weights and ranking. A file of
+--claims names the arms and, before the runs, the contrasts that are then tested over the worlds. With --grid, each arm first
 chooses a setting by validation in a world of its own.
 
 Any setting can be changed for all runs with a flag such as --config.training.learning_rate=5e-5. Run the same

@@ -75,8 +75,8 @@ def rank(
 
 
 def sample_weights(rouge_l_N: np.ndarray) -> np.ndarray:
-    """float32 [N], p(1−p) as in PACED, where p is the Rouge-L of the student's own answer: least for what the
-    student can do already, and for what it cannot do at all.
+    """float32 [N], p(1−p) as in PACED, where p is the Rouge-L of the student's own answer: smallest for what
+    the student can do already, and for what it cannot do at all.
 
     At least 1% of the largest possible weight, so that a batch of such examples alone has a loss.
     """

@@ -51,7 +51,7 @@ class Exposure:
 def exposure(
     stages: Sequence[Stage], seed: int, batch_size: int, names: Sequence[str], group_N: np.ndarray
 ) -> Exposure:
-    """What training on `stages` with this seed and batch size shows, unless it ends a stage early.
+    """What training on `stages` with this seed and batch size shows, unless a stage ends early.
 
     Args:
         names: of the groups.

@@ -13,7 +13,7 @@ class Schedule:
     Attributes:
         values: the first and the last value, or the only one; by stage also one for each stage.
         by: "stage": a constant in each stage, which is compiled into the step. "linear" or "cosine": a value for each
-            step, an array that compiles nothing anew.
+            step, an array that needs no recompilation.
     """
 
     values: tuple[float, ...]

@@ -33,7 +33,7 @@ class Curriculum:
     ranking_temperature: float = (
         -1.0
     )  # of the ranking student's answers, 0: greedy (-1: as sampling.temperature)
-    rerank: bool = False  # what is not open yet by the student's cross-entropy, at each stage's start
+    rerank: bool = False  # at each stage's start, what is not open yet, by the student's cross-entropy
     stratify: str = ""  # rank within strata: "category", or "length" (quarters of the references' lengths)
     subsets: tuple[int, ...] = ()  # the subsets to train on; 1 is the easiest (empty: all)
     mix: float = 0.0  # share of a stage's examples from the subsets that are not open yet

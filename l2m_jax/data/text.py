@@ -81,7 +81,7 @@ def _paragraphs(path: Path) -> Iterator[str]:
 
 
 def encode_text(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", limit: int) -> np.ndarray:
-    """The stream of tokens, int32: an end of sequence, then each document with its own, cut after `limit` of these.
+    """The stream of tokens, int32: an end-of-sequence token, then each document followed by one, cut after `limit`.
 
     Args:
         limit: the maximum number of tokens after the first (0: all).

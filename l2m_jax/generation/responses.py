@@ -92,7 +92,7 @@ class ResponseFile:
 
 
 def _line(answer: Answer) -> dict:
-    """The answer with a checksum: a file that grows cannot have one of its own."""
+    """The answer with a checksum of its own: a file that still grows has none."""
     line = dataclasses.asdict(answer)
     return line | {"crc32": zlib.crc32(json.dumps(line).encode())}
 

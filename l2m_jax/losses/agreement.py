@@ -118,7 +118,7 @@ def _padded(x: jax.Array, padding: int, axis: int) -> jax.Array:
 
 
 def _logits(hidden: jax.Array, counts: jax.Array, head_VxE: jax.Array, valid_vocab_size: int) -> jax.Array:
-    """Of a chunk. Hidden states that don't count may be anything, and are set to 0: 0 times NaN is NaN."""
+    """The logits of a chunk. Hidden states that don't count may be anything, and are set to 0: 0 times NaN is NaN."""
     hidden = jnp.where(counts[..., None], hidden, 0).astype(head_VxE.dtype)
     logits = jnp.einsum("...e,ve->...v", hidden, head_VxE, preferred_element_type=jnp.float32)
     return logits[..., :valid_vocab_size]

@@ -55,7 +55,7 @@ class Objective:
 
 
 class Coefficients(NamedTuple):
-    """Arrays in place of an objective's numbers, to vary them by step or by token without compiling anew.
+    """Arrays in place of an objective's numbers, to vary them by step or by token without recompiling.
 
     Each is None (the objective's own number), a scalar, or `[...]`, one for each token. They carry no gradient. With
     `beta`, both terms of the loss are computed, whatever the objective's own β is.

@@ -10,7 +10,7 @@ log-probability is taken as log(1.2e-38) ≈ −87.3, the logarithm of the small
 mathematically infinite is then a large finite number that can still be optimised.
 
 A mixing weight that is a Python number is static: 0 and 1 compile to the plain divergence and to 0. It may also be an
-array `[...]`, one weight per token, or a scalar array; these compile nothing anew, and no gradient is meant to reach
+array `[...]`, one weight per token, or a scalar array; these need no recompilation, and no gradient is meant to reach
 them.
 """
 

@@ -21,7 +21,7 @@ from l2m_jax.multihost import first
 
 _RECORD = "inputs.json"
 _RECORDED = {"key": str, "finished": bool, "inputs": dict, "files": dict}
-# Written anew when scores are known, and read by nobody here.
+# Written again when scores are known, and not read here.
 _NOT_CHECKED = (_RECORD, "README.md")
 _ANOTHER = "another "
 

@@ -55,7 +55,7 @@ def _acquire(lock: FileLock, folder: Path, wait: bool) -> None:
         console.print(f"  waiting for {_owner(folder)}, which works in {folder}", markup=False)
         lock.acquire()
     now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    with contextlib.suppress(OSError):  # on a full disk the owner has no name, and is still the owner
+    with contextlib.suppress(OSError):  # on a full disk the owner is not named, but holds the lock
         files.write_json(
             folder / _OWNER, {"host": socket.gethostname(), "process": os.getpid(), "since": now}
         )

@@ -1,4 +1,5 @@
-"""The phases of a run, in order: data, pretraining, teacher, initial student, ranking, teacher store, students, evaluation.
+"""The phases of a run, in order: data, pretraining, teacher, initial student, ranking, teacher store, diagnostics,
+generated responses, students, evaluation.
 
 Each makes an artefact that is identified by its inputs, and is skipped if that artefact is finished.
 """

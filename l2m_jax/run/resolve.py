@@ -213,7 +213,7 @@ class _Resolver:
 
     @staticmethod
     def _redrawn(who: Teacher | Student) -> bool:
-        """Whether the model is pretrained anew in each world."""
+        """Whether the model is pretrained again in each world."""
         return bool(who.pretrain.text) and who.pretrain.seed < 0
 
     def _pretrained(self, role: str, who: Teacher | Student, world: int) -> Artefact[PretrainingInputs]:

@@ -1,4 +1,4 @@
-"""The stages of a student's training: planned, re-ranked as it learns, and what they show how often."""
+"""The stages of a student's training: their plan, re-ranking as the student learns, and what they show how often."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ class Plan:
         subsets: in the order in which they open, by number (1 is the easiest).
         strata_N: None unless examples are ranked within strata.
         rouge_l_N: of the student's own answers; None without a ranking.
-        ended: the stages before the subsets were last divided anew, as they were.
+        ended: the stages that had ended when the subsets were last divided again.
     """
 
     method: Method
@@ -72,11 +72,11 @@ class Plan:
         return self.ended + found[len(self.ended) :]
 
     def unopened(self, opened: int) -> np.ndarray:
-        """The examples of the subsets behind the first `opened` ones."""
+        """The examples of the subsets after the first `opened` ones."""
         return np.concatenate(list(self.subsets.values())[opened:])
 
     def reranked(self, opened: int, order: np.ndarray) -> "Plan":
-        """The plan with what is not `opened` yet, the first subsets, divided anew. `order`: of that, easiest first."""
+        """The plan with the subsets after the first `opened` ones divided again. `order`: their examples, easiest first."""
         numbers = list(self.subsets)
         if self.method.ranking == "reversed":
             order = order[::-1]
@@ -106,9 +106,9 @@ def strata_of(train: Corpus, stratify: str) -> np.ndarray | None:
 
 
 class Reranking:
-    """Ranks what is not open yet anew at the start of each stage, by the current student's cross-entropy.
+    """At the start of each stage, ranks what is not open yet again, by the current student's cross-entropy.
 
-    Orders are kept in one file a stage. A run that resumes within a stage reads them there, because the parameters
+    Orders are kept in one file for each stage. A run that resumes within a stage reads them there, because the parameters
     that they came from are gone.
 
     Args:
@@ -162,7 +162,7 @@ def _write(file: Path, indices: np.ndarray, cross_entropy: np.ndarray) -> None:
 def exposures(plan: Plan, train: Corpus, batch_size: int) -> dict[str, Exposure]:
     """How often the student sees each "subset" and each "category", where there are several.
 
-    A method without stages has no subsets. Of many categories, the largest are told apart.
+    A method without stages has no subsets. If there are many categories, the smaller ones count together.
     """
     found = {}
     count = functools.partial(exposure, plan.stages, plan.seed, batch_size)

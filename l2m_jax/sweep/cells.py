@@ -147,7 +147,7 @@ def prepare(cells: Sequence[Cell], workdir: Path) -> None:
 
 
 def _common(cells: Sequence[Cell]) -> Iterator[Config]:
-    """A config for all cells that differ in method and seed alone, and so on."""
+    """One config for each group of cells that differ only in method and seed."""
     groups = collections.defaultdict(list)
     for cell in cells:
         values = to_dict(cell.config)
@@ -252,7 +252,7 @@ def run(cells: Sequence[Cell], workdir: Path, task: int | None = None) -> dict[s
 
 
 def _check_rows(cells: Sequence[Cell], workdir: Path) -> None:
-    """That the last world, too, has training rows: what is shared is made world by world."""
+    """Checks that the last world has training rows, too: what is shared is made world by world."""
     last = max(cells, key=lambda cell: cell.config.world)
     if last.config.world > cells[0].config.world:
         with FileLock(workdir / ".shared.lock"):

@@ -87,7 +87,7 @@ class Checkpoints:
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._kept,
-                cleanup_tmp_directories=True,  # what a kill or a full disk left takes room
+                cleanup_tmp_directories=True,  # what a kill or a full disk leaves behind takes room
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
             ),
             item_names=("state", "position"),

@@ -37,7 +37,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Step:
-    """A step that is dispatched: the number of updates with it, and the metrics, still on the devices."""
+    """A dispatched step: the number of updates including it, and the metrics, still on the devices."""
 
     number: int
     learning_rate: float
@@ -80,7 +80,7 @@ class StepLog:
         self._waiting = _Step(step, learning_rate, batch, values)
 
     def flush(self) -> None:
-        """Writes the step that waits. Checkpoints and validations call this first, so that no such step is kept.
+        """Writes the pending step. Checkpoints and validations call this first, so that no such step is kept.
 
         Raises:
             InputError: its loss or gradient is not finite, unless such batches are skipped.

@@ -180,7 +180,7 @@ class TeacherStore:
         return self._intact(done)
 
     def _intact(self, done: int) -> int:
-        """The examples of the first blocks that are still as they were written; reads them."""
+        """The number of examples in the first blocks that are still as they were written. Reads them."""
         hidden_TxE = self._mapped("r")
         for number, start in enumerate(range(0, done, _BLOCK)):
             end = min(start + _BLOCK, done)

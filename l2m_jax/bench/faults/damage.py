@@ -1,7 +1,7 @@
 """Damages every file of a run, one at a time, at several moments, and starts the run again.
 
-The damage must change nothing, be mended, or be refused in one sentence that names the file. In the last case the way
-out that the sentence offers is followed. At the end weights, scores, difficulty and answers must equal those of the
+The damage must change nothing, be repaired, or be refused in one sentence that names the file. In the last case the
+way out that the sentence offers is followed. At the end weights, scores, difficulty and answers must equal those of the
 undamaged run, byte for byte.
 
 Trials run one after another in this process, which has compiled the programs already.
@@ -34,7 +34,7 @@ def empty(file: Path) -> None:
 
 
 def overwrite(file: Path) -> None:
-    """Other bytes in the middle; the size stays."""
+    """Writes other bytes in the middle; the size stays the same."""
     size = file.stat().st_size
     with file.open("r+b") as opened:
         opened.seek(size // 3)
@@ -121,7 +121,7 @@ def copied_at(moments: dict[str, int], workdir: Path, copies: Path) -> Iterator[
 
 
 def copy(folder: Path, to: Path) -> None:
-    """With modification times. A file that is renamed or deleted meanwhile is left out."""
+    """Copies with modification times. A file that is renamed or deleted meanwhile is left out."""
 
     def copy_file(source: str, target: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -132,7 +132,7 @@ def copy(folder: Path, to: Path) -> None:
 
 
 def files_of(folder: Path, before: Path | None) -> list[str]:
-    """The files of a copy that the one before has not, or has with another content."""
+    """The files of a copy that are new or have changed since the copy before."""
     found = []
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()

@@ -1,8 +1,9 @@
 """Fills the disk at several moments of a run, makes room, and starts the run again.
 
-The work directory is on a small file system in memory (`mount`, so root only). A file fills it at a moment of the run,
-up to a rest that breaks off later writes in different places. The run must end with status 2 and one sentence, or finish if
-the rest suffices; after room is made, the same command must finish, with the results of an undisturbed run.
+The work directory is on a small file system in memory (`mount`, so root only). A file fills it at a moment of the run
+but for a few bytes, so that later writes break off in different places. The run must end with status 2 and one sentence,
+or finish if these bytes suffice. After room is made, the same command must finish with the results of an undisturbed
+run.
 """
 
 import contextlib
@@ -75,7 +76,7 @@ def filled_at(title: str, number: int, ballast: Path, left: int) -> Iterator[Non
 
 
 def full_disk(setting: Setting, outcomes: Sequence[Outcome]) -> Iterator[Trial]:
-    """Every moment, with some rests. Without the right to mount there are none."""
+    """Every moment, each with several numbers of bytes left. There are no trials without the right to mount."""
     del outcomes
     with small_disk(setting.folder / "disk") as mounted:
         pass

@@ -69,7 +69,7 @@ def _try(
         begun = time.monotonic()
         statuses = started.wait(_OTHERS_END)
         facts.setdefault("seconds_to_end", []).append(time.monotonic() - begun)
-        # Before the program has begun and after its results are written, nobody handles signals.
+        # Before the program has begun and after its results are written, signals are not handled.
         unhandled = facts["phases"][-1] in ("start", timeline[-1][0])
         lost += _wrong(number, statuses, started.processes.index(struck), unhandled)
     lost += setting.finish(scenario, workdir)
