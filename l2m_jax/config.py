@@ -148,7 +148,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sampling.max_new_tokens": 256,
         "sampling.no_repeat_ngram": 6,
     },
-    # That of POCL (arXiv 2506.05695), by the same authors, as in its published arguments: MiniLLM's lengths, larger
+    # The protocol of POCL (arXiv 2506.05695), by the same authors, from its published arguments: MiniLLM's lengths, larger
     # batches, the last student and not the best, and nearly greedy answers for the ranking.
     "pocl": {
         "method": "pocl",

@@ -34,7 +34,7 @@ def shown(value: Any) -> str:
     short.maxlevel = 3
     try:
         return short.repr(value)
-    except ValueError:  # Python writes no whole number of more than 4,300 digits
+    except ValueError:  # Python refuses to write integers of more than 4,300 digits
         return f"a very large {type(value).__name__}"
 
 

@@ -30,7 +30,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Preempted(KeyboardInterrupt):
-    """The run was asked to end, and can be resumed."""
+    """The run was asked to end and can be resumed."""
 
 
 _deferred = False  # whether a signal is noted instead of raised

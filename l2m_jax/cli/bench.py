@@ -1,4 +1,4 @@
-"""Measure speed and memory; print tables, and write JSON.
+"""Measure speed, memory and what a run survives; print tables, and write JSON.
 
 l2m bench --suite loss,store --json bench.json
 """
@@ -42,8 +42,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--workdir", type=Path, help="where trials of faults are kept, so that a second call resumes"
     )
-    parser.add_argument("--kills", type=int, help="the least number of processes to kill (default: 50)")
-    parser.add_argument("--seed", type=int, help="of the instants and places of faults (default: 0)")
+    parser.add_argument("--kills", type=int, help="the minimum number of processes to kill (default: 50)")
+    parser.add_argument("--seed", type=int, help="seed of the instants and places of faults (default: 0)")
     parser.add_argument("--only", metavar="KIND", help="try only this kind of fault")
     parser.add_argument("--peer-python", help="a Python with the peers' packages (torch, transformers, trl)")
     return parser

@@ -124,7 +124,7 @@ def run(
             raise
         refuse(f"{place}: {error.strerror}; check this path and its permissions")
     except preemption.Preempted:
-        print("ended as asked: run the same command again to resume", file=sys.stderr)
+        print("ended by a signal: run the same command again to resume", file=sys.stderr)
         preemption.end_others()
         sys.exit(preemption.EXIT_STATUS)
     except KeyboardInterrupt:

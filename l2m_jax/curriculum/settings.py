@@ -32,7 +32,7 @@ class Curriculum:
     ranking_model: str = ""  # folder of the student that ranks; empty: the student's initial weights
     ranking_temperature: float = (
         -1.0
-    )  # of the ranking student's answers, 0: greedy (-1: as sampling.temperature)
+    )  # of the ranking student's answers; 0: greedy (-1: as sampling.temperature)
     rerank: bool = False  # at each stage's start, what is not open yet, by the student's cross-entropy
     stratify: str = ""  # rank within strata: "category", or "length" (quarters of the references' lengths)
     subsets: tuple[int, ...] = ()  # the subsets to train on; 1 is the easiest (empty: all)

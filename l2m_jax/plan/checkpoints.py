@@ -26,7 +26,7 @@ class Written:
 
     @property
     def seconds(self) -> float:
-        """To write them; training continues meanwhile, unless the next one is due."""
+        """The time to write them; training continues meanwhile, unless the next one is due."""
         return self.total / DISK_RATE
 
 

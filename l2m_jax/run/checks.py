@@ -30,7 +30,7 @@ from l2m_jax.run.stages import strata_of
 from l2m_jax.training.optimizer import OptimizerSettings, Pretraining, make_optimizer
 from l2m_jax.training.step import state_shapes
 
-CHECKPOINTS = ", checkpoints"  # behind the name of a model
+CHECKPOINTS = ", checkpoints"  # follows the name of a model
 # A checkpoint is written before an older one is deleted: the latest, the best, and the next.
 CHECKPOINTS_AT_ONCE = 3
 
@@ -201,7 +201,7 @@ def check_rows(config: Config, artefacts: Artefacts) -> None:
 
 @contextlib.contextmanager
 def full_disk_explained(config: Config, artefacts: Artefacts) -> Iterator[None]:
-    """Says what the run has yet to write if the disk fills up within the block, in whatever library.
+    """Says what the run has yet to write if the disk fills up within the block, in any library.
 
     Raises:
         InputError: the disk or the quota is full; the run can be resumed.

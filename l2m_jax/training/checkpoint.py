@@ -137,7 +137,7 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
 
     def _write_checksums(self) -> None:
-        """In Orbax's thread: all files of the checkpoint are written, and its folder has not got its name yet."""
+        """In Orbax's thread: all files of the checkpoint are written, and its folder does not have its final name yet."""
         if not is_first():
             return
         for unfinished in self._folder.glob(f"{self._saving}.*tmp*"):

@@ -39,9 +39,7 @@ class OptimizerSettings:
     decay_fraction: float = (
         0.1  # of the updates after the warm-up, in which "wsd" (warm-up, stable, decay) falls
     )
-    ema: float = (
-        0.0  # decay a step of an average of the weights, which is validated and kept instead (0: none)
-    )
+    ema: float = 0.0  # decay per step of an average of the weights, which is validated and kept instead of them (0: none)
 
     def __post_init__(self):
         require_positive(self, "learning_rate", "clip_norm")

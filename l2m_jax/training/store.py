@@ -194,7 +194,7 @@ class TeacherStore:
         return done
 
     def _hash(self, hidden_TxE: np.ndarray, start: int, end: int) -> str:
-        """Of the states of the examples from `start` to `end`."""
+        """The hash of the states of the examples from `start` to `end`."""
         rows = hidden_TxE[self.offsets[start] : self.offsets[end]]
         return hashlib.sha256(rows.view(np.uint8).data).hexdigest()
 

@@ -30,7 +30,7 @@ def run(*, workdir: Path, kills: int = 50, seed: int = 0, only: str = "") -> dic
     The folder of a trial is kept if something was lost.
 
     Args:
-        kills: the least number of processes to kill; a quarter as many are preempted.
+        kills: the minimum number of processes to kill; a quarter as many are preempted.
         seed: of the instants and places of all faults.
         only: the only kind to try; empty for all.
 
