@@ -64,7 +64,10 @@ def outcomes(claims: Claims, cells: Sequence[Cell], workdir: Path) -> list[Outco
     registered = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     found = [_outcome(contrast, _plain(contrast) in registered, scores) for contrast in claims.contrasts]
     primary = [i for i, o in enumerate(found) if o.is_primary and o.found and not math.isnan(o.found.p)]
-    adjusted = dict(zip(primary, holm([found[i].p for i in primary]), strict=True))
+    # Those that have no p yet, or are not in the claims any more, were named too, and count as not significant.
+    named = sum(contrast["role"] == "primary" for contrast in registered)
+    p = [found[i].p for i in primary]
+    adjusted = dict(zip(primary, holm([*p, *[1.0] * (named - len(p))]), strict=False))
     return [_judged(outcome, adjusted.get(i, outcome.p)) for i, outcome in enumerate(found)]
 
 
@@ -177,8 +180,8 @@ def _markdown(claims: Claims, found: Sequence[Outcome]) -> str:
     lines = [
         f"# {claims.title}",
         "",
-        f"Differences over worlds, 95% intervals and p of the paired t test; p is adjusted by Holm's method for the "
-        f"{len(primary)} primary contrasts. The second interval redraws worlds and prompts (bootstrap). "
+        "Differences over worlds, 95% intervals and p of the paired t test; p is adjusted by Holm's method for all "
+        "primary contrasts that were named before the first run. The second interval redraws worlds and prompts (bootstrap). "
         "“Detectable” is the true difference that is found with a probability of 80%.",
         "",
         "![Differences and their intervals](contrasts.png)",

@@ -121,6 +121,8 @@ def test_what_is_shared_is_made_world_by_world_and_contrasts_are_paired(tmp_path
     t = 4 * math.sqrt(3)
     assert strong.p == pytest.approx(2 * (1 - t / math.sqrt(t * t + 2)))
     assert (strong.verdict, weak.verdict) == ("holds", "unresolved")
+    (alone,) = outcomes(Claims("Claims", ARMS, CONTRASTS[:1]), made.cells(), tmp_path)
+    assert alone.p == strong.p  # one that is left out later still counts
     assert mixed.found is not None and mixed.p == mixed.found.p  # secondary: not adjusted
     assert mixed.differences == pytest.approx((2.0, 1.5, 2.65))
     assert (mixed.verdict, unknown.verdict, unknown.worlds) == ("reversed", "unfinished", ())
