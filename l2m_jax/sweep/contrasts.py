@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from l2m_jax import files
+from l2m_jax.errors import InputError
 from l2m_jax.evaluation.protocol import Score
+from l2m_jax.evaluation.sources import parse_set
 from l2m_jax.reporting import figures
 from l2m_jax.reporting.statistics import Paired, bootstrap, detectable, holm, paired, verdict
 from l2m_jax.sweep.cells import Cell, Scores, finished
-from l2m_jax.sweep.claims import PER_PROMPT, SIGNS, Claims, Contrast, is_of_validation
+from l2m_jax.sweep.claims import PER_PROMPT, SIGNS, Claims, Contrast, is_of_diagnostics, is_of_validation
 
 _CLAIMS = "claims.json"
 
@@ -52,6 +54,26 @@ def register(claims: Claims, workdir: Path) -> None:
     """Keeps the contrasts as they are before the first run. Later calls change nothing."""
     if not (workdir / _CLAIMS).is_file():
         files.write_json(workdir / _CLAIMS, [_plain(contrast) for contrast in claims.contrasts])
+
+
+def check_measured(claims: Claims, cells: Sequence[Cell]) -> None:
+    """Checks that the runs will measure what the contrasts compare.
+
+    Raises:
+        InputError: a set that is not evaluated, or a measure of the diagnostics without them; names the contrast.
+    """
+    for contrast in claims.contrasts:
+        for evaluation in [cell.config.evaluation for cell in cells if cell.row in contrast.weights]:
+            names = [parse_set(source)[0] for source in evaluation.sets]
+            if absent := [name for name in contrast.sets if name not in names]:
+                raise InputError(
+                    f"contrasts.{contrast.id}.sets: {absent[0]!r} is not in evaluation.sets ({', '.join(names)})"
+                )
+            if not evaluation.diagnostic_rows and is_of_diagnostics(contrast.metric):
+                raise InputError(
+                    f"contrasts.{contrast.id}.metric: {contrast.metric} is not measured with "
+                    "evaluation.diagnostic_rows = 0; raise it"
+                )
 
 
 def outcomes(claims: Claims, cells: Sequence[Cell], workdir: Path) -> list[Outcome]:
