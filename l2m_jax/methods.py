@@ -225,8 +225,12 @@ def get(
             f"{setting}: {name} uses cross-entropy at beta {beta:g}, and its labels would be the student's own "
             "responses here; set it to 1, or overrides.policy to 'off'"
         )
-    if method.alpha != "own" and curriculum.alpha_by != "stage" and not method.divergence.takes_alpha:
-        raise InputError(f"curriculum.alpha_by: the divergence of {name} has no alpha; leave it at 'stage'")
+    if method.alpha != "own" and not method.divergence.takes_alpha:
+        if curriculum.alpha_by != "stage":
+            raise InputError(
+                f"curriculum.alpha_by: the divergence of {name} has no alpha; leave it at 'stage'"
+            )
+        method = replace(method, alpha="own")
     return method
 
 
@@ -279,8 +283,9 @@ def coefficients(method: Method, curriculum: Curriculum) -> dict[str, Schedule]:
 
 
 def by_step(method: Method, curriculum: Curriculum) -> dict[str, Schedule]:
-    """The coefficients that vary by step."""
-    return {name: s for name, s in coefficients(method, curriculum).items() if s.by_step}
+    """The coefficients that vary by step. One with equal ends is the stages' constant instead."""
+    found = coefficients(method, curriculum)
+    return {name: s for name, s in found.items() if s.by_step and s.values[0] != s.values[-1]}
 
 
 def subsets(

@@ -10,6 +10,7 @@ from l2m_jax.data.order import order_of_examples
 from l2m_jax.errors import InputError
 from l2m_jax.losses import ForwardKL, Objective, SkewKL, SkewReverseKL
 from l2m_jax.methods import Overrides, Rollouts
+from l2m_jax.run.distillation import relevant_curriculum
 
 
 @pytest.mark.parametrize(
@@ -212,9 +213,21 @@ def test_neighbours_are_those_of_their_papers():
 
 
 def test_curricula_set_the_coefficients_of_staged_methods():
-    curriculum = Curriculum(alphas=(0.1, 0.3), betas=(0.5, 0.5, 0.6, 0.9), temperature_by="cosine")
+    curriculum = Curriculum(
+        alphas=(0.1, 0.3), betas=(0.5, 0.5, 0.6, 0.9), temperatures=(1.0, 2.0), temperature_by="cosine"
+    )
     staged = methods.stages(methods.get("m2l"), curriculum, np.arange(8))
     np.testing.assert_allclose([s.alpha for s in staged], [0.3, 0.7 / 3, 0.5 / 3, 0.1])
     assert [s.beta for s in staged] == [0.5, 0.5, 0.6, 0.9]
     assert set(methods.by_step(methods.get("m2l"), curriculum)) == {"temperature"}
     assert not methods.by_step(methods.get("skl"), curriculum)
+    # Without a teacher there must be no array of β, whose program needs one.
+    constant = Curriculum(betas=(0.0,), beta_by="linear")
+    assert not methods.by_step(methods.get("l2m"), constant)
+    assert not methods.needs_teacher(methods.get("l2m"), constant)
+
+
+def test_a_divergence_without_alpha_has_no_schedule_of_it():
+    method = methods.get("l2m", Overrides(divergence="reverse_kl"))
+    assert method.alpha == "own"
+    assert relevant_curriculum(method, Curriculum(alpha=0.3)) == Curriculum()

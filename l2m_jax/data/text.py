@@ -1,15 +1,15 @@
 """Plain text to learn a language from: documents, and their tokens cut into sequences that all carry loss."""
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from l2m_jax import files
 from l2m_jax.data.encoding import ROWS_AT_ONCE
-from l2m_jax.errors import InputError
+from l2m_jax.errors import InputError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +46,8 @@ def read_documents(path: str | Path) -> Iterator[str]:
     """The documents of a text file or of JSON lines, read lazily.
 
     Raises:
-        InputError: the file does not exist, has no text, or has a line that is not a JSON object with `text`.
+        InputError: the file does not exist, is not UTF-8, has no text, or has a line that is not a JSON object with
+            `text`.
     """
     path = Path(path)
     if not path.is_file():
@@ -59,25 +60,23 @@ def read_documents(path: str | Path) -> Iterator[str]:
 
 
 def _json_lines(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path}, line {number}: expected a JSON object with 'text'") from error
-            if not isinstance(text, str):
-                raise InputError(f"{path}, line {number}: 'text' must be a string")
-            if text.strip():
-                yield text
+    for place, value in files.json_lines(path):
+        if not isinstance(value, dict) or "text" not in value:
+            raise InputError(f"{place}: expected a JSON object with 'text'")
+        if not isinstance(value["text"], str):
+            raise InputError(f"{place}: 'text' must be a string")
+        if value["text"].strip():
+            yield value["text"]
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for blank, lines in itertools.groupby(file, key=lambda line: not line.strip()):
-            if not blank:
-                yield "".join(lines).rstrip("\n")
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for blank, lines in itertools.groupby(file, key=lambda line: not line.strip()):
+                if not blank:
+                    yield "".join(lines).rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 ({reason(error)}); give {TEXT_FORM}") from error
 
 
 def encode_text(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", limit: int) -> np.ndarray:

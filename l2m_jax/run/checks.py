@@ -184,11 +184,15 @@ def check_rows(config: Config, artefacts: Artefacts) -> None:
         methods.stages(of.method, of.curriculum, np.arange(len(train)), of.seed, strata_N)
     _, student = _architectures(config, artefacts)
     room = longest_prompt(student, config.sampling, config.data.max_prompt_length)
-    for part in ("validation", "test"):
-        corpus = data.open_corpus(artefacts.corpora[part])
-        if not (corpus.prompt_lengths <= room).any():
+    used: dict[data.Part, int] = {
+        "validation": config.evaluation.validation_rows,
+        "test": config.evaluation.rows,
+    }
+    for part, rows in used.items():
+        prompt_lengths = data.open_corpus(artefacts.corpora[part]).prompt_lengths[: rows or None]
+        if not (prompt_lengths <= room).any():
             raise InputError(
-                f"config.data.{part}: none of {len(corpus)} prompts has at most {room} tokens; set data.truncate, "
+                f"config.data.{part}: none of {len(prompt_lengths)} prompts has at most {room} tokens; set data.truncate, "
                 "or lower sampling.max_new_tokens to leave them more of the model's positions"
             )
     tokenizer = data.load(artefacts.tokenizer)

@@ -176,7 +176,9 @@ class Student:
             f"  {steps(stages, inputs.training.batch_size):,} updates on {examples_seen(stages):,} examples"
             + ", two responses to each" * (inputs.method.contrast is not None)
         )
-        stages_module.show(self._record(plan))
+        reranking = self._reranking(plan) if inputs.curriculum.rerank else None
+        # A run that resumes behind its last stage begins none, so what is known is recorded here too.
+        stages_module.show(self._record(plan if reranking is None else reranking.known()))
         teacher_config, teacher = self._teacher()
         task = self._task(stages, teacher_config)
         assert artefact.progress is not None
@@ -189,7 +191,7 @@ class Student:
             checkpoints,
             context.metrics,
             lambda params: self._validate(params, teacher, task.shapes),
-            self._reranking(plan).begin if inputs.curriculum.rerank else None,
+            None if reranking is None else reranking.begin,
         )
         params = trainer.run(lambda: load_to_train(inputs.initial, context.placement))
         checkpoints.close()

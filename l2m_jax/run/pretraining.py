@@ -73,6 +73,7 @@ def make_pretrained(
         optimizer=pretrain,
         batch_size=pretrain.batch_size,
         seed=inputs.seed,
+        skip_nonfinite=context.skip_nonfinite,
     )
     params = run_task(
         artefact,

@@ -20,7 +20,6 @@ from l2m_jax.curriculum import (
     Stage,
     exposure,
     length_strata,
-    partition,
     stratified,
 )
 from l2m_jax.data.corpus import Corpus
@@ -82,7 +81,9 @@ class Plan:
             order = order[::-1]
         if self.strata_N is not None:
             order = stratified(order, self.strata_N, len(numbers) - opened)
-        anew = zip(numbers[opened:], partition(order, len(numbers) - opened), strict=True)
+        # As large as they were, because schedules and validations count the planned steps.
+        ends = np.cumsum([len(self.subsets[number]) for number in numbers[opened:]])
+        anew = zip(numbers[opened:], np.split(order, ends[:-1]), strict=True)
         return dataclasses.replace(self, subsets=self.subsets | dict(anew), ended=self.stages[:opened])
 
 
@@ -133,21 +134,38 @@ class Reranking:
         Raises:
             InputError: the order of an earlier stage is missing.
         """
-        plan = self._plan
-        # The last subset has nothing left to choose from.
-        for opened in range(1, min(number, len(plan.subsets) - 2) + 1):
-            file = self._folder / f"stage{opened + 1:02}.parquet"
-            if not first(file.is_file):
-                if opened < number:
-                    raise InputError(
-                        f"{file}: missing; remove the student's checkpoints to train it from the start"
-                    )
-                indices = np.sort(plan.unopened(opened))
-                scores = self._cross_entropy(params, indices)
-                first(functools.partial(_write, file, indices, scores))
-            plan = plan.reranked(opened, pq.read_table(file)["example"].to_numpy())
+        plan = self.known(number)
+        opened = len(plan.ended) + 1
+        if opened <= min(number, self._last):
+            file = self._file(opened)
+            if opened < number:
+                raise InputError(
+                    f"{file}: missing; remove the student's checkpoints to train it from the start"
+                )
+            indices = np.sort(plan.unopened(opened))
+            scores = self._cross_entropy(params, indices)
+            first(functools.partial(_write, file, indices, scores))
+            plan = self.known(number)
         self._changed(plan)
         return plan.stages[number]
+
+    def known(self, number: int | None = None) -> Plan:
+        """The plan with the orders that are there, or with those until the start of stage `number`."""
+        plan = self._plan
+        for opened in range(1, (self._last if number is None else min(number, self._last)) + 1):
+            file = self._file(opened)
+            if not first(file.is_file):
+                break
+            plan = plan.reranked(opened, pq.read_table(file)["example"].to_numpy())
+        return plan
+
+    @property
+    def _last(self) -> int:
+        """The last subset has nothing left to choose from."""
+        return len(self._plan.subsets) - 2
+
+    def _file(self, opened: int) -> Path:
+        return self._folder / f"stage{opened + 1:02}.parquet"
 
 
 def _write(file: Path, indices: np.ndarray, cross_entropy: np.ndarray) -> None:

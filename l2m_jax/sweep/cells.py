@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock
-
 from l2m_jax import files, methods
 from l2m_jax.config import Config, change, to_dict
 from l2m_jax.errors import InputError
@@ -135,8 +133,7 @@ def prepare(cells: Sequence[Cell], workdir: Path) -> None:
         InputError: as `pipeline.prepare`.
     """
     shared = workdir / _SHARED
-    workdir.mkdir(parents=True, exist_ok=True)
-    with FileLock(workdir / ".shared.lock"):
+    with locks.held(shared, wait=True):
         for config in _common(cells):
             common = resolve(config, shared, shared).common
             if not all(artefact.is_finished for artefact in common):
@@ -255,5 +252,4 @@ def _check_rows(cells: Sequence[Cell], workdir: Path) -> None:
     """Checks that the last world has training rows, too: what is shared is made world by world."""
     last = max(cells, key=lambda cell: cell.config.world)
     if last.config.world > cells[0].config.world:
-        with FileLock(workdir / ".shared.lock"):
-            pipeline.check(last.config, workdir / _SHARED)
+        pipeline.check(last.config, workdir / _SHARED)

@@ -114,6 +114,11 @@ def is_of_validation(metric: str) -> bool:
     return metric in _OF_VALIDATION
 
 
+def is_of_diagnostics(metric: str) -> bool:
+    """Whether it is measured beside the validations, on the rows of `evaluation.diagnostic_rows`."""
+    return is_of_validation(metric) and metric != "validation_rouge_l"
+
+
 def _weights(expression: str, place: str) -> dict[str, float]:
     """The weights of the arms in a sum such as "(a + b) / 2 - c"."""
     try:

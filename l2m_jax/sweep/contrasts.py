@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from l2m_jax import files
+from l2m_jax.errors import InputError
 from l2m_jax.evaluation.protocol import Score
+from l2m_jax.evaluation.sources import parse_set
 from l2m_jax.reporting import figures
 from l2m_jax.reporting.statistics import Paired, bootstrap, detectable, holm, paired, verdict
 from l2m_jax.sweep.cells import Cell, Scores, finished
-from l2m_jax.sweep.claims import PER_PROMPT, SIGNS, Claims, Contrast, is_of_validation
+from l2m_jax.sweep.claims import PER_PROMPT, SIGNS, Claims, Contrast, is_of_diagnostics, is_of_validation
 
 _CLAIMS = "claims.json"
 
@@ -54,6 +56,26 @@ def register(claims: Claims, workdir: Path) -> None:
         files.write_json(workdir / _CLAIMS, [_plain(contrast) for contrast in claims.contrasts])
 
 
+def check_measured(claims: Claims, cells: Sequence[Cell]) -> None:
+    """Checks that the runs will measure what the contrasts compare.
+
+    Raises:
+        InputError: a set that is not evaluated, or a measure of the diagnostics without them; names the contrast.
+    """
+    for contrast in claims.contrasts:
+        for evaluation in [cell.config.evaluation for cell in cells if cell.row in contrast.weights]:
+            names = [parse_set(source)[0] for source in evaluation.sets]
+            if absent := [name for name in contrast.sets if name not in names]:
+                raise InputError(
+                    f"contrasts.{contrast.id}.sets: {absent[0]!r} is not in evaluation.sets ({', '.join(names)})"
+                )
+            if not evaluation.diagnostic_rows and is_of_diagnostics(contrast.metric):
+                raise InputError(
+                    f"contrasts.{contrast.id}.metric: {contrast.metric} is not measured with "
+                    "evaluation.diagnostic_rows = 0; raise it"
+                )
+
+
 def outcomes(claims: Claims, cells: Sequence[Cell], workdir: Path) -> list[Outcome]:
     """The outcome of each contrast, over the worlds in which all its arms are finished."""
     scores: dict[str, dict[str, tuple[Cell, Scores]]] = {cell.run: {} for cell in cells}
@@ -64,7 +86,10 @@ def outcomes(claims: Claims, cells: Sequence[Cell], workdir: Path) -> list[Outco
     registered = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     found = [_outcome(contrast, _plain(contrast) in registered, scores) for contrast in claims.contrasts]
     primary = [i for i, o in enumerate(found) if o.is_primary and o.found and not math.isnan(o.found.p)]
-    adjusted = dict(zip(primary, holm([found[i].p for i in primary]), strict=True))
+    # Those that have no p yet, or are not in the claims any more, were named too, and count as not significant.
+    named = sum(contrast["role"] == "primary" for contrast in registered)
+    p = [found[i].p for i in primary]
+    adjusted = dict(zip(primary, holm([*p, *[1.0] * (named - len(p))]), strict=False))
     return [_judged(outcome, adjusted.get(i, outcome.p)) for i, outcome in enumerate(found)]
 
 
@@ -177,8 +202,8 @@ def _markdown(claims: Claims, found: Sequence[Outcome]) -> str:
     lines = [
         f"# {claims.title}",
         "",
-        f"Differences over worlds, 95% intervals and p of the paired t test; p is adjusted by Holm's method for the "
-        f"{len(primary)} primary contrasts. The second interval redraws worlds and prompts (bootstrap). "
+        "Differences over worlds, 95% intervals and p of the paired t test; p is adjusted by Holm's method for all "
+        "primary contrasts that were named before the first run. The second interval redraws worlds and prompts (bootstrap). "
         "“Detectable” is the true difference that is found with a probability of 80%.",
         "",
         "![Differences and their intervals](contrasts.png)",

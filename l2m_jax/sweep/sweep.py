@@ -8,7 +8,7 @@ from l2m_jax.errors import InputError
 from l2m_jax.sweep import cells as runs
 from l2m_jax.sweep.cells import Cell
 from l2m_jax.sweep.claims import Claims
-from l2m_jax.sweep.contrasts import register, write_contrasts
+from l2m_jax.sweep.contrasts import check_measured, register, write_contrasts
 from l2m_jax.sweep.presets import Row
 from l2m_jax.sweep.table import write_table
 from l2m_jax.sweep.tuning import Grid, choose, tuning_cells
@@ -23,7 +23,7 @@ class Sweep:
         claims: contrasts between the rows, which are its arms; None without contrasts. Needs `worlds`.
 
     Raises:
-        InputError: an unknown method, or settings that a row cannot have.
+        InputError: an unknown method, settings that a row cannot have, or a contrast of what is not measured.
     """
 
     def __init__(
@@ -42,7 +42,9 @@ class Sweep:
         self._seeds, self._worlds, self._redraw_teacher = seeds, worlds, redraw_teacher
         self._grid, self._claims = grid or {}, claims
         self._tuning = tuning_cells(config, rows, self._grid) if self._grid else []
-        self._cells(tuned=False)
+        cells = self._cells(tuned=False)
+        if claims is not None:
+            check_measured(claims, cells)
 
     def _cells(self, *, tuned: bool = True) -> list[Cell]:
         """The runs that are reported, with each row's choice from the grid if they are `tuned`."""

@@ -219,7 +219,7 @@ class Trainer:
         """Trains from the current position to the end of the stage.
 
         Args:
-            before: updates in earlier stages.
+            before: updates planned in earlier stages.
             rate: the learning rate by step.
 
         Raises:
@@ -230,7 +230,8 @@ class Trainer:
         if self._position.stage_step > 0 and self._after_update(stage, before, log):
             return
         for batch in self._batches_of_stage(stage, log):
-            at = self._position.stage_step if task.restart_optimizer else self._position.step
+            # As planned: a stage that patience ends early leaves no schedule short of its end.
+            at = self._position.stage_step + (0 if task.restart_optimizer else before)
             learning_rate = np.float32(rate(at))
             values = self._train_batch(batch, learning_rate)
             self._position = _after_batch(task, stage, self._position)

@@ -55,13 +55,14 @@ def test_files_of_both_forms_have_the_same_documents(tmp_path):
         ("x.txt", " \n\n", "x.txt has no text"),
         ("x.jsonl", '{"words": "a"}\n', "x.jsonl, line 1: expected a JSON object with 'text'"),
         ("x.jsonl", '{"text": 1}\n', "x.jsonl, line 1: 'text' must be a string"),
-        ("x.jsonl", '{"text": "a"}\nno\n', "x.jsonl, line 2: expected"),
+        ("x.jsonl", '{"text": "a"}\nno\n', "x.jsonl, line 2: not JSON"),
+        ("x.txt", "caf\xe9", "x.txt cannot be read as UTF-8"),
         ("x.txt", None, "no such file"),
     ],
 )
 def test_what_is_no_text_is_named(tmp_path, name, content, said):
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content.encode("latin-1"))
     with pytest.raises(InputError, match=said):
         list(read_documents(tmp_path / name))
 

@@ -126,6 +126,15 @@ def test_what_is_not_open_is_ranked_by_the_current_student(whole):
     for number, subset in final.subsets.items():
         assert np.bincount(_corpus().categories[1][subset]).tolist() == [2, 2, 2], number
     assert sorted(final.unopened(0).tolist()) == list(range(COUNT))
+    known = Reranking(planned, folder / "rerankings", lambda *_: np.zeros(0), print).known()
+    assert [s.tolist() for s in known.subsets.values()] == [s.tolist() for s in final.subsets.values()]
+
+
+def test_subsets_that_are_divided_anew_are_as_large_as_planned():
+    plan = _plan(curriculum=Curriculum(stages=7, subsets=(7, 6, 1), rerank=True))
+    anew = plan.reranked(1, plan.unopened(1)[::-1])
+    assert [len(subset) for subset in anew.subsets.values()] == [3, 3, 4]
+    assert anew.stages == plan.stages
 
 
 @pytest.mark.parametrize("kill_at", [(2, 1), (4, 1)])

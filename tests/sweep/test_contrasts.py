@@ -112,6 +112,23 @@ def test_arms_that_cannot_be_are_refused_by_name():
         world_grid(CONFIG, ARMS, 0)
 
 
+@pytest.mark.parametrize(
+    ("changes", "contrast", "said"),
+    [
+        ({}, {"sets": ("tests",)}, r"contrasts\.odd\.sets: 'tests' is not in evaluation\.sets \(test\)"),
+        (
+            {"evaluation.diagnostic_rows": 0},
+            {"metric": "validation_kl"},
+            "validation_kl is not measured with",
+        ),
+    ],
+)
+def test_contrasts_of_what_is_not_measured_are_refused(tmp_path, changes, contrast, said):
+    claims = Claims("Claims", ARMS, (Contrast("odd", "Odd.", "easy", "plain", **contrast),))
+    with pytest.raises(InputError, match=said):
+        Sweep(change(CONFIG, changes), ARMS, tmp_path, worlds=1, claims=claims)
+
+
 def test_what_is_shared_is_made_world_by_world_and_contrasts_are_paired(tmp_path, runs):
     made = sweep(tmp_path, claims=CLAIMS)
     assert made.run() == {} and runs.prepared == [1, 1, 2, 2, 3, 3]  # once for each alpha
@@ -121,6 +138,8 @@ def test_what_is_shared_is_made_world_by_world_and_contrasts_are_paired(tmp_path
     t = 4 * math.sqrt(3)
     assert strong.p == pytest.approx(2 * (1 - t / math.sqrt(t * t + 2)))
     assert (strong.verdict, weak.verdict) == ("holds", "unresolved")
+    (alone,) = outcomes(Claims("Claims", ARMS, CONTRASTS[:1]), made.cells(), tmp_path)
+    assert alone.p == strong.p  # one that is left out later still counts
     assert mixed.found is not None and mixed.p == mixed.found.p  # secondary: not adjusted
     assert mixed.differences == pytest.approx((2.0, 1.5, 2.65))
     assert (mixed.verdict, unknown.verdict, unknown.worlds) == ("reversed", "unfinished", ())
