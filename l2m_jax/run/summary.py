@@ -27,9 +27,10 @@ def card(
 ) -> ModelCard:
     """The model card of a student. Its ranking must be finished."""
     stages = plan_of(artefacts.students[name].inputs).stages
+    pretrained = ", pretrained on plain text" if config.student.pretrain.text else ""
     return ModelCard(
         name=f"{name} student",
-        student=config.student.model.path or "random weights",
+        student=config.student.model.path or "random weights" + pretrained,
         teacher=config.teacher.model.path or "a teacher trained on the same data",
         method=name,
         alpha=tuple(stage.alpha for stage in stages),

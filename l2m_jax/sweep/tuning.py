@@ -48,13 +48,18 @@ def choose(cells: Sequence[Cell], grid: Grid, workdir: Path) -> dict[str, dict[s
     first or last value of its setting, in which case a wider grid might do better.
 
     Raises:
-        InputError: some runs are not finished.
+        InputError: some runs are not finished, or have lost their validations.
     """
     points, scores, missing = points_of(grid), {}, []
     for cell in cells:
         found = finished(cell, workdir)
         if found is None:
             missing.append(cell.name)
+        elif "validation_rouge_l" not in found.validation:
+            raise InputError(
+                f"{workdir / cell.name}: has no validation in its metrics.jsonl, by which --grid chooses; delete this "
+                "folder to run it again"
+            )
         else:
             point = cell.run.removeprefix("tuning_")
             scores.setdefault(cell.row, {})[point] = found.validation["validation_rouge_l"]
