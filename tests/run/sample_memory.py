@@ -57,7 +57,7 @@ def config(mapping: str, **changes):
         model.architecture.update(num_layers=3, num_heads=4, hidden_size=width)
     values.data.synthetic.update(train=32, tokenizer_size=512)
     values.devices.update(mapping=mapping, count=4, slots=1)
-    values.evaluation.update(seeds=(10,), validations=3)
+    values.evaluation.update(seeds=(10,), validations=3, diagnostic_rows=32)
     values.sampling.max_new_tokens = 2
     values.curriculum.update(stages=2, epochs_per_stage=2)
     values.training.learning_rate = 3e-3

@@ -26,6 +26,7 @@ from l2m_jax.run.models import make_model
 from l2m_jax.run.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
+DIAGNOSED = "--config.evaluation.diagnostic_rows=32"
 
 
 def _command(folder: Path, *flags: str) -> list[str]:
@@ -40,7 +41,7 @@ def _run(folder: Path, *flags: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    done = _run(folder, "--config.baselines=('sft',)")
+    done = _run(folder, DIAGNOSED, "--config.baselines=('sft',)")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -167,7 +168,7 @@ def test_a_student_with_another_tokenizer_is_refused(finished, tmp_path):
 
 def test_a_run_killed_within_a_stage_ends_as_one_that_was_not(finished, tmp_path):
     running = subprocess.Popen(
-        _command(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        _command(tmp_path, DIAGNOSED), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 600
@@ -182,7 +183,7 @@ def test_a_run_killed_within_a_stage_ends_as_one_that_was_not(finished, tmp_path
     times = tmp_path / "run" / "phases.json"
     before = json.loads(times.read_text())
     # Without diagnostics: they change what is reported, and nothing else.
-    again = _run(tmp_path, "--config.evaluation.diagnostic_rows=0")
+    again = _run(tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "already there" in again.stdout
     seconds = json.loads(times.read_text())
