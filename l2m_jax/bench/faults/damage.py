@@ -77,8 +77,11 @@ def train(flags: Sequence[str], workdir: Path) -> tuple[int, str]:
     command = importlib.import_module("l2m_jax.cli.main")
     data.open_corpus.cache_clear()
     errors = io.StringIO()
-    with contextlib.redirect_stderr(errors), open(os.devnull, "w") as nowhere:
-        before, progress.console.file = progress.console.file, nowhere
+    with (
+        contextlib.redirect_stderr(errors),
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
         try:
             command.main(["train", *flags, f"--workdir={workdir}", _ALONE])
             status = 0
@@ -87,8 +90,6 @@ def train(flags: Sequence[str], workdir: Path) -> tuple[int, str]:
         except BaseException:
             traceback.print_exc()
             status = 1
-        finally:
-            progress.console.file = before
     return status, errors.getvalue()
 
 
