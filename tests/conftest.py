@@ -7,6 +7,10 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Workers and the processes that tests start compile the same small programs: each is compiled once.
+_COMPILED = Path(__file__).resolve().parents[1] / ".pytest_cache" / "xla"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_COMPILED))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import importlib.util
 import json
@@ -37,7 +41,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _compiled_programs():
     """Programs are let go of where they are many: each has memory maps, of which a process may have 65,530."""
     yield
-    jax.config.update("jax_compilation_cache_dir", None)  # a run in the tests sets it for the whole process
     maps = Path("/proc/self/maps")
     if not maps.exists() or len(maps.read_text().splitlines()) > 20_000:
         jax.clear_caches()
