@@ -69,7 +69,7 @@ def load(
             f"layers: {absent[0]} must be between 0 and {config.num_layers - 1}, the layers of '{folder_or_name}'"
         )
     params = weights.fill(config, table, source, put=put, layers=layers, frozen=frozen)
-    return dataclasses.replace(config, num_layers=len(layers) or config.num_layers), params
+    return config.keep_layers(layers) if layers else config, params
 
 
 def load_head(folder_or_name: str | os.PathLike, *, dtype: str, put: Put | None = None) -> jax.Array:
