@@ -32,6 +32,11 @@ _NOT_IDENTITY = (
     "dtype", "param_dtype", "remat", "attention", "scan_layers",
     "embedding_dropout", "attention_dropout", "residual_dropout",
 )  # fmt: skip
+# Fields that came later: at their defaults they are left out, so that answers from before them stay.
+_LATER = (
+    "layer_types", "sliding_window", "sliding_rope", "norm_zero_centered", "update_norm", "qk_norm",
+    "attention_out_bias", "query_scalar", "scale_embeddings",
+)  # fmt: skip
 
 
 def default_slots(config: DecoderConfig, max_length: int) -> int:
@@ -82,7 +87,8 @@ class Generator:
     def fingerprint(self, *facts: Any) -> str:
         """Changes with `facts` and with the architecture, but not with what only changes cost or rounding."""
         identity = dataclasses.asdict(self.config)
-        for name in _NOT_IDENTITY:
+        defaults = {field.name: field.default for field in dataclasses.fields(self.config)}
+        for name in (*_NOT_IDENTITY, *(n for n in _LATER if identity[n] == defaults[n])):
             del identity[name]
         return fingerprint(identity, *facts)
 

@@ -1,4 +1,4 @@
-"""GPT-2, OPT and Llama as one decoder, loaded from and saved to Hugging Face folders."""
+"""GPT-2, OPT, Llama and its successors as one decoder, loaded from and saved to Hugging Face folders."""
 
 from l2m_jax.models.architecture import DecoderConfig, Rope
 from l2m_jax.models.decoder import (

@@ -1,7 +1,8 @@
 """The configuration of a decoder: sizes, norms, positions, and how it is computed."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
@@ -32,11 +33,13 @@ _INT32 = (
     "head_dim",
     "intermediate_size",
     "max_positions",
+    "sliding_window",
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
 )
 _MOST_LAYERS = 1 << 14
+_LAYER_TYPES = ("full", "sliding", "no_rope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,18 @@ class Rope:
         )
 
 
+class LayerKind(NamedTuple):
+    """What may differ from layer to layer.
+
+    Attributes:
+        window: how many tokens a token sees, itself included; None: all before it.
+        rope: its rotary positions; None: none.
+    """
+
+    window: int | None
+    rope: Rope | None
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """A decoder-only transformer. Hashable, so that it can be a static argument of `jax.jit`.
@@ -78,13 +93,22 @@ class DecoderConfig:
         max_positions: the longest sequence. A learned table has `max_positions + position_offset` rows.
         position_offset: row of the table that position 0 reads (2 in OPT).
         rope: rotary positions instead of a learned table.
+        layer_types: of each layer "full", "sliding" (`sliding_window`, `sliding_rope`) or "no_rope" (no positions at
+            all, SmolLM3). Empty: all sliding if there is a `sliding_window`, all full otherwise.
+        sliding_window: in sliding layers a token sees so many tokens, itself included.
+        sliding_rope: rotary positions of sliding layers where they differ from `rope` (Gemma 3).
         norm, norm_eps, norm_affine: "layer" or "rms"; whether norms have parameters.
+        norm_zero_centered: norms multiply by 1 + scale (Gemma).
         pre_norm: norms before attention and MLP; otherwise after each residual sum (OPT-350M).
+        update_norm: another norm after attention and MLP, before each residual sum (Gemma).
+        qk_norm: norms over each head of queries and keys, before they are rotated (Qwen3, Gemma 3).
         final_norm: a norm after the last block.
         activation: a key of `activations.ACTIVATIONS`.
         gated_mlp: down(act(gate(x)) * up(x)) instead of down(act(up(x))).
         attention_bias, mlp_bias: whether those projections have biases.
-        scale_attention: divide attention scores by sqrt(head_dim).
+        attention_out_bias: whether the projection from the heads has one. None: as `attention_bias`.
+        scale_attention: divide attention scores by sqrt(head_dim), or by sqrt(query_scalar) if it is given (Gemma).
+        scale_embeddings: multiply token embeddings by sqrt(hidden_size), rounded to `dtype` first (Gemma).
         tie_embeddings: the head is the token embedding.
         embedding_dropout, attention_dropout, residual_dropout: rates, applied where Hugging Face applies them.
         init_std: standard deviation of random weights; `scaled_residual_init` divides it by sqrt(2 num_layers)
@@ -136,6 +160,15 @@ class DecoderConfig:
     remat: str = "none"
     scan_layers: bool | None = None
     attention: str = "auto"
+    layer_types: tuple[str, ...] = ()
+    sliding_window: int | None = None
+    sliding_rope: Rope | None = None
+    norm_zero_centered: bool = False
+    update_norm: bool = False
+    qk_norm: bool = False
+    attention_out_bias: bool | None = None
+    query_scalar: float | None = None
+    scale_embeddings: bool = False
 
     def __post_init__(self):
         # Accepts jnp.bfloat16 and the like, but stores the name, which JSON and command lines can hold.
@@ -162,11 +195,42 @@ class DecoderConfig:
             )
         if self.rope is not None and self.head_dim % 2:
             raise InputError(f"head_dim: {self.head_dim} must be even, as rotary positions rotate pairs")
+        self._check_layer_types()
         if not 0 < self.valid_vocab_size <= self.vocab_size:
             raise InputError(
                 f"valid_vocab_size: {self.valid_vocab_size} must be between 1 and vocab_size {self.vocab_size}; "
                 "a tokenizer with more tokens than the embedding has rows belongs to another model"
             )
+
+    def _check_layer_types(self) -> None:
+        for name in ("sliding_window", "query_scalar"):
+            if getattr(self, name) is not None:
+                require_positive(self, name)
+        if self.layer_types and len(self.layer_types) != self.num_layers:
+            raise InputError(
+                f"layer_types: {len(self.layer_types)} entries, but num_layers is {self.num_layers}; give one for "
+                "each layer"
+            )
+        if unknown := [kind for kind in self.layer_types if kind not in _LAYER_TYPES]:
+            raise InputError(f"layer_types: {shown(unknown[0])} is not one of {', '.join(_LAYER_TYPES)}")
+        if "sliding" in self.layer_types and self.sliding_window is None:
+            raise InputError("layer_types: 'sliding' needs a sliding_window, which is not given")
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """What differs between layers, one entry for each of them."""
+        kinds = {
+            "full": LayerKind(None, self.rope),
+            "sliding": LayerKind(self.sliding_window, self.sliding_rope or self.rope),
+            "no_rope": LayerKind(None, None),
+        }
+        types = self.layer_types or ("sliding",) * self.num_layers
+        return tuple(kinds[kind] for kind in types)
+
+    def keep_layers(self, layers: Sequence[int]) -> "DecoderConfig":
+        """The config of a model of these layers alone, in this order."""
+        types = tuple(self.layer_types[layer] for layer in layers) if self.layer_types else ()
+        return dataclasses.replace(self, num_layers=len(layers), layer_types=types)
 
     @property
     def has_dropout(self) -> bool:

@@ -1,6 +1,6 @@
 """Attention over packed rows and over a KV cache, and rotary positions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -50,6 +50,18 @@ def rope_angles(rope: Rope, head_dim: int, positions_BxL: jax.Array) -> RopeAngl
     return RopeAngles(jnp.cos(angles), jnp.sin(angles))
 
 
+def layer_angles(ropes: Sequence[Rope | None], head_dim: int, positions_BxL: jax.Array) -> RopeAngles:
+    """Angles with a leading axis for `ropes`; layers without rotary positions turn by 0."""
+
+    def angles(rope):
+        if rope is not None:
+            return rope_angles(rope, head_dim, positions_BxL)
+        zeros = jnp.zeros((*positions_BxL.shape, 1, head_dim), jnp.float32)
+        return RopeAngles(zeros + 1, zeros)
+
+    return jax.tree.map(lambda *kinds: jnp.stack(kinds), *map(angles, ropes))
+
+
 def rotate(x_BxLxHxD: jax.Array, angles: RopeAngles) -> jax.Array:
     """Rotates the pairs (d, d + D/2) of queries or keys, in float32."""
     x = x_BxLxHxD.astype(jnp.float32)
@@ -80,11 +92,13 @@ def why_not_cudnn(dtype: jax.typing.DTypeLike, length: int, head_dim: int) -> st
 
 
 def _scale(config: DecoderConfig) -> float:
-    return config.head_dim**-0.5 if config.scale_attention else 1.0
+    return (config.query_scalar or config.head_dim) ** -0.5 if config.scale_attention else 1.0
 
 
 def causal(config: DecoderConfig, segment_ids_BxL: jax.Array | None, keep_kv: bool = False) -> Callable:
     """Each token attends to itself and to earlier tokens of its own segment. The cache is (key, value), or None.
+
+    With `window`, a token sees only so many tokens, itself included; an array where layers differ.
 
     Empty slots (segment 0) attend to each other, so that every softmax has something to sum over.
     """
@@ -92,18 +106,27 @@ def causal(config: DecoderConfig, segment_ids_BxL: jax.Array | None, keep_kv: bo
     if segment_ids_BxL is not None:
         mask = split_rows((segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :])[:, None])
 
-    def attend(query, key, value, dropout):
+    def attend(query, key, value, dropout, window=None):
+        visible = mask if window is None else _within(window, mask, query.shape[:2])
         query, key, value = split_rows(query), split_rows(key), split_rows(value)
         # JAX's cuDNN attention has no dropout: training can use it only with an `attention_dropout` of 0.
         if dropout is None and _implementation(config, query) == "cudnn":
             attended = jax.nn.dot_product_attention(
-                query, key, value, mask=mask, scale=_scale(config), is_causal=True, implementation="cudnn"
+                query, key, value, mask=visible, scale=_scale(config), is_causal=True, implementation="cudnn"
             )
         else:
-            attended = _in_blocks(config, query, key, value, mask, dropout)
+            attended = _in_blocks(config, query, key, value, visible, dropout)
         return attended, (key, value) if keep_kv else None
 
     return attend
+
+
+def _within(window: int | jax.Array, mask_Bx1xLxL: jax.Array | None, rows: tuple[int, int]) -> jax.Array:
+    """The mask, without what lies `window` tokens back or more. Slots of a row are as far apart as positions."""
+    B, L = rows
+    slots = jnp.arange(L)
+    near = (slots[:, None] - slots[None, :] < window)[None, None]
+    return split_rows(jnp.broadcast_to(near, (B, 1, L, L))) if mask_Bx1xLxL is None else mask_Bx1xLxL & near
 
 
 def _in_blocks(
@@ -150,8 +173,13 @@ def _in_blocks(
     return jnp.concatenate(blocks, -2).transpose(0, 3, 1, 2, 4).reshape(B, L, H, D)
 
 
-def cached(config: DecoderConfig, cache: LayerCache, positions_B: jax.Array) -> Callable:
-    """One new token per row: writes its key and value to slot `positions_B`; its query sees the slots up to there."""
+def cached(
+    config: DecoderConfig, cache: LayerCache, positions_B: jax.Array, window: int | None = None
+) -> Callable:
+    """One new token per row: writes its key and value to slot `positions_B`; its query sees the slots up to there.
+
+    With `window`, it sees only the last so many of them.
+    """
 
     def attend(query_Bx1xHxD, key_Bx1xKxD, value_Bx1xKxD, dropout):
         B, _, H, D = query_Bx1xHxD.shape
@@ -162,6 +190,8 @@ def cached(config: DecoderConfig, cache: LayerCache, positions_B: jax.Array) -> 
         query = query_Bx1xHxD.reshape(B, K, H // K, D)
         scores = jnp.einsum("BKGD,BKSD->BKGS", query, keys, preferred_element_type=jnp.float32)
         visible = jnp.arange(S)[None] <= positions_B[:, None]
+        if window is not None:
+            visible &= positions_B[:, None] - jnp.arange(S)[None] < window
         scores = jnp.where(visible[:, None, None], scores * _scale(config), jnp.finfo(jnp.float32).min)
         probabilities = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
         attended = jnp.einsum("BKGS,BKSD->BKGD", probabilities, values)

@@ -1,4 +1,4 @@
-"""The transformer. GPT-2, OPT and Llama are configurations of it.
+"""The transformer. Every family is a configuration of it.
 
 Pure functions of (config, params, ...), to be traced under the caller's `jax.jit` with `config` static. Parameters
 are nested dicts of arrays; those under "blocks" have a leading layer axis N.
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from l2m_jax.errors import InputError
-from l2m_jax.models.architecture import DecoderConfig
-from l2m_jax.models.attention import LayerCache, cached, causal, rope_angles
+from l2m_jax.models.architecture import DecoderConfig, LayerKind
+from l2m_jax.models.attention import LayerCache, cached, causal, layer_angles, rope_angles
 from l2m_jax.models.layers import Block, Embeddings, Output
 from l2m_jax.types import Params
 
@@ -34,7 +34,8 @@ def init(config: DecoderConfig, key: jax.Array) -> Params:
     x = jnp.zeros((1, 1, config.hidden_size), config.dtype)
 
     def init_block(key):
-        return Block(config).init(key, x, _rope(config, tokens), causal(config, None)).get("params", {})
+        rope = config.rope and rope_angles(config.rope, config.head_dim, tokens)
+        return Block(config).init(key, x, rope, causal(config, None)).get("params", {})
 
     params = {
         "embeddings": Embeddings(config).init(embeddings_key, tokens, tokens)["params"],
@@ -199,17 +200,33 @@ def decode_step(
         params = unstack_layers(params)
     positions_Bx1 = positions_B[:, None]
     x = _apply(Embeddings(config), params["embeddings"], tokens_B[:, None], positions_Bx1)
-    rope = _rope(config, positions_Bx1)
+    kinds = config.layer_kinds
+    angles = {
+        rope: rope and rope_angles(rope, config.head_dim, positions_Bx1) for _, rope in dict.fromkeys(kinds)
+    }
     updated = []
-    for layer, layer_cache in zip(params["blocks"], cache, strict=True):
-        x, layer_cache = _apply(Block(config), layer, x, rope, cached(config, layer_cache, positions_B))
+    for layer, layer_cache, (window, rope) in zip(params["blocks"], cache, kinds, strict=True):
+        attend = cached(config, layer_cache, positions_B, window)
+        x, layer_cache = _apply(Block(config), layer, x, angles[rope], attend)
         updated.append(layer_cache)
     hidden = _apply(Output(config), params["output"], x)
     return hidden[:, 0], tuple(updated)
 
 
-def _rope(config, positions_BxL):
-    return None if config.rope is None else rope_angles(config.rope, config.head_dim, positions_BxL)
+def _layer_kinds(config, positions_BxL) -> tuple[Callable, jax.Array | None]:
+    """(kind -> its rope angles and window, the kind of each layer). Kinds are None where all layers are alike."""
+    L = positions_BxL.shape[1]
+    # A window as long as the row hides nothing.
+    kinds = [LayerKind(w if w is not None and w < L else None, rope) for w, rope in config.layer_kinds]
+    distinct = list(dict.fromkeys(kinds))
+    windows, ropes = zip(*distinct, strict=True)
+    if len(distinct) == 1:
+        angles = ropes[0] and rope_angles(ropes[0], config.head_dim, positions_BxL)
+        return lambda kind: (angles, windows[0]), None
+    angles = layer_angles(ropes, config.head_dim, positions_BxL)
+    sees = jnp.array([window or L for window in windows]) if any(windows) else None
+    kind_N = jnp.array([distinct.index(kind) for kind in kinds])
+    return lambda kind: jax.tree.map(lambda x: x[kind], (angles, sees)), kind_N
 
 
 def _positions(config, tokens_BxL, segment_ids_BxL, positions_BxL):
@@ -241,11 +258,13 @@ def _forward(config, params, tokens_BxL, positions_BxL, attend: Callable, dropou
         layer_keys = jax.random.split(blocks_key, config.num_layers)
     deterministic = dropout_key is None
     scan_layers = config.num_layers > _MAX_UNROLLED if config.scan_layers is None else config.scan_layers
-    rope = _rope(config, positions_BxL)
+    of_kind, kinds = _layer_kinds(config, positions_BxL)
 
-    def block(x, layer_and_key):
-        layer, key = layer_and_key
-        return _apply(Block(config), layer, x, rope, attend, deterministic, dropout_key=key)
+    def block(x, inputs):
+        layer, key, kind = inputs
+        rope, window = of_kind(kind)
+        near = functools.partial(attend, window=window)
+        return _apply(Block(config), layer, x, rope, near, deterministic, dropout_key=key)
 
     if config.remat != "none":
         # A scan already prevents common subexpression elimination between forward and backward pass.
@@ -255,5 +274,5 @@ def _forward(config, params, tokens_BxL, positions_BxL, attend: Callable, dropou
     inputs = (tokens_BxL, positions_BxL, deterministic)
     x = _apply(Embeddings(config), params["embeddings"], *inputs, dropout_key=embeddings_key)
     unroll = 1 if scan_layers else config.num_layers
-    x, caches = jax.lax.scan(block, x, (params["blocks"], layer_keys), unroll=unroll)
+    x, caches = jax.lax.scan(block, x, (params["blocks"], layer_keys, kinds), unroll=unroll)
     return _apply(Output(config), params["output"], x), caches

@@ -24,8 +24,9 @@ class Norm(nn.Module):
             x = x - x.mean(axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + c.norm_eps)
         if c.norm_affine:
-            scale = self.param("scale", nn.initializers.ones, width, c.param_dtype)
-            x = x * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)
+            fresh = nn.initializers.zeros if c.norm_zero_centered else nn.initializers.ones
+            scale = self.param("scale", fresh, width, c.param_dtype).astype(jnp.float32)
+            x = x * jnp.broadcast_to(1 + scale if c.norm_zero_centered else scale, x.shape)
         if c.norm_affine and c.norm == "layer":
             bias = self.param("bias", nn.initializers.zeros, width, c.param_dtype)
             x = x + jnp.broadcast_to(bias.astype(jnp.float32), x.shape)
@@ -67,13 +68,16 @@ class Attention(nn.Module):
         query = heads("query", c.num_heads)
         key = heads("key", c.num_kv_heads)
         value = heads("value", c.num_kv_heads)
+        if c.qk_norm:
+            query, key = Norm(c, name="query_norm")(query), Norm(c, name="key_norm")(key)
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
         drops = c.attention_dropout > 0 and not deterministic
         dropout = nn.Dropout(c.attention_dropout, deterministic=False) if drops else None
         attended, cache = attend(query, key, value, dropout)
         attended = attended.reshape(B, L, c.num_heads * c.head_dim)
-        return _dense(c, E, c.attention_bias, "out", writes_residual=True)(attended), cache
+        out_bias = c.attention_bias if c.attention_out_bias is None else c.attention_out_bias
+        return _dense(c, E, out_bias, "out", writes_residual=True)(attended), cache
 
 
 class MLP(nn.Module):
@@ -107,12 +111,17 @@ class Block(nn.Module):
         x_BxLxE = split_rows(x_BxLxE)
         update = attention_norm(x_BxLxE) if c.pre_norm else x_BxLxE
         update, cache = Attention(c, name="attention")(update, rope, attend, deterministic)
+        if c.update_norm:
+            update = Norm(c, name="attention_update_norm")(update)
         x_BxLxE = x_BxLxE + dropout(update)
         if not c.pre_norm:
             x_BxLxE = attention_norm(x_BxLxE)
 
         update = mlp_norm(x_BxLxE) if c.pre_norm else x_BxLxE
-        x_BxLxE = x_BxLxE + dropout(MLP(c, name="mlp")(update))
+        update = MLP(c, name="mlp")(update)
+        if c.update_norm:
+            update = Norm(c, name="mlp_update_norm")(update)
+        x_BxLxE = x_BxLxE + dropout(update)
         if not c.pre_norm:
             x_BxLxE = mlp_norm(x_BxLxE)
         return x_BxLxE, cache
@@ -138,6 +147,8 @@ class Embeddings(nn.Module):
             )
 
         x = embed(c.vocab_size, c.embed_size, "tokens")(tokens_BxL)
+        if c.scale_embeddings:
+            x = x * jnp.asarray(c.hidden_size**0.5, c.dtype)
         if c.embed_size != c.hidden_size:
             x = _dense(c, c.hidden_size, False, "project_in")(x)
         if c.rope is None:

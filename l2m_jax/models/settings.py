@@ -17,7 +17,7 @@ _RATES = ("embedding_dropout", "attention_dropout", "residual_dropout")
 class Architecture:
     """A model with random weights, used if `Model.path` is empty."""
 
-    family: str = "gpt2"  # "gpt2", "opt" or "llama"
+    family: str = "gpt2"  # a key of `hf.families.FAMILIES`: "gpt2", "opt", "llama", "qwen3", ...
     num_layers: int = 2
     num_heads: int = 4
     num_kv_heads: int = 0  # 0: as many as num_heads
@@ -35,15 +35,16 @@ class Architecture:
             )
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             raise InputError(f"num_kv_heads: {self.num_kv_heads} must divide num_heads {self.num_heads}")
-        if self.family != "llama" and self.num_kv_heads not in (0, self.num_heads):
+        rotates = "rope" in FAMILIES[self.family].RANDOM
+        if not rotates and self.num_kv_heads not in (0, self.num_heads):
             raise InputError(
-                f"num_kv_heads: {self.num_kv_heads} must be 0 or num_heads {self.num_heads}, as only llama models "
-                "share key/value heads"
+                f"num_kv_heads: {self.num_kv_heads} must be 0 or num_heads {self.num_heads}, as {self.family} models "
+                "share no key/value heads"
             )
-        if self.family == "llama" and self.hidden_size // self.num_heads % 2:
+        if rotates and self.hidden_size // self.num_heads % 2:
             raise InputError(
                 f"hidden_size: {self.hidden_size} with num_heads {self.num_heads} must give an even head size, "
-                "as the rotary positions of llama models rotate pairs"
+                f"as the rotary positions of {self.family} models rotate pairs"
             )
 
 
@@ -85,6 +86,9 @@ class Compute:
 def random_config(architecture: Architecture, tokenizer: Any) -> DecoderConfig:
     """The config of a model with random weights for a `transformers` tokenizer, with its family's dropout rates."""
     a = architecture
+    fields = dict(FAMILIES[a.family].RANDOM)
+    if types := fields.pop("layer_types", ()):
+        fields["layer_types"] = tuple(types[n % len(types)] for n in range(a.num_layers))
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return DecoderConfig(
         family=a.family,
@@ -99,7 +103,7 @@ def random_config(architecture: Architecture, tokenizer: Any) -> DecoderConfig:
         intermediate_size=a.intermediate_size or 4 * a.hidden_size,
         max_positions=a.max_positions,
         **special,
-        **FAMILIES[a.family].RANDOM,
+        **fields,
     )
 
 

@@ -160,7 +160,7 @@ def workload(config: Config, platform: str, num_devices: int) -> Workload:
         lengths, prompt_lengths, tokenizer, assumptions = _data(config, Path(folder))
     teacher = _architecture(config.teacher.model, "teacher", tokenizer)
     if config.student.model.init == "teacher_layers":
-        student = dataclasses.replace(teacher, num_layers=len(config.student.model.layers))
+        student = teacher.keep_layers(config.student.model.layers)
     else:
         student = _architecture(config.student.model, "student", tokenizer)
     return Workload(

@@ -160,7 +160,7 @@ def initial_config(inputs: ModelInputs, compute: Compute) -> DecoderConfig:
             raise InputError(
                 f"layers: {absent[0]} is not among the teacher's {teacher.num_layers}, counted from 0"
             )
-        return dataclasses.replace(teacher, num_layers=len(inputs.model.layers))
+        return teacher.keep_layers(inputs.model.layers)
     if inputs.weights is not None:
         return read_config(inputs.weights, compute, inputs.tokenizer)
     config = random_config(inputs.model.architecture, data.load(inputs.tokenizer))

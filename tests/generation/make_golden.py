@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 HERE = Path(__file__).parent
 MODELS = HERE.parent / "models" / "golden"
-CASES = ("gpt2", "opt", "opt_350m", "llama_gqa_tied")
+CASES = ("gpt2", "opt", "opt_350m", "llama_gqa_tied", "mistral_window", "gemma3")
 RULES = {
     "plain": {"max_new_tokens": 12},
     "no repeated 2-gram, no early end": {

@@ -33,7 +33,8 @@ def random_model(hf: dict, seed: int):
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm = "norm" in name or ".ln_" in name
-            parameter.copy_(1 + 0.2 * noise if is_norm and name.endswith("weight") else 0.3 * noise)
+            one = 0 if hf["model_type"].startswith("gemma3") else 1
+            parameter.copy_(one + 0.2 * noise if is_norm and name.endswith("weight") else 0.3 * noise)
     return model
 
 

@@ -39,6 +39,10 @@ def test_configs_are_values():
         ({"num_kv_heads": 0}, "num_kv_heads: 0 must be greater than 0"),
         ({"residual_dropout": 1.0}, "residual_dropout: 1.0 must be at least 0 and below 1"),
         ({"attention_dropout": float("nan")}, "attention_dropout: expected a finite number, got nan"),
+        ({"layer_types": ("sliding",)}, "layer_types: 'sliding' needs a sliding_window"),
+        ({"layer_types": ("full", "full")}, "layer_types: 2 entries, but num_layers is 1"),
+        ({"layer_types": ("local",)}, "layer_types: 'local' is not one of full, sliding, no_rope"),
+        ({"sliding_window": 0}, "sliding_window: 0 must be greater than 0"),
         ({"valid_vocab_size": 10}, "valid_vocab_size: 10 must be between 1 and vocab_size 9"),
     ],
 )

@@ -45,6 +45,19 @@ def test_causal_attention_within_segments(qkv, packed, scaled):
     assert kept is None
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("window", [1, 3, jnp.array(3), L + 1])
+def test_a_window_of_earlier_tokens(qkv, packed, window):
+    segment_ids = jnp.array([[1, 1, 2, 2, 2, 2]] * B) if packed else None
+    mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    attended, _ = module.causal(CONFIG, segment_ids)(*qkv, None, window)
+    before = (int(window) - 1, 0)
+    expected = jax.nn.dot_product_attention(
+        *qkv, mask=mask, is_causal=True, local_window_size=before, implementation="xla"
+    )
+    np.testing.assert_allclose(attended, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("block", "max_blocks"), [(64, 8), (64, 2), (256, 8)])
 def test_blocks_of_queries_are_one_attention(monkeypatch, dtype, block, max_blocks):

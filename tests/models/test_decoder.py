@@ -48,6 +48,19 @@ FAMILIES = {
         tie_embeddings=False,
     ),
 }
+# The layers differ in window and rotary positions.
+FAMILIES["gemma3"] = dataclasses.replace(
+    FAMILIES["llama"],
+    family="gemma3_text",
+    layer_types=("sliding", "no_rope"),
+    sliding_window=3,
+    sliding_rope=models.Rope(theta=100.0),
+    norm_zero_centered=True,
+    update_norm=True,
+    qk_norm=True,
+    scale_embeddings=True,
+    query_scalar=7.0,
+)
 B, L = 2, 10
 
 logits = jax.jit(models.logits, static_argnums=0)
@@ -92,6 +105,17 @@ def test_no_token_sees_another_segment(model):
     same = segment_ids[:, None] == segment_ids[None, :]
     assert (influence[~same] == 0).all()
     assert (influence[same & np.tri(L, dtype=bool)] > 0).all()
+
+
+def test_no_token_sees_beyond_the_window():
+    config = dataclasses.replace(FAMILIES["llama"], num_layers=1, sliding_window=3)
+    segment_ids = np.array([1, 1, 2, 2, 2, 2, 2, 2, 0, 0])
+    params = models.init(config, jax.random.key(0))
+    influence = _influence(config, params, jnp.arange(L)[None], jnp.asarray(segment_ids)[None])
+    visible = (
+        (segment_ids[:, None] == segment_ids[None, :]) & np.tri(L, dtype=bool) & ~np.tri(L, k=-3, dtype=bool)
+    )
+    np.testing.assert_array_equal(influence > 0, visible)
 
 
 def test_packed_rows_equal_separate_ones(model, tokens):

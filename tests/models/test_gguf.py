@@ -1,3 +1,4 @@
+import dataclasses
 import sys
 
 import jax
@@ -34,6 +35,11 @@ CONFIG = models.DecoderConfig(
     eos_token_id=2,
     pad_token_id=0,
 )
+# Each field differs from its family's default in config.json, so that it must come from the file.
+OTHERS = {
+    "qwen2": {"attention_bias": True, "attention_out_bias": False},
+    "qwen3": {"qk_norm": True, "head_dim": 12, "tie_embeddings": False},
+}
 CONTROL, NORMAL = 3, 1
 
 
@@ -53,8 +59,10 @@ def _tokens() -> list[str]:
     return tokens + [f"<unused{i}>" for i in range(300 - len(tokens))]
 
 
-def write_gguf(file, params, *, architecture="llama", quantise=False, pre="smollm", **extra):
+def write_gguf(file, params, *, config=CONFIG, architecture="llama", quantise=False, pre="smollm", **extra):
     writer = gguf.GGUFWriter(file, architecture)
+    if config is not CONFIG:
+        writer.add_key_length(config.head_dim)
     writer.add_block_count(CONFIG.num_layers)
     writer.add_context_length(CONFIG.max_positions)
     writer.add_embedding_length(CONFIG.hidden_size)
@@ -78,14 +86,15 @@ def write_gguf(file, params, *, architecture="llama", quantise=False, pre="smoll
     writer.add_pad_token_id(0)
     writer.add_chat_template("{{ messages[0]['content'] }}")
 
-    names = {hf: stored for stored, hf in _TOP.items()}
+    names = {hf: stored for stored, hf in _TOP.items()} | {"lm_head.weight": "output.weight"}
     for layer in range(CONFIG.num_layers):
         names |= {
-            f"model.layers.{layer}.{hf}.weight": f"blk.{layer}.{stored}.weight"
+            f"model.layers.{layer}.{hf}.{kind}": f"blk.{layer}.{stored}.{kind}"
             for stored, hf in _BLOCK.items()
+            for kind in ("weight", "bias")
         }
-    for name, tensor in weights.tensors(CONFIG, llama.weights(CONFIG), params):
-        if ".q_proj." in name or ".k_proj." in name:
+    for name, tensor in weights.tensors(config, llama.weights(config), params):
+        if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
             tensor = _permute(tensor, CONFIG.num_heads if ".q_proj." in name else CONFIG.num_kv_heads)
         tensor = np.ascontiguousarray(tensor)
         kind = gguf.GGMLQuantizationType.Q8_0 if quantise and tensor.ndim == 2 else None
@@ -126,6 +135,18 @@ def test_weights_and_config(file, params):
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
+@pytest.mark.parametrize("family", OTHERS)
+def test_qwen(tmp_path, family):
+    config = dataclasses.replace(CONFIG, family=family, **OTHERS[family])
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: models.init(config, jax.random.key(1)))
+    params = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(np.float32), shapes)
+    write_gguf(tmp_path / "qwen.gguf", params, config=config, architecture=family)
+    read, loaded = models.load(tmp_path / "qwen.gguf")
+    assert dataclasses.replace(read, norm_eps=config.norm_eps, init_std=config.init_std) == config
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
 def test_quantised_weights_are_dequantised_to_the_dtype_asked_for(tmp_path, params):
     write_gguf(tmp_path / "q8.gguf", params, quantise=True)
     config, loaded = models.load(tmp_path / "q8.gguf", param_dtype="bfloat16")
@@ -162,9 +183,9 @@ def test_tokenizer(file):
 
 
 def test_what_is_not_supported(tmp_path, params, file):
-    write_gguf(tmp_path / "qwen.gguf", params, architecture="qwen2")
-    with pytest.raises(InputError, match=r"qwen\.gguf holds a 'qwen2' model; only llama"):
-        models.load(tmp_path / "qwen.gguf")
+    write_gguf(tmp_path / "gemma.gguf", params, architecture="gemma3")
+    with pytest.raises(InputError, match=r"gemma\.gguf holds a 'gemma3' model; only llama, qwen2, qwen3"):
+        models.load(tmp_path / "gemma.gguf")
     write_gguf(tmp_path / "yarn.gguf", params, llama__rope__scaling__type="yarn")
     with pytest.raises(InputError, match=r"yarn\.gguf scales its rotary positions"):
         models.load(tmp_path / "yarn.gguf")

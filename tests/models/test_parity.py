@@ -1,9 +1,10 @@
 """Against `transformers` on PyTorch, through the files that make_golden.py wrote: every family, odd settings.
 
-Also what the family files (gpt2, opt, llama) promise: each case is loaded through its family's table.
+Also what the family files (gpt2, opt, llama, ...) promise: each case is loaded through its family's table.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +71,9 @@ def test_each_submodule(case: Case):
     @jax.jit
     def run(params, given):
         layer = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
-        rope = config.rope and rope_angles(config.rope, config.head_dim, positions)
+        window, rope = config.layer_kinds[0]
+        rope = rope and rope_angles(rope, config.head_dim, positions)
+        attend = partial(causal(config, None), window=window)
 
         def part(module, params, *inputs):
             return module.apply({"params": params}, *inputs)
@@ -85,10 +88,10 @@ def test_each_submodule(case: Case):
                 layer["attention"],
                 given["in/attention"],
                 rope,
-                causal(config, None),
+                attend,
             )[0],
             "out/mlp_out": part(layers.MLP(config), layer["mlp"], given["in/mlp_in"]),
-            "out/block": part(layers.Block(config), layer, given["in/block"], rope, causal(config, None))[0],
+            "out/block": part(layers.Block(config), layer, given["in/block"], rope, attend)[0],
             "out/output": models.hidden_states(config, params, tokens),
         }
 

@@ -17,6 +17,15 @@ MILLIONS = {
     "facebook/opt-2.7b": 2651.6,
     "openlm-research/open_llama_3b_v2": 3426.5,
     "openlm-research/open_llama_7b_v2": 6738.4,
+    "Qwen/Qwen2.5-0.5B": 494.0,
+    "Qwen/Qwen2.5-1.5B": 1543.7,
+    "Qwen/Qwen3-0.6B": 596.0,
+    "Qwen/Qwen3-1.7B": 1720.6,
+    "Qwen/Qwen3-4B": 4022.5,
+    "mistralai/Mistral-7B-v0.1": 7241.7,
+    "HuggingFaceTB/SmolLM3-3B": 3075.1,
+    "google/gemma-3-270m": 268.1,
+    "google/gemma-3-1b-pt": 999.9,
 }
 
 

@@ -624,7 +624,7 @@ GGUF = {
     "cut in the tensors": (lambda d: d[:-100], "its tensors end at byte .*fetch it again"),
     "only the magic": (lambda d: d[:4], NOT_GGUF),
     "zeros": (lambda d: bytes(len(d)), NOT_GGUF),
-    "an unknown architecture": (lambda d: d.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0ggg\xc3\xa4"), "holds a 'gggä' model; only llama"),
+    "an unknown architecture": (lambda d: d.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0ggg\xc3\xa4"), "holds a 'gggä' model; only llama, qwen2, qwen3"),
     "text that is not UTF-8": (lambda d: d.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0\xff\xff\xff\xff\xff"), "cannot read general.architecture .*convert|cut off or not"),
     "no sizes": (lambda d: None, "lacks llama.embedding_length in its metadata; convert the model again"),
 }  # fmt: skip

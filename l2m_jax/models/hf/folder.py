@@ -12,7 +12,7 @@ import jax
 from l2m_jax import files
 from l2m_jax.errors import InputError, reason, require_type, shown
 from l2m_jax.models.architecture import DecoderConfig
-from l2m_jax.models.hf import config_json, llama, safetensors_folder, weights
+from l2m_jax.models.hf import config_json, safetensors_folder, weights
 from l2m_jax.models.hf.families import FAMILIES
 from l2m_jax.models.hf.gguf import GgufFile
 from l2m_jax.models.hf.safetensors_folder import SafetensorsFolder
@@ -39,7 +39,7 @@ def load(
     layers: Sequence[int] = (),
     frozen: bool = False,
 ) -> tuple[DecoderConfig, Params]:
-    """A model from a folder (config.json and safetensors), a hub name, or a GGUF file of a Llama-family model.
+    """A model from a folder (config.json and safetensors), a hub name, or a GGUF file (Llama, Qwen2, Qwen3).
 
     Parameters are read and placed one at a time, so host memory stays near their size, or near the size of the pieces
     that `put` reads. No device holds anything but its placed parameters.
@@ -69,7 +69,7 @@ def load(
             f"layers: {absent[0]} must be between 0 and {config.num_layers - 1}, the layers of '{folder_or_name}'"
         )
     params = weights.fill(config, table, source, put=put, layers=layers, frozen=frozen)
-    return dataclasses.replace(config, num_layers=len(layers) or config.num_layers), params
+    return config.keep_layers(layers) if layers else config, params
 
 
 def load_head(folder_or_name: str | os.PathLike, *, dtype: str, put: Put | None = None) -> jax.Array:
@@ -105,7 +105,7 @@ def _open(folder_or_name: str | os.PathLike) -> _Stored:
     if _is_gguf(path):
         file = GgufFile(path)
         config = file.config()
-        return _Stored(config, llama.weights(config), file)
+        return _Stored(config, FAMILIES[config.family].weights(config), file)
     folder = _folder(folder_or_name, [*_SMALL_FILES, "*.safetensors"])
     config = _read_config(folder)
     family = FAMILIES[config.family]

@@ -1,4 +1,4 @@
-"""Llama-family models in llama.cpp's GGUF format, read with the `gguf` package (extra "gguf")."""
+"""Llama, Qwen2 and Qwen3 models in llama.cpp's GGUF format, read with the `gguf` package (extra "gguf")."""
 
 import functools
 from pathlib import Path
@@ -8,7 +8,8 @@ import numpy as np
 
 from l2m_jax.errors import InputError, reason, shown
 from l2m_jax.models.architecture import DecoderConfig
-from l2m_jax.models.hf import gguf_header, llama
+from l2m_jax.models.hf import gguf_header
+from l2m_jax.models.hf.families import FAMILIES
 
 # llama.cpp's names -> Hugging Face's.
 _TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
@@ -18,12 +19,16 @@ _BLOCK = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Mistral's files say "llama" too. Other architectures differ in more than names: Gemma's norms are stored plus 1.
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _BYTE_LEVEL = ("gpt-2", "default", "smollm")
 
 
@@ -31,7 +36,7 @@ class GgufFile:
     """The tensors of a GGUF file by their Hugging Face names, dequantised when read.
 
     Raises:
-        InputError: the `gguf` package is missing, the file is cut off, or its architecture is not Llama.
+        InputError: the `gguf` package is missing, the file is cut off, or its architecture is not supported.
     """
 
     def __init__(self, file: Path):
@@ -49,9 +54,11 @@ class GgufFile:
             ) from error
         self._dequantize = gguf.quants.dequantize
         self._metadata = reader.fields
-        if (architecture := self._get("general.architecture")) != "llama":
+        self._architecture = self._get("general.architecture")
+        if self._architecture not in _ARCHITECTURES:
             raise InputError(
-                f"{file} holds a {shown(architecture)} model; only llama is supported in GGUF files"
+                f"{file} holds a {shown(self._architecture)} model; only {', '.join(_ARCHITECTURES)} are supported in "
+                "GGUF files"
             )
         self._tensors = {self._name(tensor.name): tensor for tensor in reader.tensors}
         # GGUF lists the fastest axis first.
@@ -79,13 +86,15 @@ class GgufFile:
     def config(self) -> DecoderConfig:
         """The architecture in the file's metadata."""
 
+        kind = self._architecture
+
         def need(key: str) -> Any:
-            value = self._get(f"llama.{key}")
+            value = self._get(f"{kind}.{key}")
             if value is None:
-                raise InputError(f"{self.file} lacks llama.{key} in its metadata; convert the model again")
+                raise InputError(f"{self.file} lacks {kind}.{key} in its metadata; convert the model again")
             return value
 
-        if self._get("llama.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in self.shapes:
+        if self._get(f"{kind}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in self.shapes:
             raise InputError(
                 f"{self.file} scales its rotary positions, which is not supported in GGUF files; load the safetensors folder instead"
             )
@@ -93,17 +102,17 @@ class GgufFile:
             raise InputError(f"{self.file} lacks token_embd.weight; convert the model again")
         layer = "model.layers.0"
         described = {
-            "model_type": "llama",
+            "model_type": kind,
             "vocab_size": self.shapes["model.embed_tokens.weight"][0],
             "hidden_size": need("embedding_length"),
             "num_hidden_layers": need("block_count"),
             "num_attention_heads": need("attention.head_count"),
-            "num_key_value_heads": self._get("llama.attention.head_count_kv"),
-            "head_dim": self._get("llama.attention.key_length"),
+            "num_key_value_heads": self._get(f"{kind}.attention.head_count_kv"),
+            "head_dim": self._get(f"{kind}.attention.key_length"),
             "intermediate_size": need("feed_forward_length"),
             "max_position_embeddings": need("context_length"),
             "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
-            "rope_theta": self._get("llama.rope.freq_base", 10_000.0),
+            "rope_theta": self._get(f"{kind}.rope.freq_base", 10_000.0),
             "attention_bias": f"{layer}.self_attn.q_proj.bias" in self.shapes,
             "mlp_bias": f"{layer}.mlp.up_proj.bias" in self.shapes,
             "tie_word_embeddings": "lm_head.weight" not in self.shapes,
@@ -112,16 +121,17 @@ class GgufFile:
             "pad_token_id": self._get("tokenizer.ggml.padding_token_id"),
         }
         try:
-            return llama.read_config(described)
+            return FAMILIES[kind].read_config(described)
         except InputError as error:
             raise InputError(f"{self.file}: {str(error).removeprefix('config.json: ')}") from error
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         tensor = self._tensors[name]
         rows = np.arange(self.shapes[name][0])
-        if ".q_proj." in name:
+        # Only "llama" rotates neighbouring pairs.
+        if self._architecture == "llama" and ".q_proj." in name:
             rows = _halves(rows, int(self._get("llama.attention.head_count")))
-        elif ".k_proj." in name:
+        elif self._architecture == "llama" and ".k_proj." in name:
             heads = self._get("llama.attention.head_count_kv", self._get("llama.attention.head_count"))
             rows = _halves(rows, int(heads))
         return self._dequantize(tensor.data[rows[index[0]]], tensor.tensor_type)[:, *index[1:]]

@@ -1,4 +1,7 @@
-"""Llama in Hugging Face's names: Llama 1 to 3, OpenLLaMA, TinyLlama, SmolLM2."""
+"""Llama in Hugging Face's names: Llama 1 to 3, OpenLLaMA, TinyLlama, SmolLM2; and what families after it share."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from l2m_jax.errors import InputError, require_type, shown
 from l2m_jax.models.architecture import DecoderConfig, Rope
@@ -22,7 +25,7 @@ RANDOM = {
     "mlp_bias": False,
 }
 
-_KEYS = {
+KEYS = {
     "vocab_size": Key("vocab_size", 32000),
     "hidden_size": Key("hidden_size", 4096),
     "num_hidden_layers": Key("num_layers", 32),
@@ -50,29 +53,37 @@ _ROPE_KEYS = {
 }
 
 
+def keys_with(*without: str, **defaults: Any) -> dict[str, Key]:
+    """Llama's keys `without` some, and with other defaults."""
+    return {
+        name: key._replace(default=defaults.get(name, key.default))
+        for name, key in KEYS.items()
+        if name not in without
+    }
+
+
 def read_config(hf: Json) -> DecoderConfig:
-    fields = config_json.read(hf, _KEYS, {})
+    return read(hf, KEYS, {}, family="llama", rope=read_rope(hf))
+
+
+def read(hf: Json, keys: Mapping[str, Key], required: Mapping[str, Any], **fixed: Any) -> DecoderConfig:
+    """The config of a family whose blocks are Llama's but for `fixed`, fields of `DecoderConfig`."""
+    fields = config_json.read(hf, keys, required)
     width, heads = fields["hidden_size"], fields["num_heads"]
     fields["num_kv_heads"] = fields["num_kv_heads"] or heads
-    fields["head_dim"] = fields["head_dim"] or config_json.head_dim(width, heads)
-    return DecoderConfig(
-        family="llama",
-        valid_vocab_size=fields["vocab_size"],
-        embed_size=width,
-        norm="rms",
-        gated_mlp=True,
-        rope=_read_rope(hf),
-        **fields,
-    )
+    fields["head_dim"] = fields.get("head_dim") or config_json.head_dim(width, heads)
+    common = {"norm": "rms", "gated_mlp": True, "mlp_bias": False, "embed_size": width}
+    return DecoderConfig(**common | {"valid_vocab_size": fields["vocab_size"]} | fixed | fields)
 
 
-def _read_rope(hf: Json) -> Rope:
+def read_rope(hf: Json, theta: float = 10_000.0) -> Rope:
+    """Rotary positions; `theta` where the file names none."""
     # transformers 5 writes "rope_parameters"; before it, "rope_theta" and "rope_scaling".
     given: Json = {}
     for key in ("rope_scaling", "rope_parameters"):
         require_type(f"config.json: {key}", found := hf.get(key), dict | None)
         given |= found or {}
-    theta = given.get("rope_theta", hf.get("rope_theta", 10_000.0))
+    theta = given.get("rope_theta", hf.get("rope_theta", theta))
     scaling = given.get("rope_type", given.get("type", "default"))
     if scaling not in ["default", "linear", "llama3"]:
         raise InputError(
@@ -87,7 +98,7 @@ def _read_rope(hf: Json) -> Rope:
         raise InputError(f"config.json: rope: {error}") from error
 
 
-def write_config(config: DecoderConfig) -> Json:
+def write_config(config: DecoderConfig, keys: Mapping[str, Key] = KEYS) -> Json:
     rope = config.rope
     assert rope is not None
     scaling: Json | None = None
@@ -95,19 +106,30 @@ def write_config(config: DecoderConfig) -> Json:
         used = _ROPE_KEYS if rope.scaling == "llama3" else {"factor": "factor"}
         scaling = {"rope_type": rope.scaling} | {key: getattr(rope, field) for key, field in used.items()}
     # The older form, which every version of transformers and every inference server reads.
-    return config_json.write(config, _KEYS) | {"rope_theta": rope.theta, "rope_scaling": scaling}
+    return config_json.write(config, keys) | {"rope_theta": rope.theta, "rope_scaling": scaling}
 
 
 def weights(config: DecoderConfig) -> list[Weight]:
-    layer = "model.layers.{}"
+    layer, attention = "model.layers.{}", "model.layers.{}.self_attn"
+    out_bias = config.attention_bias if config.attention_out_bias is None else config.attention_out_bias
+    head_norms, mlp_norms, after_attention = [], [], "mlp_norm"
+    if config.qk_norm:
+        head_norms += norm(config, f"{attention}.q_norm", "blocks/attention/query_norm")
+        head_norms += norm(config, f"{attention}.k_norm", "blocks/attention/key_norm")
+    if config.update_norm:
+        after_attention = "attention_update_norm"
+        mlp_norms += norm(config, f"{layer}.pre_feedforward_layernorm", "blocks/mlp_norm")
+        mlp_norms += norm(config, f"{layer}.post_feedforward_layernorm", "blocks/mlp_update_norm")
     table = [
         Weight("model.embed_tokens.weight", "embeddings/tokens/embedding"),
         *norm(config, f"{layer}.input_layernorm", "blocks/attention_norm"),
-        *dense(f"{layer}.self_attn.q_proj", "blocks/attention/query", config.attention_bias),
-        *dense(f"{layer}.self_attn.k_proj", "blocks/attention/key", config.attention_bias),
-        *dense(f"{layer}.self_attn.v_proj", "blocks/attention/value", config.attention_bias),
-        *dense(f"{layer}.self_attn.o_proj", "blocks/attention/out", config.attention_bias),
-        *norm(config, f"{layer}.post_attention_layernorm", "blocks/mlp_norm"),
+        *dense(f"{attention}.q_proj", "blocks/attention/query", config.attention_bias),
+        *dense(f"{attention}.k_proj", "blocks/attention/key", config.attention_bias),
+        *dense(f"{attention}.v_proj", "blocks/attention/value", config.attention_bias),
+        *dense(f"{attention}.o_proj", "blocks/attention/out", out_bias),
+        *head_norms,
+        *norm(config, f"{layer}.post_attention_layernorm", f"blocks/{after_attention}"),
+        *mlp_norms,
         *dense(f"{layer}.mlp.gate_proj", "blocks/mlp/gate", config.mlp_bias),
         *dense(f"{layer}.mlp.up_proj", "blocks/mlp/up", config.mlp_bias),
         *dense(f"{layer}.mlp.down_proj", "blocks/mlp/down", config.mlp_bias),

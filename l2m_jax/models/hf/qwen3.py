@@ -1,0 +1,32 @@
+"""Qwen3 (dense) in Hugging Face's names: Llama with norms over each head of queries and keys."""
+
+from l2m_jax.models.architecture import DecoderConfig, Rope
+from l2m_jax.models.hf import llama
+from l2m_jax.models.hf.config_json import Json
+
+ARCHITECTURE = "Qwen3ForCausalLM"
+PREFIX, IGNORED, DROPOUT = llama.PREFIX, None, llama.DROPOUT
+RANDOM = llama.RANDOM | {"qk_norm": True, "rope": Rope(theta=1e6), "norm_eps": 1e-6}
+
+_KEYS = llama.keys_with(
+    "mlp_bias",
+    vocab_size=151936,
+    head_dim=128,
+    intermediate_size=22016,
+    max_position_embeddings=32768,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+# No published model uses it.
+_REQUIRED = {"use_sliding_window": False}
+
+
+def read_config(hf: Json) -> DecoderConfig:
+    return llama.read(hf, _KEYS, _REQUIRED, family="qwen3", rope=llama.read_rope(hf), qk_norm=True)
+
+
+def write_config(config: DecoderConfig) -> Json:
+    return llama.write_config(config, _KEYS) | _REQUIRED
+
+
+weights = llama.weights
