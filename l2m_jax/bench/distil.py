@@ -139,7 +139,9 @@ class _Pair:
 
     def _update_once(self) -> Any:
         rate = np.float32(self._request.learning_rate)
-        self._state, self._sums, values = self._update(self._optimizer, self._state, self._sums, rate)
+        self._state, self._sums, values = self._update(
+            self._optimizer, 0.0, False, self._state, self._sums, rate
+        )
         return values
 
     def one_pass(self) -> tuple[list[float], list[float]]:

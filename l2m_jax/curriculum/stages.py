@@ -17,7 +17,7 @@ class SampleCoefficients:
     """Coefficients of the loss that vary by sample: float32 arrays, one entry for each example of the corpus.
 
     Attributes:
-        alpha_N, beta_N: in place of the stage's α_i and β_i.
+        alpha_N, beta_N, temperature_N: in place of the stage's α_i, β_i and T_i.
         weight_N: factor of the weight of all targets of an example. The loss is a weighted mean, so that only ratios
             between the examples of a batch count.
     """
@@ -25,11 +25,11 @@ class SampleCoefficients:
     alpha_N: np.ndarray | None = None
     beta_N: np.ndarray | None = None
     weight_N: np.ndarray | None = None
+    temperature_N: np.ndarray | None = None
 
     @property
     def by_name(self) -> dict[str, np.ndarray]:
-        found = {"alpha": self.alpha_N, "beta": self.beta_N, "weight": self.weight_N}
-        return {name: values for name, values in found.items() if values is not None}
+        return {name.removesuffix("_N"): values for name, values in vars(self).items() if values is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,8 +215,8 @@ def single_stage(
 
 
 def by_rank(order: np.ndarray, first: float, last: float) -> np.ndarray:
-    """float32 by example: a straight line from `first` to `last` over the ranks of `order`; 0 for examples not in it."""
-    values_N = np.zeros(int(order.max()) + 1, np.float32)
+    """float32 by example: a straight line from `first` to `last` over the ranks of `order`; `last` for others."""
+    values_N = np.full(int(order.max()) + 1, last, np.float32)
     values_N[order] = np.linspace(first, last, len(order)) if len(order) > 1 else last
     return values_N
 

@@ -86,7 +86,7 @@ def fused_distillation_sums(
     Raises:
         ValueError: shapes do not match, or the objective needs a teacher and none is given.
     """
-    static, inputs = _prepare(
+    static, inputs = prepare(
         student_hidden,
         student_head_VxE,
         teacher_hidden,
@@ -135,7 +135,7 @@ def fused_token_losses(
     Raises:
         ValueError: as `fused_distillation_sums`.
     """
-    static, inputs = _prepare(
+    static, inputs = prepare(
         student_hidden,
         student_head_VxE,
         teacher_hidden,
@@ -152,7 +152,7 @@ def fused_token_losses(
     return cross_entropy[..., :tokens], divergence[..., :tokens]
 
 
-def _prepare(
+def prepare(
     student_hidden: jax.Array,
     student_head_VxE: jax.Array,
     teacher_hidden: jax.Array | None,

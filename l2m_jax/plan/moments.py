@@ -6,6 +6,7 @@ them with a run.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
@@ -124,6 +125,21 @@ class Moments:
         """Generation beside the state, whose gradient sums are freed."""
         held = asdict(self._state(shapes)) | {"gradients": 0.0}
         return self._generation("validation", held, batches, found)
+
+    def beside(
+        self, name: str, shapes: TrainingShapes, fed: float, batch: float, program: Program, head: Any = None
+    ) -> Moment:
+        """A pass without gradients beside the state, whose gradient sums are freed.
+
+        Args:
+            fed: bytes of batches of the training; `batch`: of one of the pass.
+            head: of the teacher, which is placed for the pass if it is not there.
+        """
+        held = asdict(self._state(shapes)) | {"gradients": 0.0}
+        held["teacher"] = held["teacher"] or self._compiler.weights(head)
+        return Moment(
+            name, Weights(**held), Activations(fed + 2 * batch, working=program.working + program.results)
+        )
 
     def rollouts(self, shapes: TrainingShapes, found: Decoding) -> Moment:
         """Generation of the student's own responses, before an epoch's part: nothing is fed, sums are freed."""

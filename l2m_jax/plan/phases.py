@@ -4,11 +4,15 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from l2m_jax import methods
+import numpy as np
+
+from l2m_jax import methods, models
 from l2m_jax.curriculum import Stage
-from l2m_jax.data.batches import forward_shapes
+from l2m_jax.data.batches import FORWARD_SLOTS, forward_shapes
 from l2m_jax.data.packing import Shape
+from l2m_jax.evaluation.diagnostics import agreement_pass
 from l2m_jax.generation.engine import choose_slots
 from l2m_jax.losses import Objective
 from l2m_jax.models import DecoderConfig, with_dropout
@@ -19,6 +23,7 @@ from l2m_jax.plan.moments import Moment, Moments
 from l2m_jax.plan.programs import Compiler, Decoding, Program, TrainingShapes, share_bytes
 from l2m_jax.plan.targets import Target
 from l2m_jax.plan.workload import Batches, Workload
+from l2m_jax.run.distillation import relevant_curriculum
 from l2m_jax.training.loop import PREFETCHED_BATCHES
 from l2m_jax.training.optimizer import FineTuning, Pretraining
 from l2m_jax.training.step import StepSettings, cross_entropy_pass, hidden_pass
@@ -96,7 +101,9 @@ class Planner:
         if any(methods.needs_ranking(method, config.curriculum) for method in chosen.values()):
             found["difficulty"] = self._difficulty
         if any(w.reads_store(method) for method in chosen.values()):
-            found["teacher store"] = self._teacher_store
+            found["teacher store"] = lambda: self._frozen_teacher("teacher store", w.lengths)
+        if config.evaluation.diagnostic_rows:
+            found["diagnostics"] = lambda: self._frozen_teacher("diagnostics", self._diagnosed)
         if self._generating(chosen):
             found["generated responses"] = lambda: self._generated(self._generating(chosen))
         for name in chosen:
@@ -171,12 +178,32 @@ class Planner:
         improvements = validations if config.evaluation.select == "best" else 0
         training = self._training(shapes, objectives, batches, w.updates(method), len(stages), improvements)
         params, beside, generating, spent = programs.parameters(student), [], [], 0.0
-        if validations:
-            rows = self._validation_rows
-            found = self._decoding(student, params, rows)
-            beside.append(self._moments.validation(shapes, self._fed(shapes, training), found))
-            generating += found.programs
-            spent += self._decoding_seconds(found, validations * rows * w.response_tokens)
+        rows, diagnosed = self._validation_rows, config.evaluation.diagnostic_rows
+        found, fed = self._decoding(student, params, rows), self._fed(shapes, training)
+        beside.append(self._moments.validation(shapes, fed, found))
+        generating += found.programs
+        answered = rows + min(rows, diagnosed)
+        spent += self._decoding_seconds(found, validations * answered * w.response_tokens)
+        slots = min(shape.slots for shape in batches.shapes)
+        if diagnosed:
+            shape, calls = self._forward(self._diagnosed, slots)
+            head = models.head(self.teacher, programs.frozen(self.teacher))
+            batch = programs.micro_batch(shape, self.teacher.embed_size)
+            compare = self._pass("agreement", shape, agreement_pass, student, vocabulary, config.chunk_size,
+                                 params, head, batch)  # fmt: skip
+            beside.append(self._moments.beside("diagnostics", shapes, fed, share_bytes(batch), compare, head))
+            generating.append(compare)
+            spent += validations * calls * self._seconds(compare)
+        if relevant_curriculum(method, config.curriculum).rerank:
+            shape, calls = self._forward(w.lengths, slots)
+            batch = programs.micro_batch(shape)
+            forward = self._pass(
+                "re-ranking", shape, cross_entropy_pass, student, config.chunk_size, params, batch
+            )
+            beside.append(self._moments.beside("re-ranking", shapes, 0.0, share_bytes(batch), forward))
+            generating.append(forward)
+            # Of the subsets that are not open yet: at most all, at each start of a stage between first and last.
+            spent += (len(stages) - 2) * calls * self._seconds(forward)
         if method.on_policy:
             share = 1.0 if method.contrast is not None else config.rollouts.student_share
             answers = math.ceil(share * sum(stage.examples for stage in stages))
@@ -213,16 +240,12 @@ class Planner:
         def trips(shape):
             return w.vocabulary_trips(batches, shape, model.vocab_size)
 
-        accumulate = self._compiler.program(
-            "accumulate",
-            f"{largest.rows} × {largest.length} tokens",
-            programs.step.accumulate,
-            shapes.accumulate_arguments(objective, largest),
-            trips(largest),
+        arguments = shapes.accumulate_arguments(objective, largest)
+        accumulate = self._pass(
+            "accumulate", largest, programs.step.accumulate, *arguments, trips=trips(largest)
         )
-        update = self._compiler.program(
-            "update", "once a step", programs.step.update, shapes.update_arguments()
-        )
+        arguments = shapes.update_arguments(w.config.skip_nonfinite)
+        update = self._compiler.program("update", "once a step", programs.step.update, arguments)
         step = flops = 0.0
         if not self._compiler.dry:
             # The other shapes take as much less time as they take fewer operations.
@@ -250,12 +273,11 @@ class Planner:
 
     def _difficulty(self) -> Phase:
         """The initial student's answers to the training prompts, and its cross-entropy of the references."""
-        params, shape = programs.frozen(self.student), self._forward_shape
+        params, (shape, calls) = programs.frozen(self.student), self._forward(self._w.lengths)
         found = self._decoding(self.student, params, len(self._w.lengths))
-        batch = programs.micro_batch(shape)
-        arguments = (self.student, self._w.config.chunk_size, params, batch)
-        forward = self._compiler.program(
-            "cross-entropy", f"{shape.rows} × {shape.length} tokens", cross_entropy_pass, arguments
+        batch, chunk_size = programs.micro_batch(shape), self._w.config.chunk_size
+        forward = self._pass(
+            "cross-entropy", shape, cross_entropy_pass, self.student, chunk_size, params, batch
         )
         # Before it is trained, a model seldom ends an answer by itself.
         tokens = len(self._w.lengths) * self._w.config.sampling.max_new_tokens
@@ -263,20 +285,16 @@ class Planner:
             self._moments.generation("answers", params, found),
             self._moments.frozen_pass("cross-entropy", params, share_bytes(batch), forward),
         )
-        spent = self._decoding_seconds(found, tokens) + self._passes * self._seconds(forward)
+        spent = self._decoding_seconds(found, tokens) + calls * self._seconds(forward)
         return Phase("difficulty", moments, (*found.programs, forward), spent)
 
-    def _teacher_store(self) -> Phase:
-        params, shape = programs.frozen(self.teacher), self._forward_shape
+    def _frozen_teacher(self, name: str, lengths: np.ndarray) -> Phase:
+        """The teacher's hidden states on examples of these lengths."""
+        params, (shape, calls) = programs.frozen(self.teacher), self._forward(lengths)
         batch = programs.micro_batch(shape)
-        forward = self._compiler.program(
-            "hidden states",
-            f"{shape.rows} × {shape.length} tokens",
-            hidden_pass,
-            (self.teacher, params, batch),
-        )
+        forward = self._pass("hidden states", shape, hidden_pass, self.teacher, params, batch)
         moment = self._moments.frozen_pass("hidden states", params, share_bytes(batch), forward)
-        return Phase("teacher store", (moment,), (forward,), self._passes * self._seconds(forward))
+        return Phase(name, (moment,), (forward,), calls * self._seconds(forward))
 
     def _generated(self, chosen: list[tuple[str, DecoderConfig]]) -> Phase:
         """Responses that methods train on; those of the initial student may exist since the ranking."""
@@ -321,17 +339,25 @@ class Planner:
     def _decoding_seconds(self, found: Decoding, tokens: float) -> float:
         return self._seconds(found.decode) * tokens / (found.slots * self._devices * _UTILISATION)
 
-    @property
-    def _forward_shape(self) -> Shape:
-        """The larger of the shapes in which passes go over the training examples."""
-        usual, long = forward_shapes(self._w.lengths, self._devices)
-        needed = (usual, long) if int(self._w.lengths.max()) > usual.length else (usual,)
-        return max(needed, key=lambda shape: shape.cost)
+    def _pass(
+        self, name: str, shape: Shape, function: Callable, *arguments: Any, trips: float = 1.0
+    ) -> Program:
+        size = f"{shape.rows} × {shape.length} tokens"
+        return self._compiler.program(name, size, function, arguments, trips)
+
+    def _forward(self, lengths: np.ndarray, slots: int = FORWARD_SLOTS) -> tuple[Shape, int]:
+        """The larger of the shapes in which a pass goes over examples of these lengths, and the calls that it takes."""
+        usual, long = forward_shapes(lengths, self._devices, slots=slots)
+        needed = (usual, long) if int(lengths.max()) > usual.length else (usual,)
+        shape = max(needed, key=lambda shape: shape.cost)
+        return shape, math.ceil(float(lengths.sum()) / (shape.slots * self._devices))
 
     @property
-    def _passes(self) -> int:
-        """Calls of a program that goes over all training examples once."""
-        return math.ceil(float(self._w.lengths.sum()) / (self._forward_shape.slots * self._devices))
+    def _diagnosed(self) -> np.ndarray:
+        """Lengths of the rows of the diagnostics: as many of validation as of training."""
+        lengths = self._w.lengths
+        rows = min(2 * self._w.config.evaluation.diagnostic_rows, len(lengths))
+        return lengths[np.linspace(0, len(lengths) - 1, rows).astype(int)]
 
     @property
     def _validation_rows(self) -> int:

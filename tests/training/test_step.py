@@ -62,7 +62,7 @@ def _updated(placement: Placement, batches, *, updates: int = 2, teacher_hidden:
     for _ in range(updates):
         for batch in batches:
             sums = accumulate(SETTINGS, OBJECTIVE, state.params, sums, placement.feed(batch), signal, None)
-        state, sums, metrics = update(optimizer, state, sums, np.float32(1e-2))
+        state, sums, metrics = update(optimizer, 0.0, False, state, sums, np.float32(1e-2))
     return placement.to_host(state.params), placement.read(metrics)
 
 
