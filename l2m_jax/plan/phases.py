@@ -1,36 +1,31 @@
 """The phases of a run, named as the run names them: what they hold, compile and write, and how long they take at best."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from l2m_jax import methods, models
 from l2m_jax.curriculum import Stage
-from l2m_jax.data.batches import FORWARD_SLOTS, forward_shapes
-from l2m_jax.data.packing import Shape
 from l2m_jax.evaluation.diagnostics import agreement_pass
-from l2m_jax.generation.engine import choose_slots
 from l2m_jax.losses import Objective
 from l2m_jax.models import DecoderConfig, with_dropout
 from l2m_jax.plan import checkpoints, programs
 from l2m_jax.plan.checkpoints import Written
-from l2m_jax.plan.estimate import seconds
-from l2m_jax.plan.moments import Moment, Moments
-from l2m_jax.plan.programs import Compiler, Decoding, Program, TrainingShapes, share_bytes
-from l2m_jax.plan.targets import Target
-from l2m_jax.plan.workload import Batches, Workload
+from l2m_jax.plan.moments import Moment
+from l2m_jax.plan.parts import Parts
+from l2m_jax.plan.programs import Program, TrainingShapes, share_bytes
+from l2m_jax.plan.workload import Batches
 from l2m_jax.run.distillation import relevant_curriculum
 from l2m_jax.training.loop import PREFETCHED_BATCHES
 from l2m_jax.training.optimizer import FineTuning, Pretraining
 from l2m_jax.training.step import StepSettings, cross_entropy_pass, hidden_pass
-from l2m_jax.types import Params
 
-_UTILISATION = 0.8  # of the decoder's slots
-_SET_ROWS = {"self_inst": 242, "vicuna": 80, "s_ni": 1694, "un_ni": 10_000}
+# What a training does beside its updates: what it holds then, the programs, and the seconds over the whole training.
+Beside = tuple[Moment, tuple[Program, ...], float]
 
 
 @dataclass(frozen=True)
@@ -75,15 +70,8 @@ class Phase:
         return max(self.moments, key=lambda moment: moment.device_bytes)
 
 
-class Planner:
+class Planner(Parts):
     """Plans the phases of `workload` on `target`, with the programs that `compiler` compiles."""
-
-    def __init__(self, workload: Workload, target: Target, compiler: Compiler):
-        self._w, self._target, self._compiler = workload, target, compiler
-        self._moments = Moments(compiler, max(1, workload.config.devices.num_processes))
-        self._devices = compiler.placement.num_devices
-        self.teacher = programs.attention_for(workload.teacher, target.platform)
-        self.student = programs.attention_for(workload.student, target.platform)
 
     def phases(self) -> dict[str, Callable[[], Phase]]:
         """What a run goes through, by name; each is compiled when it is called."""
@@ -177,45 +165,59 @@ class Planner:
         validations = config.evaluation.validations
         improvements = validations if config.evaluation.select == "best" else 0
         training = self._training(shapes, objectives, batches, w.updates(method), len(stages), improvements)
-        params, beside, generating, spent = programs.parameters(student), [], [], 0.0
-        rows, diagnosed = self._validation_rows, config.evaluation.diagnostic_rows
-        found, fed = self._decoding(student, params, rows), self._fed(shapes, training)
-        beside.append(self._moments.validation(shapes, fed, found))
-        generating += found.programs
-        answered = rows + min(rows, diagnosed)
-        spent += self._decoding_seconds(found, validations * answered * w.response_tokens)
-        slots = min(shape.slots for shape in batches.shapes)
-        if diagnosed:
-            shape, calls = self._forward(self._diagnosed, slots)
-            head = models.head(self.teacher, programs.frozen(self.teacher))
-            batch = programs.micro_batch(shape, self.teacher.embed_size)
-            compare = self._pass("agreement", shape, agreement_pass, student, vocabulary, config.chunk_size,
-                                 params, head, batch)  # fmt: skip
-            beside.append(self._moments.beside("diagnostics", shapes, fed, share_bytes(batch), compare, head))
-            generating.append(compare)
-            spent += validations * calls * self._seconds(compare)
+        fed = self._fed(shapes, training)
+        beside = [self._validation(shapes, fed)]
+        if config.evaluation.diagnostic_rows:
+            beside.append(self._diagnostics(shapes, fed, batches, vocabulary))
         if relevant_curriculum(method, config.curriculum).rerank:
-            shape, calls = self._forward(w.lengths, slots)
-            batch = programs.micro_batch(shape)
-            forward = self._pass(
-                "re-ranking", shape, cross_entropy_pass, student, config.chunk_size, params, batch
-            )
-            beside.append(self._moments.beside("re-ranking", shapes, 0.0, share_bytes(batch), forward))
-            generating.append(forward)
-            # Of the subsets that are not open yet: at most all, at each start of a stage between first and last.
-            spent += (len(stages) - 2) * calls * self._seconds(forward)
+            beside.append(self._reranking(shapes, batches, stages))
         if method.on_policy:
-            share = 1.0 if method.contrast is not None else config.rollouts.student_share
-            answers = math.ceil(share * sum(stage.examples for stage in stages))
-            at_once = math.ceil(share * max(len(stage.indices) for stage in stages) / method.refreshes)
-            found = self._decoding(student, params, at_once)
-            beside.append(self._moments.rollouts(shapes, found))
-            generating += found.programs
-            spent += self._decoding_seconds(found, answers * config.sampling.max_new_tokens)
-        trained = self._trained(phase, shapes, training, (*beside, self._moments.saving(student)))
+            beside.append(self._rollouts(shapes, method, stages))
+        moments, listed, spent = zip(*beside, strict=True)
+        trained = self._trained(phase, shapes, training, (*moments, self._moments.saving(student)))
         return dataclasses.replace(
-            trained, programs=(*trained.programs, *generating), seconds=trained.seconds + spent
+            trained,
+            programs=(*trained.programs, *itertools.chain(*listed)),
+            seconds=trained.seconds + sum(spent),
         )
+
+    def _validation(self, shapes: TrainingShapes, fed: float) -> Beside:
+        """With the greedy answers of the diagnostics, whose programs differ only in how they choose a token."""
+        w, evaluation = self._w, self._w.config.evaluation
+        rows = self._validation_rows
+        found = self._decoding(shapes.settings.student, shapes.state.params, rows)
+        answers = evaluation.validations * (rows + min(rows, evaluation.diagnostic_rows))
+        spent = self._decoding_seconds(found, answers * w.response_tokens)
+        return self._moments.validation(shapes, fed, found), found.programs, spent
+
+    def _diagnostics(self, shapes: TrainingShapes, fed: float, batches: Batches, vocabulary: int) -> Beside:
+        config, student = self._w.config, shapes.settings.student
+        shape, calls = self._forward(self._diagnosed, _slots(batches))
+        head = models.head(self.teacher, programs.frozen(self.teacher))
+        batch = programs.micro_batch(shape, self.teacher.embed_size)
+        static = student, vocabulary, config.chunk_size
+        found = self._pass("agreement", shape, agreement_pass, *static, shapes.state.params, head, batch)
+        moment = self._moments.beside("diagnostics", shapes, fed, share_bytes(batch), found, head)
+        return moment, (found,), config.evaluation.validations * calls * self._seconds(found)
+
+    def _reranking(self, shapes: TrainingShapes, batches: Batches, stages: tuple[Stage, ...]) -> Beside:
+        """Of the subsets that are not open yet, at the start of each stage between the first and the last."""
+        lengths = self._w.lengths
+        shape, calls = self._forward(lengths, _slots(batches))
+        batch = programs.micro_batch(shape)
+        static = shapes.settings.student, self._w.config.chunk_size
+        found = self._pass("re-ranking", shape, cross_entropy_pass, *static, shapes.state.params, batch)
+        moment = self._moments.beside("re-ranking", shapes, 0.0, share_bytes(batch), found)
+        return moment, (found,), max(0, len(stages) - 2) / 2 * calls * self._seconds(found)
+
+    def _rollouts(self, shapes: TrainingShapes, method: methods.Method, stages: tuple[Stage, ...]) -> Beside:
+        config = self._w.config
+        share = 1.0 if method.contrast is not None else config.rollouts.student_share
+        answers = math.ceil(share * sum(stage.examples for stage in stages))
+        at_once = math.ceil(share * max(len(stage.indices) for stage in stages) / method.refreshes)
+        found = self._decoding(shapes.settings.student, shapes.state.params, at_once)
+        spent = self._decoding_seconds(found, answers * config.sampling.max_new_tokens)
+        return self._moments.rollouts(shapes, found), found.programs, spent
 
     def _trained(
         self, name: str, shapes: TrainingShapes, training: Training, beside: tuple[Moment, ...]
@@ -328,53 +330,12 @@ class Planner:
             spent += self._decoding_seconds(found, tokens)
         return Phase(name, tuple(moments), tuple(listed), spent)
 
-    def _decoding(self, model: DecoderConfig, params: Params, answers: int) -> Decoding:
-        w, rules = self._w, self._w.config.sampling
-        prompt = w.longest_prompt(model)
-        slots = choose_slots(
-            model, w.config.devices.slots, prompt + rules.max_new_tokens, answers, self._devices
-        )
-        return programs.decoding(self._compiler, model, params, rules, slots, prompt)
-
-    def _decoding_seconds(self, found: Decoding, tokens: float) -> float:
-        return self._seconds(found.decode) * tokens / (found.slots * self._devices * _UTILISATION)
-
-    def _pass(
-        self, name: str, shape: Shape, function: Callable, *arguments: Any, trips: float = 1.0
-    ) -> Program:
-        size = f"{shape.rows} × {shape.length} tokens"
-        return self._compiler.program(name, size, function, arguments, trips)
-
-    def _forward(self, lengths: np.ndarray, slots: int = FORWARD_SLOTS) -> tuple[Shape, int]:
-        """The larger of the shapes in which a pass goes over examples of these lengths, and the calls that it takes."""
-        usual, long = forward_shapes(lengths, self._devices, slots=slots)
-        needed = (usual, long) if int(lengths.max()) > usual.length else (usual,)
-        shape = max(needed, key=lambda shape: shape.cost)
-        return shape, math.ceil(float(lengths.sum()) / (shape.slots * self._devices))
-
-    @property
-    def _diagnosed(self) -> np.ndarray:
-        """Lengths of the rows of the diagnostics: as many of validation as of training."""
-        lengths = self._w.lengths
-        rows = min(2 * self._w.config.evaluation.diagnostic_rows, len(lengths))
-        return lengths[np.linspace(0, len(lengths) - 1, rows).astype(int)]
-
-    @property
-    def _validation_rows(self) -> int:
-        data, most = self._w.config.data, self._w.config.evaluation.validation_rows
-        rows = data.synthetic.validation if data.source == "synthetic" else data.validation_rows
-        return max(1, min(rows, most) if most else rows)
-
-    def _set_rows(self, source: str) -> int:
-        data, most = self._w.config.data, self._w.config.evaluation.rows
-        test = data.synthetic.test if data.source == "synthetic" else data.test_rows
-        rows = _SET_ROWS.get(source.partition("=")[0], test)
-        return min(rows, most) if most else rows
-
-    def _seconds(self, program: Program) -> float:
-        return 0.0 if self._compiler.dry else seconds(program, self._target, self._devices)
-
 
 def _by_sample(stage: Stage) -> list[str]:
     """The coefficients of the loss that differ by sample; weights are there in any case."""
     return [name for name in (stage.samples.by_name if stage.samples else ()) if name != "weight"]
+
+
+def _slots(batches: Batches) -> int:
+    """Of passes beside the training state, as `distillation.Student` chooses them."""
+    return min(shape.slots for shape in batches.shapes)
