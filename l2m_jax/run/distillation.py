@@ -1,5 +1,6 @@
 """The phase that trains a student by one method."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from l2m_jax.curriculum import Curriculum, Difficulty, Exposure, Stage, examples
 from l2m_jax.data.packing import Shape
 from l2m_jax.evaluation.cross_entropy import cross_entropy_by_example
 from l2m_jax.evaluation.protocol import evaluate
-from l2m_jax.evaluation.sets import from_corpus
+from l2m_jax.evaluation.sets import PromptSet, from_corpus
 from l2m_jax.evaluation.settings import Evaluation
 from l2m_jax.generation import Generator, SamplingRules
 from l2m_jax.methods import Method
@@ -320,15 +321,23 @@ class Student:
 
     def _validate(self, params: Params, teacher: Teacher | None, slots: int) -> dict[str, Any]:
         v, context = self._monitored, self._context
-        room = longest_prompt(self._config, v.sampling, v.max_prompt_length)
-        prompts = from_corpus("validation", data.open_corpus(v.corpus), rows=v.rows, longest_prompt=room)
         generator = Generator(self._config, params, context.placement, self._tokenizer, context.slots)
-        found = evaluate(generator, [prompts], v.sampling, [v.seed], title="validation")
+        found = evaluate(generator, [self._prompts], v.sampling, [v.seed], title="validation")
         values: dict[str, Any] = {"validation_rouge_l": found.rouge_l}
         if self._diagnostics is not None:
             values |= self._diagnostics.measure(self._config, params, teacher, slots)
-            values |= self._diagnostics.answer(generator, v.sampling, room)
+            values |= self._diagnostics.answer(generator, v.sampling, self._room)
         return values
+
+    @property
+    def _room(self) -> int:
+        """The most tokens of a prompt of a validation."""
+        return longest_prompt(self._config, self._monitored.sampling, self._monitored.max_prompt_length)
+
+    @functools.cached_property
+    def _prompts(self) -> PromptSet:
+        v = self._monitored
+        return from_corpus("validation", data.open_corpus(v.corpus), rows=v.rows, longest_prompt=self._room)
 
 
 def exposure_file(workdir: Path, student: Artefact[StudentInputs]) -> Path:
