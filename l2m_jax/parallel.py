@@ -183,7 +183,7 @@ class Placement:
         return jax.tree_util.tree_map_with_path(abstract, tree)
 
     def to_host(self, tree: Any) -> Any:
-        """Copies placed weights to NumPy arrays, leaf by leaf, complete in every process."""
+        """Copies weights, or what is equal on all devices, to NumPy arrays leaf by leaf, complete in every process."""
 
         def fetch(x):
             if self.mapping == "pmap":
@@ -220,10 +220,6 @@ class Placement:
     def gather(self, tree: Any) -> Any:
         """Results as NumPy arrays with a leading axis of all devices, in every process. Waits for them."""
         return multihost_utils.process_allgather(tree, tiled=True)
-
-    def read(self, tree: Any) -> Any:
-        """Small results that are equal on all devices, as NumPy values. Waits for them."""
-        return self.to_host(tree)
 
 
 def is_stacked(path: Sequence[Any]) -> bool:

@@ -151,7 +151,7 @@ class _Pair:
         for batch in prefetch(self._batches(), depth=4):
             for m in batch:
                 self._sums = self._accumulate(*self._arguments(m))
-            values.append(float(self._placement.read(self._update_once())["loss"]))
+            values.append(float(self._placement.to_host(self._update_once())["loss"]))
             now = time.perf_counter()
             times.append(now - last)
             last = now

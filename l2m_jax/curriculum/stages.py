@@ -185,11 +185,6 @@ def _drawn(pool: np.ndarray, count: int, seed: int, stage: int, use: int) -> np.
     return np.concatenate([*rounds, pool[:0]])[:count]
 
 
-def baby_step_examples(size: int, n: int, epochs: float) -> int:
-    """The number of examples that `baby_steps` trains on: with n = 4, 8·(¼ + ½ + ¾ + 1) = 20 times the data."""
-    return sum(stage_examples([len(subset) for subset in partition(np.arange(size), n)], epochs))
-
-
 def shuffled_over_time(stages: Sequence[Stage], seed: int) -> tuple[Stage, ...]:
     """`stages` with the same examples, each as often over the whole training, in a random order over all stages."""
     passes = [stage.passes for stage in stages]
@@ -206,7 +201,7 @@ def single_stage(
 ) -> tuple[Stage, ...]:
     """The only stage of a method without a curriculum: all data at once, `examples` examples in total.
 
-    With `baby_step_examples(...)` or `examples_seen(stages)`, it sees exactly as many as the staged run.
+    With `examples_seen(stages)`, it sees exactly as many as the staged run.
     """
     indices = np.asarray(indices, np.int64)
     if len(indices) == 0 or examples < 1:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from l2m_jax.losses.chunks import logits, over_chunks, put_tokens, take_chunk
-from l2m_jax.losses.distillation import FIXED, Objective
+from l2m_jax.losses.chunks import Inputs, logits, over_chunks, put_tokens, take_chunk
+from l2m_jax.losses.distillation import Objective
 from l2m_jax.losses.divergences import cross_entropy, forward_kl
 from l2m_jax.losses.fused import DEFAULT_CHUNK_SIZE, prepare
 
@@ -86,18 +86,8 @@ def fused_token_agreement(
     Returns:
         Float32 arrays `[..., T]`, 0 where the weight is 0.
     """
-    static, inputs = prepare(
-        student_hidden,
-        student_head_VxE,
-        teacher_hidden,
-        teacher_head_UxF,
-        labels,
-        weights,
-        Objective(),
-        FIXED,
-        valid_vocab_size,
-        chunk_size,
-    )
+    given = Inputs(student_hidden, student_head_VxE, teacher_hidden, teacher_head_UxF, labels, weights)
+    static, inputs = prepare(given, Objective(), valid_vocab_size, chunk_size)
     axis = labels.ndim - 1
     head_VxE = student_head_VxE.astype(student_hidden.dtype)
 

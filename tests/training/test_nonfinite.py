@@ -60,7 +60,7 @@ def test_a_batch_is_skipped_on_all_devices_or_on_none(mapping, where):
         for leaf in jax.tree.leaves(new) if mapping == "pmap" else ():
             first, second = (np.asarray(shard.data) for shard in leaf.addressable_shards)
             np.testing.assert_array_equal(first, second)
-        return placement.to_host(new), placement.read(values)
+        return placement.to_host(new), placement.to_host(values)
 
     found, values = updated(True)
     expected = jax.tree.map(np.asarray, updated(False)[0] if where == "nowhere" else state)

@@ -109,7 +109,7 @@ def _found(placement: Placement, shapes):
     )
     after = placement.to_host(state.params)
     gradient = jax.tree.map(lambda old, new: np.asarray(old) - new, student, after)
-    return float(placement.read(values)["loss"]), gradient
+    return float(placement.to_host(values)["loss"]), gradient
 
 
 @pytest.mark.parametrize(
