@@ -30,11 +30,6 @@ STORE_DTYPES = ("float32", "bfloat16", "float16")
 _SEEDS = 10_000  # of a world: further ones would be those of the next
 
 
-def _require_seed(seed: int) -> None:
-    if seed >= _SEEDS:
-        raise InputError(f"seed: {seed} must be below {_SEEDS}; those from {_SEEDS} on are for other worlds")
-
-
 @dataclass(frozen=True)
 class Teacher:
     model: Model = field(default_factory=Model)
@@ -71,7 +66,6 @@ class Student:
 
     def __post_init__(self):
         require_at_least(self, -1, "seed")
-        _require_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -101,7 +95,9 @@ class Config:
 
     def __post_init__(self):
         require_at_least(self, 0, "seed", "world", "checkpoint_minutes")
-        _require_seed(self.seed)
+        for name, seed in (("seed", self.seed), ("student.seed", self.student.seed)):
+            if seed >= _SEEDS:
+                raise InputError(f"{name}: {seed} is a seed of another world; choose one below {_SEEDS}")
         for name, world in (("world", self.world), ("teacher.world", self.teacher.world)):
             if world > 0 and self.data.source == "files" and not self.data.train_rows:
                 raise InputError(

@@ -98,19 +98,6 @@ def partition(order: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, ..
     return tuple(np.array_split(order, n))
 
 
-def alpha_at(i: int, n: int, alpha_first: float = 0.0, alpha_last: float = 0.1) -> float:
-    """α_i = α·(i−1)/(n−1) of Eq. 6, for i = 1 ... n, or any other straight line from `alpha_first`.
-
-    With n = 1, the only stage gets `alpha_last`: like the last of several, it sees all data.
-    """
-    return Schedule((alpha_first, alpha_last)).at_stage(i, n)
-
-
-def beta_at(i: int, n: int, beta_first: float = 0.7, beta_last: float = 1.0) -> float:
-    """β_i = β_1 − (β_1 − β_n)·(i−1)/(n−1) of Eq. 7, for i = 1 ... n; with n = 1, `beta_last`."""
-    return Schedule((beta_first, beta_last)).at_stage(i, n)
-
-
 def baby_steps(
     subsets: Sequence[np.ndarray],
     *,
@@ -126,8 +113,8 @@ def baby_steps(
     Args:
         subsets: d_1 ... d_n, from `partition`.
         epochs: of each stage. Of a fraction of an epoch, the examples are drawn at random.
-        alpha: α of the first and of the last stage.
-        beta: β of the first and of the last stage.
+        alpha: α of the first and of the last stage (Eq. 6). A single stage has the last one: it sees all data.
+        beta: β of the first and of the last stage (Eq. 7).
         mix: the share of a stage's examples that comes from the subsets that are not open yet.
         open_by: the share of all examples after which the last subset opens; the stages before share it in
             proportion to their data. 0: as it follows from equal epochs.
@@ -140,7 +127,8 @@ def baby_steps(
     for i, examples in enumerate(stage_examples(sizes, epochs, open_by), start=1):
         opened = sum(sizes[:i])
         passes = _passes(everything[:opened], everything[opened:], examples, mix, (seed, i))
-        stages.append(Stage(i, alpha_at(i, n, *alpha), beta_at(i, n, *beta), passes, examples))
+        at_stage = [Schedule(ends).at_stage(i, n) for ends in (alpha, beta)]
+        stages.append(Stage(i, *at_stage, passes, examples))
     return tuple(stages)
 
 

@@ -102,7 +102,7 @@ class Moments:
         saved = {"state": on_host, "Orbax's copy": on_host}
         best = Weights(**asdict(without_sums) | ({"optimizer": 0.0} if self._replicated else {}))
         return (
-            self._start(shapes, without_sums),
+            Moment("start", without_sums, host=self._loading(shapes.state.params)),
             Moment("training", state, Activations(batches, working=working)),
             Moment("checkpoint", state, fed, saved),
             Moment("resume", without_sums, host=restored),
@@ -118,13 +118,10 @@ class Moments:
             teacher=0.0 if shapes.teacher is None else weights(shapes.teacher),
         )
 
-    def _start(self, shapes: TrainingShapes, held: Weights) -> Moment:
-        return Moment("start", held, host=self._loading(shapes.state.params))
-
-    def validation(self, shapes: TrainingShapes, batches: float, found: Decoding) -> Moment:
-        """Generation beside the state, whose gradient sums are freed."""
+    def generation_beside(self, name: str, shapes: TrainingShapes, batches: float, found: Decoding) -> Moment:
+        """Generation beside the state, whose gradient sums are freed: validations and rollouts."""
         held = asdict(self._state(shapes)) | {"gradients": 0.0}
-        return self._generation("validation", held, batches, found)
+        return self._generation(name, held, batches, found)
 
     def beside(
         self, name: str, shapes: TrainingShapes, fed: float, batch: float, program: Program, head: Any = None
@@ -140,11 +137,6 @@ class Moments:
         return Moment(
             name, Weights(**held), Activations(fed + 2 * batch, working=program.working + program.results)
         )
-
-    def rollouts(self, shapes: TrainingShapes, found: Decoding) -> Moment:
-        """Generation of the student's own responses, before an epoch's part: nothing is fed, sums are freed."""
-        held = asdict(self._state(shapes)) | {"gradients": 0.0}
-        return self._generation("rollouts", held, 0.0, found)
 
     def generation(self, name: str, params: Params, found: Decoding) -> Moment:
         """A model that does nothing but generate; it has just been loaded."""

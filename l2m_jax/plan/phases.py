@@ -188,7 +188,7 @@ class Planner(Parts):
         found = self._decoding(shapes.settings.student, shapes.state.params, rows)
         answers = evaluation.validations * (rows + min(rows, evaluation.diagnostic_rows))
         spent = self._decoding_seconds(found, answers * w.response_tokens)
-        return self._moments.validation(shapes, fed, found), found.programs, spent
+        return self._moments.generation_beside("validation", shapes, fed, found), found.programs, spent
 
     def _diagnostics(self, shapes: TrainingShapes, fed: float, batches: Batches, vocabulary: int) -> Beside:
         config, student = self._w.config, shapes.settings.student
@@ -217,7 +217,7 @@ class Planner(Parts):
         at_once = math.ceil(share * max(len(stage.indices) for stage in stages) / method.refreshes)
         found = self._decoding(shapes.settings.student, shapes.state.params, at_once)
         spent = self._decoding_seconds(found, answers * config.sampling.max_new_tokens)
-        return self._moments.rollouts(shapes, found), found.programs, spent
+        return self._moments.generation_beside("rollouts", shapes, 0.0, found), found.programs, spent
 
     def _trained(
         self, name: str, shapes: TrainingShapes, training: Training, beside: tuple[Moment, ...]
