@@ -27,6 +27,7 @@ from l2m_jax.multihost import Devices
 from l2m_jax.training.optimizer import FineTuning, Pretraining, Training
 
 STORE_DTYPES = ("float32", "bfloat16", "float16")
+_SEEDS = 10_000  # of a world: further ones would be those of the next
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,9 @@ class Config:
 
     def __post_init__(self):
         require_at_least(self, 0, "seed", "world", "checkpoint_minutes")
+        for name, seed in (("seed", self.seed), ("student.seed", self.student.seed)):
+            if seed >= _SEEDS:
+                raise InputError(f"{name}: {seed} is a seed of another world; choose one below {_SEEDS}")
         for name, world in (("world", self.world), ("teacher.world", self.teacher.world)):
             if world > 0 and self.data.source == "files" and not self.data.train_rows:
                 raise InputError(
@@ -132,8 +136,8 @@ class Config:
         return self.world if self.teacher.world < 0 else self.teacher.world
 
     def seed_of(self, world: int, seed: int = -1) -> int:
-        """The seed `seed` (-1: that of the config) in a world; worlds are far apart, so that seeds do not meet."""
-        return (self.seed if seed < 0 else seed) + 10_000 * world
+        """The seed `seed` (-1: that of the config) in a world: another one for each pair."""
+        return (self.seed if seed < 0 else seed) + _SEEDS * world
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -354,7 +354,7 @@ def stages_over(
     ]
     samples = {}
     if by_sample:
-        ends = {name: schedules[name].values for name in ("alpha", "beta")}
+        ends = {name: schedule.values for name, schedule in schedules.items()}
         # The means are what logs and model cards show; a constant needs no array.
         changes[0] |= {name: (v[0] + v[-1]) / 2 for name, v in ends.items()}
         samples = {f"{name}_N": by_rank(order, v[0], v[-1]) for name, v in ends.items() if v[0] != v[-1]}

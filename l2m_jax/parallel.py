@@ -21,7 +21,7 @@ import contextlib
 import contextvars
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -116,13 +116,9 @@ class Placement:
         """`function`, declared with `over_devices`, mapped over all devices. Arguments are positional."""
         return _mapped(self, function)
 
-    def create(self, function: Callable[[], Any]) -> Any:
-        """One share of `function()` per device, computed on that device."""
-
-        def stacked():
-            return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (self._axis_size, *x.shape)), function())
-
-        return jax.jit(stacked, out_shardings=self._by_device)()
+    def create(self, function: Callable, *arguments: Hashable) -> Any:
+        """One share of `function(*arguments)` per device, computed on that device."""
+        return _creator(self, function, arguments)()
 
     def initialise(self, function: Callable[[], Any]) -> Any:
         """Computes and places the weights that `function()` returns. Under "fsdp" no device ever holds all of them."""
@@ -187,7 +183,7 @@ class Placement:
         return jax.tree_util.tree_map_with_path(abstract, tree)
 
     def to_host(self, tree: Any) -> Any:
-        """Copies placed weights to NumPy arrays, leaf by leaf, complete in every process."""
+        """Copies weights, or what is equal on all devices, to NumPy arrays leaf by leaf, complete in every process."""
 
         def fetch(x):
             if self.mapping == "pmap":
@@ -224,10 +220,6 @@ class Placement:
     def gather(self, tree: Any) -> Any:
         """Results as NumPy arrays with a leading axis of all devices, in every process. Waits for them."""
         return multihost_utils.process_allgather(tree, tiled=True)
-
-    def read(self, tree: Any) -> Any:
-        """Small results that are equal on all devices, as NumPy values. Waits for them."""
-        return self.to_host(tree)
 
 
 def is_stacked(path: Sequence[Any]) -> bool:
@@ -277,6 +269,15 @@ def _mapped(placement: Placement, function: Callable) -> Callable:
         return jax.lax.with_sharding_constraint(result, placement._by_device)
 
     return jax.jit(sharded, static_argnums=static, donate_argnums=donate)
+
+
+@functools.cache
+def _creator(placement: Placement, function: Callable, arguments: tuple[Hashable, ...]) -> Callable[[], Any]:
+    def stacked():
+        size = placement._axis_size
+        return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (size, *x.shape)), function(*arguments))
+
+    return jax.jit(stacked, out_shardings=placement._by_device)
 
 
 def _over_device_axis(

@@ -101,6 +101,14 @@ def test_alpha_and_beta_by_sample_follow_the_ranks_in_a_single_stage():
         stage.samples.beta_N[order], [0.6 + 0.3 * r / 20 for r in range(21)], atol=1e-7
     )
     assert (stage.alpha, stage.beta) == pytest.approx((0.1, 0.75))
+    assert stage.samples.temperature_N is None and stage.temperature == 1
+    for name, temperatures in (("pocl", ()), ("l2m", (1.0, 2.0))):
+        warmer = dataclasses.replace(curriculum, temperatures=temperatures, subsets=(1, 2))
+        (warm,) = methods.stages(methods.get(name), warmer, order)
+        temperature_N = warm.samples.temperature_N
+        np.testing.assert_allclose(temperature_N[order[:11]], np.linspace(1, 2, 11), atol=1e-6)
+        # Padding has the last example's, and would be divided by it.
+        assert warm.temperature == 1.5 and temperature_N[-1] >= 1
     (constant,) = methods.stages(methods.get("l2m_no_beta"), curriculum, order)
     assert constant.samples.beta_N is None and constant.beta == 1.0
     (falling,) = methods.stages(methods.get("m2l"), curriculum, order)
@@ -197,10 +205,12 @@ def test_random_order_fills_the_stages_of_l2m_by_its_seed():
     assert first[0] == first[1] != first[2] and first[0] != staged[0].indices.tolist()
 
 
-@pytest.mark.parametrize("name", ["mix", "open_by", "rerank"])
-def test_settings_of_stages_are_refused_without_stages(name):
+@pytest.mark.parametrize(
+    ("name", "value"), [("mix", 0.25), ("open_by", 0.25), ("rerank", True), ("temperature_by", "linear")]
+)
+def test_settings_of_stages_are_refused_without_stages(name, value):
     with pytest.raises(InputError, match=f"{name}: has no effect in the single stage of loss_by 'sample'"):
-        Curriculum(loss_by="sample", **{name: True if name == "rerank" else 0.25})
+        Curriculum(loss_by="sample", **{name: value})
 
 
 def test_neighbours_are_those_of_their_papers():

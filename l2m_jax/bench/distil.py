@@ -139,7 +139,9 @@ class _Pair:
 
     def _update_once(self) -> Any:
         rate = np.float32(self._request.learning_rate)
-        self._state, self._sums, values = self._update(self._optimizer, self._state, self._sums, rate)
+        self._state, self._sums, values = self._update(
+            self._optimizer, 0.0, False, self._state, self._sums, rate
+        )
         return values
 
     def one_pass(self) -> tuple[list[float], list[float]]:
@@ -149,7 +151,7 @@ class _Pair:
         for batch in prefetch(self._batches(), depth=4):
             for m in batch:
                 self._sums = self._accumulate(*self._arguments(m))
-            values.append(float(self._placement.read(self._update_once())["loss"]))
+            values.append(float(self._placement.to_host(self._update_once())["loss"]))
             now = time.perf_counter()
             times.append(now - last)
             last = now

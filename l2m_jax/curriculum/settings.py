@@ -47,7 +47,7 @@ class Curriculum:
     alpha_by: str = "stage"  # one of `schedules.SCHEDULED_BY`: "stage", or by step "linear" or "cosine"
     beta_by: str = "stage"
     temperature_by: str = "stage"
-    loss_by: str = "stage"  # "sample": α and β by an example's rank, in a single stage in random order
+    loss_by: str = "stage"  # "sample": α, β and T by an example's rank, in a single stage in random order
     weight: str = ""  # of an example: "p(1-p)", where p is the Rouge-L of the student's own answer
     restart_optimizer: bool = True  # a new schedule and optimiser state in each stage
     patience: int = 0  # end a stage after this many validations without a better Rouge-L (0: never)
@@ -72,7 +72,7 @@ class Curriculum:
         if len(set(self.subsets)) != len(self.subsets):
             raise InputError(f"subsets: {self.subsets} names a subset twice")
         if self.loss_by == "sample":
-            for name in ("mix", "open_by", "rerank", "alpha_by", "beta_by"):
+            for name in ("mix", "open_by", "rerank", "alpha_by", "beta_by", "temperature_by"):
                 if getattr(self, name) != getattr(Curriculum, name):
                     raise InputError(
                         f"{name}: has no effect in the single stage of loss_by 'sample'; leave one of them out"

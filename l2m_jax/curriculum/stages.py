@@ -17,7 +17,7 @@ class SampleCoefficients:
     """Coefficients of the loss that vary by sample: float32 arrays, one entry for each example of the corpus.
 
     Attributes:
-        alpha_N, beta_N: in place of the stage's α_i and β_i.
+        alpha_N, beta_N, temperature_N: in place of the stage's α_i, β_i and T_i.
         weight_N: factor of the weight of all targets of an example. The loss is a weighted mean, so that only ratios
             between the examples of a batch count.
     """
@@ -25,11 +25,11 @@ class SampleCoefficients:
     alpha_N: np.ndarray | None = None
     beta_N: np.ndarray | None = None
     weight_N: np.ndarray | None = None
+    temperature_N: np.ndarray | None = None
 
     @property
     def by_name(self) -> dict[str, np.ndarray]:
-        found = {"alpha": self.alpha_N, "beta": self.beta_N, "weight": self.weight_N}
-        return {name: values for name, values in found.items() if values is not None}
+        return {name.removesuffix("_N"): values for name, values in vars(self).items() if values is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,19 +98,6 @@ def partition(order: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, ..
     return tuple(np.array_split(order, n))
 
 
-def alpha_at(i: int, n: int, alpha_first: float = 0.0, alpha_last: float = 0.1) -> float:
-    """α_i = α·(i−1)/(n−1) of Eq. 6, for i = 1 ... n, or any other straight line from `alpha_first`.
-
-    With n = 1, the only stage gets `alpha_last`: like the last of several, it sees all data.
-    """
-    return Schedule((alpha_first, alpha_last)).at_stage(i, n)
-
-
-def beta_at(i: int, n: int, beta_first: float = 0.7, beta_last: float = 1.0) -> float:
-    """β_i = β_1 − (β_1 − β_n)·(i−1)/(n−1) of Eq. 7, for i = 1 ... n; with n = 1, `beta_last`."""
-    return Schedule((beta_first, beta_last)).at_stage(i, n)
-
-
 def baby_steps(
     subsets: Sequence[np.ndarray],
     *,
@@ -126,8 +113,8 @@ def baby_steps(
     Args:
         subsets: d_1 ... d_n, from `partition`.
         epochs: of each stage. Of a fraction of an epoch, the examples are drawn at random.
-        alpha: α of the first and of the last stage.
-        beta: β of the first and of the last stage.
+        alpha: α of the first and of the last stage (Eq. 6). A single stage has the last one: it sees all data.
+        beta: β of the first and of the last stage (Eq. 7).
         mix: the share of a stage's examples that comes from the subsets that are not open yet.
         open_by: the share of all examples after which the last subset opens; the stages before share it in
             proportion to their data. 0: as it follows from equal epochs.
@@ -140,7 +127,8 @@ def baby_steps(
     for i, examples in enumerate(stage_examples(sizes, epochs, open_by), start=1):
         opened = sum(sizes[:i])
         passes = _passes(everything[:opened], everything[opened:], examples, mix, (seed, i))
-        stages.append(Stage(i, alpha_at(i, n, *alpha), beta_at(i, n, *beta), passes, examples))
+        at_stage = [Schedule(ends).at_stage(i, n) for ends in (alpha, beta)]
+        stages.append(Stage(i, *at_stage, passes, examples))
     return tuple(stages)
 
 
@@ -185,11 +173,6 @@ def _drawn(pool: np.ndarray, count: int, seed: int, stage: int, use: int) -> np.
     return np.concatenate([*rounds, pool[:0]])[:count]
 
 
-def baby_step_examples(size: int, n: int, epochs: float) -> int:
-    """The number of examples that `baby_steps` trains on: with n = 4, 8·(¼ + ½ + ¾ + 1) = 20 times the data."""
-    return sum(stage_examples([len(subset) for subset in partition(np.arange(size), n)], epochs))
-
-
 def shuffled_over_time(stages: Sequence[Stage], seed: int) -> tuple[Stage, ...]:
     """`stages` with the same examples, each as often over the whole training, in a random order over all stages."""
     passes = [stage.passes for stage in stages]
@@ -206,7 +189,7 @@ def single_stage(
 ) -> tuple[Stage, ...]:
     """The only stage of a method without a curriculum: all data at once, `examples` examples in total.
 
-    With `baby_step_examples(...)` or `examples_seen(stages)`, it sees exactly as many as the staged run.
+    With `examples_seen(stages)`, it sees exactly as many as the staged run.
     """
     indices = np.asarray(indices, np.int64)
     if len(indices) == 0 or examples < 1:
@@ -215,8 +198,8 @@ def single_stage(
 
 
 def by_rank(order: np.ndarray, first: float, last: float) -> np.ndarray:
-    """float32 by example: a straight line from `first` to `last` over the ranks of `order`; 0 for examples not in it."""
-    values_N = np.zeros(int(order.max()) + 1, np.float32)
+    """float32 by example: a straight line from `first` to `last` over the ranks of `order`; `last` for others."""
+    values_N = np.full(int(order.max()) + 1, last, np.float32)
     values_N[order] = np.linspace(first, last, len(order)) if len(order) > 1 else last
     return values_N
 

@@ -143,20 +143,6 @@ def _with_coefficients(
     return batch._replace(weights_T=weights, **{f"{name}_T": value for name, value in by_target.items()})
 
 
-def padded_batch(
-    examples: Examples,
-    indices: Sequence[int] | np.ndarray,
-    length: int,
-    num_devices: int = 1,
-    teacher_rows: Callable[[int], np.ndarray] | None = None,
-) -> MicroBatch:
-    """The same batch with one example per row, padded to `length`: the baseline that packing is compared with."""
-    rows = -(-len(indices) // num_devices)
-    slots = [[i] if i < len(indices) else [] for i in range(rows * num_devices)]
-    rows_AxR = [slots[device::num_devices] for device in range(num_devices)]
-    return _arrange(examples, indices, PackedRows(Shape(rows, length), rows_AxR), teacher_rows)[0]
-
-
 class ForwardBatch(NamedTuple):
     """A micro-batch of a pass over the data set, and the origin of its targets.
 

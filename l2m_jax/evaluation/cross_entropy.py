@@ -3,7 +3,7 @@
 import numpy as np
 
 from l2m_jax import progress
-from l2m_jax.data.batches import forward_batches, prefetch
+from l2m_jax.data.batches import FORWARD_SLOTS, forward_batches, prefetch
 from l2m_jax.data.corpus import Corpus
 from l2m_jax.losses.fused import DEFAULT_CHUNK_SIZE
 from l2m_jax.models import DecoderConfig
@@ -20,6 +20,7 @@ def cross_entropy_by_example(
     *,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     indices: np.ndarray | None = None,
+    slots: int = FORWARD_SLOTS,
 ) -> np.ndarray:
     """Mean cross-entropy over the response and end of sequence of each example: Eq. 1, divided by their length.
 
@@ -27,6 +28,7 @@ def cross_entropy_by_example(
         params: placed by `placement`.
         chunk_size: target tokens whose logits are held at once.
         indices: the examples to measure; None: all.
+        slots: tokens of a device's micro-batch.
 
     Returns:
         cross_entropy_N: float64, nats a token, in the order of the corpus; 0 for examples that are not measured.
@@ -35,7 +37,7 @@ def cross_entropy_by_example(
     token_losses = placement.map(cross_entropy_pass)
     sums_N = np.zeros(len(corpus))
     with progress.bar("cross-entropy", len(indices)) as bar:
-        for batch in prefetch(forward_batches(corpus, indices, placement.num_devices)):
+        for batch in prefetch(forward_batches(corpus, indices, placement.num_devices, slots=slots)):
             fed = placement.feed(batch.micro_batch)
             losses_AxT = placement.gather(token_losses(config, chunk_size, params, fed))
             real = batch.example_AxT >= 0

@@ -66,6 +66,7 @@ class Generator:
         placement: the devices that share the work.
         tokenizer: decodes tokens into `Answer.text`; None leaves the text empty.
         slots: sequences decoded at once on each device; 0 chooses a number from the size of the model.
+        shrinks: whether the slots become fewer once half are enough, which compiles programs for each number.
 
     Raises:
         InputError: the config has no `eos_token_id`.
@@ -76,6 +77,7 @@ class Generator:
     placement: Placement
     tokenizer: Any = None
     slots: int = 0
+    shrinks: bool = True
 
     def __post_init__(self):
         if not self.config.eos_token_ids:
@@ -174,11 +176,12 @@ class Engine:
             slots=choose_slots(self._config, self._generator.slots, max(lengths) + new, answers, devices),
             max_new_tokens=new,
             prefill_tokens=self._prefill_tokens,
+            shrinks=self._generator.shrinks,
         )
 
     def _empty_slots(self, slots: int) -> Slots:
         size = cache_size(self._config, 1)
-        return self._placement.create(lambda: programs.empty_slots(self._config, slots, size))
+        return self._placement.create(programs.empty_slots, self._config, slots, size)
 
     def _answer(self, now: Slots, device: int, slot: int) -> tuple[int, ...]:
         """The tokens of an answer that has ended, without the end of sequence. `now` holds NumPy arrays."""

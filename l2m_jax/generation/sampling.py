@@ -18,6 +18,7 @@ from l2m_jax.errors import InputError, require_at_least
 
 _PRNG = "threefry2x32"  # named, because answers must not depend on the configurable default
 _CHUNK = 256
+_KEYS = 1024  # keys that are made at once: one shape, which is compiled once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +61,19 @@ def answer_keys(prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> np.nd
     """uint32 [prompts, seeds, 2]: the key of each answer, from its seed and a hash of its prompt's tokens."""
     digests = [hashlib.sha256(np.asarray(prompt, "<i4").tobytes()).digest()[:8] for prompt in prompts]
     words_Px2 = np.frombuffer(b"".join(digests), "<u4").reshape(len(prompts), 2).astype(np.uint32)
-    return np.asarray(_answer_keys(np.asarray(seeds, np.uint32), words_Px2))
+    words_Nx2 = np.repeat(words_Px2, len(seeds), axis=0)
+    seeds_N = np.tile(np.asarray(seeds, np.uint32), len(prompts))
+    padded = -(-len(seeds_N) // _KEYS) * _KEYS
+    words_Nx2, seeds_N = np.resize(words_Nx2, (padded, 2)), np.resize(seeds_N, padded)
+    found = [_keys(seeds_N[i : i + _KEYS], words_Nx2[i : i + _KEYS]) for i in range(0, padded, _KEYS)]
+    return np.concatenate(found)[: len(prompts) * len(seeds)].reshape(len(prompts), len(seeds), 2)
 
 
 @jax.jit
-def _answer_keys(seeds_C: jax.Array, words_Px2: jax.Array) -> jax.Array:
-    def key(words_2, seed):
-        key = jax.random.key(seed, impl=_PRNG)
-        return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, words_2[0]), words_2[1]))
-
-    return jax.vmap(jax.vmap(key, in_axes=(None, 0)), in_axes=(0, None))(words_Px2, seeds_C)
+@jax.vmap
+def _keys(seed: jax.Array, words_2: jax.Array) -> jax.Array:
+    key = jax.random.key(seed, impl=_PRNG)
+    return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, words_2[0]), words_2[1]))
 
 
 def sample(

@@ -71,6 +71,7 @@ class Schedule:
         slots: int,
         max_new_tokens: int,
         prefill_tokens: int,
+        shrinks: bool = True,
     ):
         """`lengths` are those of all prompts; `seeds` has the wanted seeds for each prompt."""
         if slots < 1:
@@ -83,7 +84,7 @@ class Schedule:
         self._running: list[dict[int, Work]] = [{} for _ in range(devices)]
         self._tokens: list[dict[int, int]] = [{} for _ in range(devices)]
         self._finished = self._finished_tokens = 0
-        self.slots = slots
+        self.slots, self._shrinks = slots, shrinks
         self.slot_steps = self.used_slot_steps = 0
 
     def begin(self) -> Iterator[tuple[PrefillBatch, list[list[Move]]]]:
@@ -179,6 +180,8 @@ class Schedule:
         Returns:
             The slots to keep on each device, or None.
         """
+        if not self._shrinks:
+            return None
         half = self.slots // 2
         fullest = max(len(running) for running in self._running)
         if self._todo or self._waiting or half < _MIN_SLOTS or not 0 < fullest <= half:

@@ -109,7 +109,7 @@ def take_chunk(inputs: Inputs, start: jax.Array, size: int) -> Inputs:
     )
 
 
-def _logits(hidden: jax.Array, head_VxE: jax.Array) -> jax.Array:
+def logits(hidden: jax.Array, head_VxE: jax.Array) -> jax.Array:
     return jnp.einsum("...e,ve->...v", hidden, head_VxE, preferred_element_type=jnp.float32)
 
 
@@ -120,10 +120,10 @@ class ChunkResult(NamedTuple):
 
 
 def chunk_result(static: Static, chunk: Inputs, head_VxE: jax.Array, gradient: bool) -> ChunkResult:
-    student_logits = _logits(chunk.student_hidden, head_VxE)
+    student_logits = logits(chunk.student_hidden, head_VxE)
     teacher_logits = None
     if chunk.teacher_hidden is not None and chunk.teacher_head_UxF is not None:
-        teacher_logits = _logits(chunk.teacher_hidden, chunk.teacher_head_UxF)
+        teacher_logits = logits(chunk.teacher_hidden, chunk.teacher_head_UxF)
 
     def in_blocks_of(limit: int):
         size = max(n for n in range(1, limit + 1) if chunk.labels.shape[-1] % n == 0)

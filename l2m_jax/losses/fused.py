@@ -86,18 +86,10 @@ def fused_distillation_sums(
     Raises:
         ValueError: shapes do not match, or the objective needs a teacher and none is given.
     """
-    static, inputs = _prepare(
-        student_hidden,
-        student_head_VxE,
-        teacher_hidden,
-        teacher_head_UxF,
-        labels,
-        weights,
-        objective,
-        coefficients,
-        valid_vocab_size,
-        chunk_size,
+    given = Inputs(
+        student_hidden, student_head_VxE, teacher_hidden, teacher_head_UxF, labels, weights, coefficients
     )
+    static, inputs = prepare(given, objective, valid_vocab_size, chunk_size)
     return _loss_sums(static, inputs)
 
 
@@ -135,35 +127,20 @@ def fused_token_losses(
     Raises:
         ValueError: as `fused_distillation_sums`.
     """
-    static, inputs = _prepare(
-        student_hidden,
-        student_head_VxE,
-        teacher_hidden,
-        teacher_head_UxF,
-        labels,
-        weights,
-        objective,
-        coefficients,
-        valid_vocab_size,
-        chunk_size,
+    given = Inputs(
+        student_hidden, student_head_VxE, teacher_hidden, teacher_head_UxF, labels, weights, coefficients
     )
+    static, inputs = prepare(given, objective, valid_vocab_size, chunk_size)
     cross_entropy, divergence = _token_terms(static, inputs)
     tokens = labels.shape[-1]
     return cross_entropy[..., :tokens], divergence[..., :tokens]
 
 
-def _prepare(
-    student_hidden: jax.Array,
-    student_head_VxE: jax.Array,
-    teacher_hidden: jax.Array | None,
-    teacher_head_UxF: jax.Array | None,
-    labels: jax.Array,
-    weights: jax.Array,
-    objective: Objective,
-    coefficients: Coefficients,
-    valid_vocab_size: int | None,
-    chunk_size: int,
+def prepare(
+    given: Inputs, objective: Objective, valid_vocab_size: int | None, chunk_size: int
 ) -> tuple[Static, Inputs]:
+    """Checks the inputs, and pads them to whole chunks."""
+    student_hidden, student_head_VxE, teacher_hidden, teacher_head_UxF, labels, weights, coefficients = given
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
     if student_hidden.shape[:-1] != labels.shape or weights.shape != labels.shape:

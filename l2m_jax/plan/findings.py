@@ -47,6 +47,9 @@ def compilations(w: Workload, phases: dict[str, Phase]) -> dict[str, int]:
     for name in ("difficulty", "teacher store"):
         if name in phases:
             counts[f"{name}: rows of the pass"] = passes
+    if "diagnostics" in phases:
+        counts["diagnostics: passes of teacher and students"] = 1 + len(config.method_names)
+        counts["diagnostics: greedy decoding"] = 1
     for who, model in (("teacher", w.teacher), ("student", w.student)):
         longest = w.longest_prompt(model) + config.sampling.max_new_tokens
         sizes = {cache_size(model, n) for n in range(1, longest + 1)}

@@ -6,6 +6,7 @@ them with a run.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
@@ -101,7 +102,7 @@ class Moments:
         saved = {"state": on_host, "Orbax's copy": on_host}
         best = Weights(**asdict(without_sums) | ({"optimizer": 0.0} if self._replicated else {}))
         return (
-            self._start(shapes, without_sums),
+            Moment("start", without_sums, host=self._loading(shapes.state.params)),
             Moment("training", state, Activations(batches, working=working)),
             Moment("checkpoint", state, fed, saved),
             Moment("resume", without_sums, host=restored),
@@ -117,18 +118,25 @@ class Moments:
             teacher=0.0 if shapes.teacher is None else weights(shapes.teacher),
         )
 
-    def _start(self, shapes: TrainingShapes, held: Weights) -> Moment:
-        return Moment("start", held, host=self._loading(shapes.state.params))
-
-    def validation(self, shapes: TrainingShapes, batches: float, found: Decoding) -> Moment:
-        """Generation beside the state, whose gradient sums are freed."""
+    def generation_beside(self, name: str, shapes: TrainingShapes, batches: float, found: Decoding) -> Moment:
+        """Generation beside the state, whose gradient sums are freed: validations and rollouts."""
         held = asdict(self._state(shapes)) | {"gradients": 0.0}
-        return self._generation("validation", held, batches, found)
+        return self._generation(name, held, batches, found)
 
-    def rollouts(self, shapes: TrainingShapes, found: Decoding) -> Moment:
-        """Generation of the student's own responses, before an epoch's part: nothing is fed, sums are freed."""
+    def beside(
+        self, name: str, shapes: TrainingShapes, fed: float, batch: float, program: Program, head: Any = None
+    ) -> Moment:
+        """A pass without gradients beside the state, whose gradient sums are freed.
+
+        Args:
+            fed: bytes of batches of the training; `batch`: of one of the pass.
+            head: of the teacher, which is placed for the pass if it is not there.
+        """
         held = asdict(self._state(shapes)) | {"gradients": 0.0}
-        return self._generation("rollouts", held, 0.0, found)
+        held["teacher"] = held["teacher"] or self._compiler.weights(head)
+        return Moment(
+            name, Weights(**held), Activations(fed + 2 * batch, working=program.working + program.results)
+        )
 
     def generation(self, name: str, params: Params, found: Decoding) -> Moment:
         """A model that does nothing but generate; it has just been loaded."""

@@ -1,31 +1,31 @@
 """The phases of a run, named as the run names them: what they hold, compile and write, and how long they take at best."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from l2m_jax import methods
+import numpy as np
+
+from l2m_jax import methods, models
 from l2m_jax.curriculum import Stage
-from l2m_jax.data.batches import forward_shapes
-from l2m_jax.data.packing import Shape
-from l2m_jax.generation.engine import choose_slots
+from l2m_jax.evaluation.diagnostics import agreement_pass
 from l2m_jax.losses import Objective
 from l2m_jax.models import DecoderConfig, with_dropout
 from l2m_jax.plan import checkpoints, programs
 from l2m_jax.plan.checkpoints import Written
-from l2m_jax.plan.estimate import seconds
-from l2m_jax.plan.moments import Moment, Moments
-from l2m_jax.plan.programs import Compiler, Decoding, Program, TrainingShapes, share_bytes
-from l2m_jax.plan.targets import Target
-from l2m_jax.plan.workload import Batches, Workload
+from l2m_jax.plan.moments import Moment
+from l2m_jax.plan.parts import Parts
+from l2m_jax.plan.programs import Program, TrainingShapes, share_bytes
+from l2m_jax.plan.workload import Batches
+from l2m_jax.run.distillation import relevant_curriculum
 from l2m_jax.training.loop import PREFETCHED_BATCHES
 from l2m_jax.training.optimizer import FineTuning, Pretraining
 from l2m_jax.training.step import StepSettings, cross_entropy_pass, hidden_pass
-from l2m_jax.types import Params
 
-_UTILISATION = 0.8  # of the decoder's slots
-_SET_ROWS = {"self_inst": 242, "vicuna": 80, "s_ni": 1694, "un_ni": 10_000}
+# What a training does beside its updates: what it holds then, the programs, and the seconds over the whole training.
+Beside = tuple[Moment, tuple[Program, ...], float]
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,8 @@ class Phase:
         return max(self.moments, key=lambda moment: moment.device_bytes)
 
 
-class Planner:
+class Planner(Parts):
     """Plans the phases of `workload` on `target`, with the programs that `compiler` compiles."""
-
-    def __init__(self, workload: Workload, target: Target, compiler: Compiler):
-        self._w, self._target, self._compiler = workload, target, compiler
-        self._moments = Moments(compiler, max(1, workload.config.devices.num_processes))
-        self._devices = compiler.placement.num_devices
-        self.teacher = programs.attention_for(workload.teacher, target.platform)
-        self.student = programs.attention_for(workload.student, target.platform)
 
     def phases(self) -> dict[str, Callable[[], Phase]]:
         """What a run goes through, by name; each is compiled when it is called."""
@@ -96,7 +89,9 @@ class Planner:
         if any(methods.needs_ranking(method, config.curriculum) for method in chosen.values()):
             found["difficulty"] = self._difficulty
         if any(w.reads_store(method) for method in chosen.values()):
-            found["teacher store"] = self._teacher_store
+            found["teacher store"] = lambda: self._frozen_teacher("teacher store", w.lengths)
+        if config.evaluation.diagnostic_rows:
+            found["diagnostics"] = lambda: self._frozen_teacher("diagnostics", self._diagnosed)
         if self._generating(chosen):
             found["generated responses"] = lambda: self._generated(self._generating(chosen))
         for name in chosen:
@@ -170,25 +165,59 @@ class Planner:
         validations = config.evaluation.validations
         improvements = validations if config.evaluation.select == "best" else 0
         training = self._training(shapes, objectives, batches, w.updates(method), len(stages), improvements)
-        params, beside, generating, spent = programs.parameters(student), [], [], 0.0
-        if validations:
-            rows = self._validation_rows
-            found = self._decoding(student, params, rows)
-            beside.append(self._moments.validation(shapes, self._fed(shapes, training), found))
-            generating += found.programs
-            spent += self._decoding_seconds(found, validations * rows * w.response_tokens)
+        fed = self._fed(shapes, training)
+        beside = [self._validation(shapes, fed)]
+        if config.evaluation.diagnostic_rows:
+            beside.append(self._diagnostics(shapes, fed, batches, vocabulary))
+        if relevant_curriculum(method, config.curriculum).rerank:
+            beside.append(self._reranking(shapes, batches, stages))
         if method.on_policy:
-            share = 1.0 if method.contrast is not None else config.rollouts.student_share
-            answers = math.ceil(share * sum(stage.examples for stage in stages))
-            at_once = math.ceil(share * max(len(stage.indices) for stage in stages) / method.refreshes)
-            found = self._decoding(student, params, at_once)
-            beside.append(self._moments.rollouts(shapes, found))
-            generating += found.programs
-            spent += self._decoding_seconds(found, answers * config.sampling.max_new_tokens)
-        trained = self._trained(phase, shapes, training, (*beside, self._moments.saving(student)))
+            beside.append(self._rollouts(shapes, method, stages))
+        moments, listed, spent = zip(*beside, strict=True)
+        trained = self._trained(phase, shapes, training, (*moments, self._moments.saving(student)))
         return dataclasses.replace(
-            trained, programs=(*trained.programs, *generating), seconds=trained.seconds + spent
+            trained,
+            programs=(*trained.programs, *itertools.chain(*listed)),
+            seconds=trained.seconds + sum(spent),
         )
+
+    def _validation(self, shapes: TrainingShapes, fed: float) -> Beside:
+        """With the greedy answers of the diagnostics, whose programs differ only in how they choose a token."""
+        w, evaluation = self._w, self._w.config.evaluation
+        rows = self._validation_rows
+        found = self._decoding(shapes.settings.student, shapes.state.params, rows)
+        answers = evaluation.validations * (rows + min(rows, evaluation.diagnostic_rows))
+        spent = self._decoding_seconds(found, answers * w.response_tokens)
+        return self._moments.generation_beside("validation", shapes, fed, found), found.programs, spent
+
+    def _diagnostics(self, shapes: TrainingShapes, fed: float, batches: Batches, vocabulary: int) -> Beside:
+        config, student = self._w.config, shapes.settings.student
+        shape, calls = self._forward(self._diagnosed, _slots(batches))
+        head = models.head(self.teacher, programs.frozen(self.teacher))
+        batch = programs.micro_batch(shape, self.teacher.embed_size)
+        static = student, vocabulary, config.chunk_size
+        found = self._pass("agreement", shape, agreement_pass, *static, shapes.state.params, head, batch)
+        moment = self._moments.beside("diagnostics", shapes, fed, share_bytes(batch), found, head)
+        return moment, (found,), config.evaluation.validations * calls * self._seconds(found)
+
+    def _reranking(self, shapes: TrainingShapes, batches: Batches, stages: tuple[Stage, ...]) -> Beside:
+        """Of the subsets that are not open yet, at the start of each stage between the first and the last."""
+        lengths = self._w.lengths
+        shape, calls = self._forward(lengths, _slots(batches))
+        batch = programs.micro_batch(shape)
+        static = shapes.settings.student, self._w.config.chunk_size
+        found = self._pass("re-ranking", shape, cross_entropy_pass, *static, shapes.state.params, batch)
+        moment = self._moments.beside("re-ranking", shapes, 0.0, share_bytes(batch), found)
+        return moment, (found,), max(0, len(stages) - 2) / 2 * calls * self._seconds(found)
+
+    def _rollouts(self, shapes: TrainingShapes, method: methods.Method, stages: tuple[Stage, ...]) -> Beside:
+        config = self._w.config
+        share = 1.0 if method.contrast is not None else config.rollouts.student_share
+        answers = math.ceil(share * sum(stage.examples for stage in stages))
+        at_once = math.ceil(share * max(len(stage.indices) for stage in stages) / method.refreshes)
+        found = self._decoding(shapes.settings.student, shapes.state.params, at_once)
+        spent = self._decoding_seconds(found, answers * config.sampling.max_new_tokens)
+        return self._moments.generation_beside("rollouts", shapes, 0.0, found), found.programs, spent
 
     def _trained(
         self, name: str, shapes: TrainingShapes, training: Training, beside: tuple[Moment, ...]
@@ -213,16 +242,12 @@ class Planner:
         def trips(shape):
             return w.vocabulary_trips(batches, shape, model.vocab_size)
 
-        accumulate = self._compiler.program(
-            "accumulate",
-            f"{largest.rows} × {largest.length} tokens",
-            programs.step.accumulate,
-            shapes.accumulate_arguments(objective, largest),
-            trips(largest),
+        arguments = shapes.accumulate_arguments(objective, largest)
+        accumulate = self._pass(
+            "accumulate", largest, programs.step.accumulate, *arguments, trips=trips(largest)
         )
-        update = self._compiler.program(
-            "update", "once a step", programs.step.update, shapes.update_arguments()
-        )
+        arguments = shapes.update_arguments(w.config.skip_nonfinite)
+        update = self._compiler.program("update", "once a step", programs.step.update, arguments)
         step = flops = 0.0
         if not self._compiler.dry:
             # The other shapes take as much less time as they take fewer operations.
@@ -250,12 +275,11 @@ class Planner:
 
     def _difficulty(self) -> Phase:
         """The initial student's answers to the training prompts, and its cross-entropy of the references."""
-        params, shape = programs.frozen(self.student), self._forward_shape
+        params, (shape, calls) = programs.frozen(self.student), self._forward(self._w.lengths)
         found = self._decoding(self.student, params, len(self._w.lengths))
-        batch = programs.micro_batch(shape)
-        arguments = (self.student, self._w.config.chunk_size, params, batch)
-        forward = self._compiler.program(
-            "cross-entropy", f"{shape.rows} × {shape.length} tokens", cross_entropy_pass, arguments
+        batch, chunk_size = programs.micro_batch(shape), self._w.config.chunk_size
+        forward = self._pass(
+            "cross-entropy", shape, cross_entropy_pass, self.student, chunk_size, params, batch
         )
         # Before it is trained, a model seldom ends an answer by itself.
         tokens = len(self._w.lengths) * self._w.config.sampling.max_new_tokens
@@ -263,20 +287,16 @@ class Planner:
             self._moments.generation("answers", params, found),
             self._moments.frozen_pass("cross-entropy", params, share_bytes(batch), forward),
         )
-        spent = self._decoding_seconds(found, tokens) + self._passes * self._seconds(forward)
+        spent = self._decoding_seconds(found, tokens) + calls * self._seconds(forward)
         return Phase("difficulty", moments, (*found.programs, forward), spent)
 
-    def _teacher_store(self) -> Phase:
-        params, shape = programs.frozen(self.teacher), self._forward_shape
+    def _frozen_teacher(self, name: str, lengths: np.ndarray) -> Phase:
+        """The teacher's hidden states on examples of these lengths."""
+        params, (shape, calls) = programs.frozen(self.teacher), self._forward(lengths)
         batch = programs.micro_batch(shape)
-        forward = self._compiler.program(
-            "hidden states",
-            f"{shape.rows} × {shape.length} tokens",
-            hidden_pass,
-            (self.teacher, params, batch),
-        )
+        forward = self._pass("hidden states", shape, hidden_pass, self.teacher, params, batch)
         moment = self._moments.frozen_pass("hidden states", params, share_bytes(batch), forward)
-        return Phase("teacher store", (moment,), (forward,), self._passes * self._seconds(forward))
+        return Phase(name, (moment,), (forward,), calls * self._seconds(forward))
 
     def _generated(self, chosen: list[tuple[str, DecoderConfig]]) -> Phase:
         """Responses that methods train on; those of the initial student may exist since the ranking."""
@@ -310,45 +330,12 @@ class Planner:
             spent += self._decoding_seconds(found, tokens)
         return Phase(name, tuple(moments), tuple(listed), spent)
 
-    def _decoding(self, model: DecoderConfig, params: Params, answers: int) -> Decoding:
-        w, rules = self._w, self._w.config.sampling
-        prompt = w.longest_prompt(model)
-        slots = choose_slots(
-            model, w.config.devices.slots, prompt + rules.max_new_tokens, answers, self._devices
-        )
-        return programs.decoding(self._compiler, model, params, rules, slots, prompt)
-
-    def _decoding_seconds(self, found: Decoding, tokens: float) -> float:
-        return self._seconds(found.decode) * tokens / (found.slots * self._devices * _UTILISATION)
-
-    @property
-    def _forward_shape(self) -> Shape:
-        """The larger of the shapes in which passes go over the training examples."""
-        usual, long = forward_shapes(self._w.lengths, self._devices)
-        needed = (usual, long) if int(self._w.lengths.max()) > usual.length else (usual,)
-        return max(needed, key=lambda shape: shape.cost)
-
-    @property
-    def _passes(self) -> int:
-        """Calls of a program that goes over all training examples once."""
-        return math.ceil(float(self._w.lengths.sum()) / (self._forward_shape.slots * self._devices))
-
-    @property
-    def _validation_rows(self) -> int:
-        data, most = self._w.config.data, self._w.config.evaluation.validation_rows
-        rows = data.synthetic.validation if data.source == "synthetic" else data.validation_rows
-        return max(1, min(rows, most) if most else rows)
-
-    def _set_rows(self, source: str) -> int:
-        data, most = self._w.config.data, self._w.config.evaluation.rows
-        test = data.synthetic.test if data.source == "synthetic" else data.test_rows
-        rows = _SET_ROWS.get(source.partition("=")[0], test)
-        return min(rows, most) if most else rows
-
-    def _seconds(self, program: Program) -> float:
-        return 0.0 if self._compiler.dry else seconds(program, self._target, self._devices)
-
 
 def _by_sample(stage: Stage) -> list[str]:
     """The coefficients of the loss that differ by sample; weights are there in any case."""
     return [name for name in (stage.samples.by_name if stage.samples else ()) if name != "weight"]
+
+
+def _slots(batches: Batches) -> int:
+    """Of passes beside the training state, as `distillation.Student` chooses them."""
+    return min(shape.slots for shape in batches.shapes)

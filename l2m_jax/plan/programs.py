@@ -230,9 +230,10 @@ class TrainingShapes:
         params, batch = self.state.params, self.batch(shape)
         return self.settings, objective, params, self.sums, batch, self.teacher, key
 
-    def update_arguments(self) -> tuple:
+    def update_arguments(self, skip_nonfinite: bool) -> tuple:
         rate = jax.ShapeDtypeStruct((), jnp.float32)
-        return make_optimizer(self.optimizer), self.state, self.sums, rate
+        rule = make_optimizer(self.optimizer), self.optimizer.ema, skip_nonfinite
+        return *rule, self.state, self.sums, rate
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,20 +18,20 @@ from l2m_jax.curriculum import Difficulty, Exposure
 Metrics = Sequence[Mapping[str, Any]]
 
 # Okabe and Ito's palette for colour-blind readers, without its yellow, which is too light for lines.
-_BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
-_LINES = (_BLUE, _ORANGE, _GREEN, _PURPLE, _RED, _SKY)
-_GREY = "#6B6B6B"
+BLUE, ORANGE, GREEN, RED, _PURPLE, _SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+_LINES = (BLUE, ORANGE, GREEN, _PURPLE, RED, _SKY)
+GREY = "#6B6B6B"
 _STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": _GREY,
+    "axes.edgecolor": GREY,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
     "axes.labelcolor": "#333333",
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
     "grid.color": "#E6E6E6",
     "grid.linewidth": 0.8,
     "axes.axisbelow": True,
@@ -70,7 +70,7 @@ def training(
     phases = list(dict.fromkeys(m["phase"] for m in metrics))
     compared = [p for p in phases if p == phase] + [p for p in phases if p.startswith(f"{phase}:")]
     measured = [name for name in compared if validations_of(metrics, name)]
-    with _figure(path, 7.2, 5.4 if measured else 3.2) as figure:
+    with drawing(path, 7.2, 5.4 if measured else 3.2) as figure:
         panels = figure.subplots(2 if measured else 1, 1, sharex=True, squeeze=False)[:, 0].tolist()
         _losses(panels[0], steps_of(metrics, phase))
         if measured:
@@ -90,8 +90,8 @@ def _validations(
         axes.plot(x, y, color=colour, marker="o", markersize=2.5, linewidth=1.2 if i else 1.8)
         ends.append((y[-1], labels.get(name, name.partition(":")[2]), colour))
     if levels := [m["validation_rouge_l"] for m in validations_of(metrics, teacher_phase)]:
-        axes.axhline(max(levels), color=_GREY, linewidth=1, linestyle=(0, (4, 3)))
-        ends.append((max(levels), f"{teacher_phase}, best", _GREY))
+        axes.axhline(max(levels), color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+        ends.append((max(levels), f"{teacher_phase}, best", GREY))
     axes.set(ylabel="Rouge-L × 100", title="Validation")
     _annotate_ends(axes, ends)
 
@@ -99,9 +99,9 @@ def _validations(
 def _losses(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
     x = np.array([m["step"] for m in lines])
     loss = np.array([m["loss"] for m in lines])
-    axes.plot(x, loss, color=_BLUE, alpha=0.25, linewidth=0.8)
+    axes.plot(x, loss, color=BLUE, alpha=0.25, linewidth=0.8)
     ends = []
-    for name, colour in (("loss", _BLUE), ("cross_entropy", _ORANGE), ("divergence", _GREEN)):
+    for name, colour in (("loss", BLUE), ("cross_entropy", ORANGE), ("divergence", GREEN)):
         values = np.array([m.get(name, np.nan) for m in lines], float)
         # A measure that was not computed, such as the divergence without a teacher, is 0 throughout.
         if len(values) == 0 or not np.isfinite(values).all() or not values.any():
@@ -133,16 +133,20 @@ def _annotate_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
                 heights[i] -= overlap / 2
                 heights[i + 1] += overlap / 2
     for y, (_, text, colour) in zip(heights, ends, strict=True):
-        axes.annotate(
-            text,
-            (1, y),
-            xycoords=("axes fraction", "data"),
-            xytext=(6, 0),
-            textcoords="offset points",
-            color=colour,
-            va="center",
-            annotation_clip=False,
-        )
+        annotate_at_right(axes, y, text, colour)
+
+
+def annotate_at_right(axes: Axes, y: float, text: str, colour: str) -> None:
+    axes.annotate(
+        text,
+        (1, y),
+        xycoords=("axes fraction", "data"),
+        xytext=(6, 0),
+        textcoords="offset points",
+        color=colour,
+        va="center",
+        annotation_clip=False,
+    )
 
 
 def _mark_stages(panels: Sequence[Axes], lines: Sequence[Mapping[str, Any]]) -> None:
@@ -151,7 +155,7 @@ def _mark_stages(panels: Sequence[Axes], lines: Sequence[Mapping[str, Any]]) -> 
         return
     for _, start, _, _, _ in spans[1:]:
         for axes in panels:
-            axes.axvline(start - 0.5, color=_GREY, linewidth=0.8, linestyle=":")
+            axes.axvline(start - 0.5, color=GREY, linewidth=0.8, linestyle=":")
     upper = panels[0]
     low, high = upper.get_ylim()
     upper.set_ylim(low, high + 0.3 * (high - low))
@@ -160,7 +164,7 @@ def _mark_stages(panels: Sequence[Axes], lines: Sequence[Mapping[str, Any]]) -> 
         text = f"{stage}" if narrow else f"stage {stage}\nα {alpha:.3g}\nβ {beta:.3g}"
         at = ((start + stop) / 2, 0.98)
         upper.annotate(
-            text, at, xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=8, color=_GREY
+            text, at, xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=8, color=GREY
         )
 
 
@@ -200,7 +204,7 @@ def agreement(path: Path, metrics: Metrics) -> None:
     Dashed: the teacher's own cross-entropy and entropy.
     """
     phases = diagnosed(metrics)
-    with _figure(path, 7.2, 6.6) as figure:
+    with drawing(path, 7.2, 6.6) as figure:
         panels = figure.subplots(3, 2, sharex=True).ravel().tolist()
         for axes, (name, title, unit, factor) in zip(panels, _AGREEMENT, strict=True):
             for i, (phase, colour) in enumerate(zip(phases, itertools.cycle(_LINES), strict=False)):
@@ -217,7 +221,7 @@ def agreement(path: Path, metrics: Metrics) -> None:
                 )
             level = next((m[key] for m in metrics if (key := f"validation_teacher_{name}") in m), None)
             if level is not None:
-                axes.axhline(level, color=_GREY, linewidth=1, linestyle=(0, (4, 3)), label="teacher")
+                axes.axhline(level, color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="teacher")
             axes.set(title=title, ylabel=unit)
         for axes in panels[-2:]:
             axes.set_xlabel("step")
@@ -228,11 +232,11 @@ def agreement(path: Path, metrics: Metrics) -> None:
 def schedule(path: Path, metrics: Metrics, *, phase: str = "student") -> None:
     """α_i and β_i over the steps of `phase`, with the value of each stage on its line."""
     spans = stage_spans(steps_of(metrics, phase))
-    with _figure(path, 7.2, 3.2) as figure:
+    with drawing(path, 7.2, 3.2) as figure:
         pair = figure.subplots(2, 1, sharex=True)
         for axes, column, colour, title in (
-            (pair[0], 3, _BLUE, "α: the teacher's share in the skew mixture (Eq. 6)"),
-            (pair[1], 4, _RED, "β: weight of the divergence against cross-entropy (Eq. 7)"),
+            (pair[0], 3, BLUE, "α: the teacher's share in the skew mixture (Eq. 6)"),
+            (pair[1], 4, RED, "β: weight of the divergence against cross-entropy (Eq. 7)"),
         ):
             edges = [span[1] - 1 for span in spans] + [spans[-1][2]]
             values = [span[column] for span in spans]
@@ -250,7 +254,7 @@ def schedule(path: Path, metrics: Metrics, *, phase: str = "student") -> None:
                     color=colour,
                 )
             for edge in edges[1:-1]:
-                axes.axvline(edge, color=_GREY, linewidth=0.8, linestyle=":")
+                axes.axvline(edge, color=GREY, linewidth=0.8, linestyle=":")
             axes.set_title(title)
         pair[1].set_xlabel("step")
 
@@ -260,7 +264,7 @@ def difficulty(path: Path, graded: Difficulty) -> None:
     numbers = [int(number) for number in np.unique(graded.subset)]
     colours = matplotlib.colormaps["cividis"](np.linspace(0.78, 0.1, len(numbers)))
     draw = np.random.default_rng(0)
-    with _figure(path, 7.2, 3.4) as figure:
+    with drawing(path, 7.2, 3.4) as figure:
         for axes, scores, label, title in (
             (
                 figure.add_subplot(1, 2, 1),
@@ -286,7 +290,7 @@ def difficulty(path: Path, graded: Difficulty) -> None:
                 widths=0.64,
                 whis=(5, 95),
                 showfliers=False,
-                medianprops={"color": _RED, "linewidth": 2},
+                medianprops={"color": RED, "linewidth": 2},
                 boxprops={"color": "#333333"},
                 whiskerprops={"color": "#333333"},
                 capprops={"color": "#333333"},
@@ -299,7 +303,7 @@ def difficulty(path: Path, graded: Difficulty) -> None:
                     textcoords="offset points",
                     va="center",
                     fontsize=8,
-                    color=_RED,
+                    color=RED,
                 )
             axes.set_xticks(numbers, [str(number) for number in numbers])
             axes.set(xlabel="subset, from easy to hard", ylabel=label, title=title)
@@ -307,7 +311,7 @@ def difficulty(path: Path, graded: Difficulty) -> None:
 
 def exposure(path: Path, exposures: Mapping[str, Exposure]) -> None:
     """The share of each group in the examples of a step, over the steps: one panel for each kind of group."""
-    with _figure(path, 7.2, 2.4 * len(exposures) + 0.4) as figure:
+    with drawing(path, 7.2, 2.4 * len(exposures) + 0.4) as figure:
         panels = figure.subplots(len(exposures), 1, sharex=True, squeeze=False)[:, 0].tolist()
         for axes, (kind, seen) in zip(panels, exposures.items(), strict=True):
             shares = seen.seen_KxG / np.maximum(seen.seen_KxG.sum(axis=1, keepdims=True), 1)
@@ -330,75 +334,14 @@ def exposure(path: Path, exposures: Mapping[str, Exposure]) -> None:
             }
             axes.legend(handles[::-1], labels[::-1], title=kind, **place)
             for edge in np.flatnonzero(np.diff(seen.stage_K)):
-                axes.axvline(seen.end_K[edge], color=_RED, linewidth=0.8, linestyle=":")
+                axes.axvline(seen.end_K[edge], color=RED, linewidth=0.8, linestyle=":")
             axes.set(ylabel="% of examples", ylim=(0, 100), xlim=(0, edges[-1]))
         panels[0].set_title("Exposure: what each step is made of")
         panels[-1].set_xlabel("step")
 
 
-class Interval(NamedTuple):
-    """A line of a forest plot.
-
-    Attributes:
-        unit: lines of one unit share a panel.
-        second: another interval, drawn thinner.
-        reference: a value to compare with, such as a published one.
-        is_strong: filled rather than open.
-    """
-
-    label: str
-    unit: str
-    mean: float
-    interval: tuple[float, float]
-    second: tuple[float, float] | None
-    reference: float | None
-    verdict: str
-    is_strong: bool
-
-
-_VERDICTS = {"holds": _GREEN, "reversed": _RED, "smaller than the paper's effect": _ORANGE}
-
-
-def contrasts(path: Path, lines: Sequence[Interval]) -> None:
-    """A forest plot: differences with their intervals, one panel for each unit, the first line at the top."""
-    units = list(dict.fromkeys(line.unit for line in lines))
-    heights = [sum(line.unit == unit for line in lines) for unit in units]
-    with _figure(path, 7.2, 0.5 + 0.34 * len(lines) + 0.6 * len(units)) as figure:
-        panels = figure.subplots(len(units), 1, squeeze=False, height_ratios=heights)[:, 0].tolist()
-        for axes, unit in zip(panels, units, strict=True):
-            _forest(axes, [line for line in lines if line.unit == unit])
-            axes.set_title(f"{unit}: left − right")
-
-
-def _forest(axes: Axes, lines: Sequence[Interval]) -> None:
-    axes.axvline(0, color=_GREY, linewidth=0.8)
-    for y, line in enumerate(lines):
-        colour = _VERDICTS.get(line.verdict, _GREY)
-        if line.second is not None:
-            axes.plot(line.second, (y + 0.2, y + 0.2), color=colour, linewidth=0.8)
-        axes.plot(line.interval, (y, y), color=colour, linewidth=2)
-        filled = colour if line.is_strong else "white"
-        axes.plot(line.mean, y, marker="o", markersize=6, color=colour, markerfacecolor=filled)
-        if line.reference is not None:
-            axes.plot(line.reference, y, marker="D", markersize=4, color=_BLUE)
-        axes.annotate(
-            line.verdict,
-            (1, y),
-            xycoords=("axes fraction", "data"),
-            xytext=(6, 0),
-            textcoords="offset points",
-            color=colour,
-            va="center",
-            annotation_clip=False,
-        )
-    axes.set_yticks(range(len(lines)), [line.label for line in lines])
-    axes.set_ylim(len(lines) - 0.4, -0.6)
-    axes.grid(axis="x")
-    axes.grid(visible=False, axis="y")
-
-
 @contextlib.contextmanager
-def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+def drawing(path: Path, width: float, height: float) -> Iterator[Figure]:
     """A figure to draw on. It replaces `path` atomically if the block ends without an error."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")

@@ -20,7 +20,7 @@ from l2m_jax.data.batches import ListedExamples
 from l2m_jax.evaluation import diagnostics as agreement
 from l2m_jax.evaluation.protocol import summarise
 from l2m_jax.evaluation.rouge import rouge_l_many
-from l2m_jax.evaluation.sets import from_corpus
+from l2m_jax.evaluation.sets import PromptSet, from_corpus
 from l2m_jax.generation import Generator, SamplingRules, generate
 from l2m_jax.models import DecoderConfig
 from l2m_jax.multihost import first
@@ -119,6 +119,7 @@ class Diagnostics:
         self._rows = _rows(artefact.inputs)
         self._store = _store(artefact, self._rows, self._teacher)
         self._corpus = data.open_corpus(artefact.inputs.validation)
+        self._prompts: PromptSet | None = None
 
     def measure(
         self, config: DecoderConfig, params: Params, teacher: Teacher | None, slots: int
@@ -163,12 +164,16 @@ class Diagnostics:
 
     def answer(self, generator: Generator, rules: SamplingRules, longest_prompt: int) -> dict[str, Any]:
         """Greedy Rouge-L of the validation rows, whole and by category, and the answers to the first few."""
-        kept = self._rows.validation[self._corpus.prompt_lengths[self._rows.validation] <= longest_prompt]
-        if len(kept) == 0:
+        chosen = self._rows.validation
+        if (self._corpus.prompt_lengths[chosen] > longest_prompt).all():
             return {}
-        rows = len(self._rows.validation)
-        prompts = from_corpus("validation", self._corpus, rows=rows, longest_prompt=longest_prompt)
-        greedy = dataclasses.replace(rules, temperature=0.0)
+        if self._prompts is None:
+            self._prompts = from_corpus(
+                "validation", self._corpus, rows=len(chosen), longest_prompt=longest_prompt
+            )
+        prompts, greedy = self._prompts, dataclasses.replace(rules, temperature=0.0)
+        # There are few answers: compiling programs for fewer slots takes longer than they save.
+        generator = dataclasses.replace(generator, shrinks=False)
         answers = generate(generator, prompts.prompts, greedy, [0], title="validation, greedy")
         answers = sorted(answers, key=lambda answer: answer.prompt)
         rouge_l = rouge_l_many([a.text for a in answers], [prompts.references[a.prompt] for a in answers])

@@ -1,5 +1,6 @@
 """The phase that trains a student by one method."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from l2m_jax.curriculum import Curriculum, Difficulty, Exposure, Stage, examples
 from l2m_jax.data.packing import Shape
 from l2m_jax.evaluation.cross_entropy import cross_entropy_by_example
 from l2m_jax.evaluation.protocol import evaluate
-from l2m_jax.evaluation.sets import from_corpus
+from l2m_jax.evaluation.sets import PromptSet, from_corpus
 from l2m_jax.evaluation.settings import Evaluation
 from l2m_jax.generation import Generator, SamplingRules
 from l2m_jax.methods import Method
@@ -97,9 +98,9 @@ def relevant_curriculum(method: Method, curriculum: Curriculum) -> Curriculum:
     if ranked:
         kept += ["stratify"]
     if method.staged:
-        kept += ["restart_optimizer", "temperatures", "temperature_by", "loss_by"]
+        kept += ["temperatures", "loss_by"]
     if method.staged and curriculum.loss_by == "stage":
-        kept += ["mix", "open_by"]
+        kept += ["restart_optimizer", "temperature_by", "mix", "open_by"]
         kept += ["rerank"] if ranked and not method.shuffled else []
     if method.alpha in ("rising", "falling"):
         kept += ["alphas" if curriculum.alphas else "alpha", "alpha_by"]
@@ -176,11 +177,14 @@ class Student:
             f"  {steps(stages, inputs.training.batch_size):,} updates on {examples_seen(stages):,} examples"
             + ", two responses to each" * (inputs.method.contrast is not None)
         )
-        reranking = self._reranking(plan) if inputs.curriculum.rerank else None
+        shapes = self._shapes()
+        # Of passes without gradients beside the training state: no larger than its micro-batches, so that they fit too.
+        slots = min(shape.slots for shape in shapes)
+        reranking = self._reranking(plan, slots) if inputs.curriculum.rerank else None
         # A run that resumes behind its last stage begins none, so what is known is recorded here too.
         stages_module.show(self._record(plan if reranking is None else reranking.known()))
         teacher_config, teacher = self._teacher()
-        task = self._task(stages, teacher_config)
+        task = self._task(stages, shapes, teacher_config)
         assert artefact.progress is not None
         checkpoints = Checkpoints(artefact.progress, context.placement, context.checkpoint_minutes)
         trainer = Trainer(
@@ -190,7 +194,7 @@ class Student:
             teacher,
             checkpoints,
             context.metrics,
-            lambda params: self._validate(params, teacher, task.shapes),
+            lambda params: self._validate(params, teacher, slots),
             None if reranking is None else reranking.begin,
         )
         params = trainer.run(lambda: load_to_train(inputs.initial, context.placement))
@@ -203,13 +207,20 @@ class Student:
         stages_module.write_exposures(exposure_file(self._context.workdir, self._artefact), found)
         return found
 
-    def _reranking(self, plan: Plan) -> stages_module.Reranking:
+    def _reranking(self, plan: Plan, slots: int) -> stages_module.Reranking:
         config, context, references = self._config, self._context, self._references
 
         def cross_entropy(params: Params, indices: np.ndarray) -> np.ndarray:
-            return cross_entropy_by_example(
-                config, params, references, context.placement, chunk_size=context.chunk_size, indices=indices
-            )[indices]
+            found = cross_entropy_by_example(
+                config,
+                params,
+                references,
+                context.placement,
+                chunk_size=context.chunk_size,
+                indices=indices,
+                slots=slots,
+            )
+            return found[indices]
 
         return stages_module.Reranking(plan, self._kept("rerankings"), cross_entropy, self._record)
 
@@ -220,7 +231,9 @@ class Student:
         name = f"{self._artefact.progress.name}-{self._artefact.key[:8]}"
         return self._artefact.progress.parent.parent / what / name
 
-    def _task(self, stages: tuple[Stage, ...], teacher: DecoderConfig | None) -> Task:
+    def _task(
+        self, stages: tuple[Stage, ...], shapes: tuple[Shape, ...], teacher: DecoderConfig | None
+    ) -> Task:
         inputs, method = self._inputs, self._inputs.method
         vocabulary = self._config.valid_vocab_size
         if teacher is not None:
@@ -229,7 +242,7 @@ class Student:
             phase=self._phase,
             settings=StepSettings(self._config, teacher, vocabulary, self._context.chunk_size),
             stages=stages,
-            shapes=self._shapes(),
+            shapes=shapes,
             optimizer=inputs.training,
             batch_size=inputs.training.batch_size,
             seed=inputs.seed,
@@ -306,19 +319,25 @@ class Student:
         longest = longest_row(train.lengths, train.prompt_lengths, rules, self._longest_example)
         return self._context.shapes(train.lengths, inputs.training.batch_size, longest)
 
-    def _validate(self, params: Params, teacher: Teacher | None, shapes: tuple[Shape, ...]) -> dict[str, Any]:
+    def _validate(self, params: Params, teacher: Teacher | None, slots: int) -> dict[str, Any]:
         v, context = self._monitored, self._context
-        room = longest_prompt(self._config, v.sampling, v.max_prompt_length)
-        prompts = from_corpus("validation", data.open_corpus(v.corpus), rows=v.rows, longest_prompt=room)
         generator = Generator(self._config, params, context.placement, self._tokenizer, context.slots)
-        found = evaluate(generator, [prompts], v.sampling, [v.seed], title="validation")
+        found = evaluate(generator, [self._prompts], v.sampling, [v.seed], title="validation")
         values: dict[str, Any] = {"validation_rouge_l": found.rouge_l}
         if self._diagnostics is not None:
-            # No larger than a micro-batch of the training, so that they fit wherever it does.
-            slots = min(shape.slots for shape in shapes)
             values |= self._diagnostics.measure(self._config, params, teacher, slots)
-            values |= self._diagnostics.answer(generator, v.sampling, room)
+            values |= self._diagnostics.answer(generator, v.sampling, self._room)
         return values
+
+    @property
+    def _room(self) -> int:
+        """The most tokens of a prompt of a validation."""
+        return longest_prompt(self._config, self._monitored.sampling, self._monitored.max_prompt_length)
+
+    @functools.cached_property
+    def _prompts(self) -> PromptSet:
+        v = self._monitored
+        return from_corpus("validation", data.open_corpus(v.corpus), rows=v.rows, longest_prompt=self._room)
 
 
 def exposure_file(workdir: Path, student: Artefact[StudentInputs]) -> Path:

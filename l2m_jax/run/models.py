@@ -86,7 +86,7 @@ def model_inputs(
         pretrained = model.init == "pretrained"
         weights = data.given_model(model.path) if pretrained else data.given(model.path, ("config.json",))
     random = weights is None and not takes_layers
-    finetuned = finetune if finetune.epochs else None
+    finetuned = finetune.relevant if finetune.epochs else None
     return ModelInputs(
         role=role,
         model=dataclasses.replace(
@@ -110,7 +110,9 @@ def continued(
 ) -> ModelInputs:
     """The inputs of a model that continues a pretrained one."""
     start = pretrained.inputs.start
-    changes = {"finetune": finetune, "train": train, "seed": seed} if finetune.epochs else {"seed": None}
+    changes = {"seed": None}
+    if finetune.epochs:
+        changes = {"finetune": finetune.relevant, "train": train, "seed": seed}
     return dataclasses.replace(
         start, model=Model(), weights=None, teacher=None, pretrained=pretrained, **changes
     )

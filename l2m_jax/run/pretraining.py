@@ -41,7 +41,7 @@ def pretraining_inputs(
     """
     return PretrainingInputs(
         start=start,
-        pretrain=dataclasses.replace(pretrain, text="", seed=-1),
+        pretrain=dataclasses.replace(pretrain.relevant, text="", seed=-1),
         text=None if pretrain.text == SYNTHETIC else data.given(pretrain.text),
         teacher=teacher if pretrain.from_teacher else None,
         tokenizer=start.tokenizer,

@@ -320,7 +320,7 @@ class _Resolver:
         inputs = StudentInputs(
             method=method,
             curriculum=curriculum,
-            training=config.training,
+            training=config.training.relevant,
             seed=config.student_seed,
             initial=self.initial,
             train=self.corpora["train"],

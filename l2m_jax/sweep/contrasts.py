@@ -13,7 +13,6 @@ from l2m_jax import files
 from l2m_jax.errors import InputError
 from l2m_jax.evaluation.protocol import Score
 from l2m_jax.evaluation.sources import parse_set
-from l2m_jax.reporting import figures
 from l2m_jax.reporting.statistics import Paired, bootstrap, detectable, holm, paired, verdict
 from l2m_jax.sweep.cells import Cell, Scores, finished
 from l2m_jax.sweep.claims import PER_PROMPT, SIGNS, Claims, Contrast, is_of_diagnostics, is_of_validation
@@ -165,113 +164,14 @@ def _judged(outcome: Outcome, p: float) -> Outcome:
     return dataclasses.replace(outcome, p=p, verdict=said)
 
 
-def write_contrasts(claims: Claims, cells: Sequence[Cell], workdir: Path) -> str:
-    """Writes contrasts.md, contrasts.json and contrasts.png into `workdir`.
-
-    Returns:
-        The text of contrasts.md.
-    """
-    found = outcomes(claims, cells, workdir)
-    text = _markdown(claims, found)
-    files.write_text(workdir / "contrasts.md", text)
-    files.write_json(workdir / "contrasts.json", [_without_nan(dataclasses.asdict(o)) for o in found])
-    estimated = [o for o in found if o.found is not None and not math.isnan(o.found.low)]
-    if estimated:
-        figures.contrasts(
-            workdir / "contrasts.png",
-            [
-                figures.Interval(
-                    label=o.contrast.id,
-                    unit=_title(o.contrast.metric),
-                    mean=o.found.mean,
-                    interval=(o.found.low, o.found.high),
-                    second=o.bootstrap,
-                    reference=o.contrast.effect,
-                    verdict=o.verdict,
-                    is_strong=o.is_primary,
-                )
-                for o in estimated
-                if o.found is not None
-            ],
-        )
-    return text
-
-
-def _markdown(claims: Claims, found: Sequence[Outcome]) -> str:
-    primary = [o for o in found if o.is_primary]
-    lines = [
-        f"# {claims.title}",
-        "",
-        "Differences over worlds, 95% intervals and p of the paired t test; p is adjusted by Holm's method for all "
-        "primary contrasts that were named before the first run. The second interval redraws worlds and prompts (bootstrap). "
-        "“Detectable” is the true difference that is found with a probability of 80%.",
-        "",
-        "![Differences and their intervals](contrasts.png)",
-        "",
-        "Filled: primary. Thick: the t interval; thin: over worlds × prompts. Diamonds: the paper's difference.",
-    ]
-    for title, group in (
-        ("Primary", primary),
-        ("Secondary: p is not adjusted", [o for o in found if o.registered and not o.is_primary]),
-        ("Named after the first run: p is not adjusted", [o for o in found if not o.registered]),
-    ):
-        if group:
-            lines += ["", f"## {title}", "", _HEADING, *(_row(o) for o in group)]
-    lines += ["", "## Statements", ""]
-    for o in found:
-        c = o.contrast
-        lines.append(f"- **{c.id}**: {c.statement.strip()} `{c.left}` − `{c.right}`, {c.metric}, {c.sign}.")
-        if c.prediction or c.predicted:
-            said = f" ({c.predicted})" if c.predicted else ""
-            lines.append(f"  Predicted{said}: {c.prediction.strip()}")
-    return "\n".join(lines) + "\n"
-
-
-_HEADING = (
-    "| contrast | worlds | difference | 95% interval | worlds × prompts | p | detectable | paper | predicted | verdict |\n"
-    "|---|---:|---:|---:|---:|---:|---:|---:|---|---|"
-)
-
-
-def _row(o: Outcome) -> str:
-    f, effect = o.found, o.contrast.effect
-    worlds = f"{len(o.worlds)} of {len(o.worlds) + o.missing}" if o.missing else str(len(o.worlds))
-    cells = [
-        o.contrast.id,
-        worlds,
-        _number(f.mean) if f else "–",
-        _pair((f.low, f.high)) if f else "–",
-        _pair(o.bootstrap),
-        "–" if math.isnan(o.p) else "< 0.001" if o.p < 0.001 else f"{o.p:.3f}",
-        _number(o.detectable).lstrip("+"),
-        "–" if effect is None else _number(effect),
-        o.contrast.predicted or "–",
-        o.verdict,
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def _title(metric: str) -> str:
-    """As in "validation Rouge-L × 100"."""
-    return metric.replace("rouge_l", "Rouge-L × 100").replace("_", " ")
-
-
-def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:+.2f}"
-
-
-def _pair(pair: tuple[float, float] | None) -> str:
-    return "–" if pair is None or math.isnan(pair[0]) else f"{_number(pair[0])} to {_number(pair[1])}"
-
-
 def _plain(contrast: Contrast) -> dict:
-    return json.loads(json.dumps(_without_nan(dataclasses.asdict(contrast))))
+    return json.loads(json.dumps(without_nan(dataclasses.asdict(contrast))))
 
 
-def _without_nan(value):
+def without_nan(value):
     """JSON has no nan: null stands for what was not measured or not given."""
     if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
+        return {name: without_nan(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,7 +8,8 @@ from l2m_jax.errors import InputError
 from l2m_jax.sweep import cells as runs
 from l2m_jax.sweep.cells import Cell
 from l2m_jax.sweep.claims import Claims
-from l2m_jax.sweep.contrasts import check_measured, register, write_contrasts
+from l2m_jax.sweep.contrasts import check_measured, register
+from l2m_jax.sweep.contrasts_report import write_contrasts
 from l2m_jax.sweep.presets import Row
 from l2m_jax.sweep.table import write_table
 from l2m_jax.sweep.tuning import Grid, choose, tuning_cells

@@ -195,11 +195,6 @@ class Checkpoints:
             f"{file}: missing, or not what was written; restore it, or delete {self._folder} to train from the start"
         )
 
-    @property
-    def latest_step(self) -> int | None:
-        """The step of the latest checkpoint; None before the first."""
-        return self._manager.latest_step()
-
     def restore_best(self, shapes: Any, step: int) -> Any:
         """The parameters to keep (`TrainState.result`) after `step`, that of the best validation, placed.
 

@@ -129,11 +129,9 @@ class Trainer:
         self._begin = begin or (lambda number, params: task.stages[number])
         self._optimizer = make_optimizer(task.optimizer)
         self._accumulate = placement.map(step_functions.accumulate)
-        update = step_functions.update_if_finite if task.skip_nonfinite else step_functions.update
-        self._update = placement.map(update)
+        self._update = placement.map(step_functions.update)
         self._init_optimizer = placement.map(step_functions.init_optimizer)
         self._init_average = placement.map(step_functions.init_average)
-        self._update_average = placement.map(step_functions.update_average)
         self._zero_sums = placement.map(step_functions.zero_sums)
         self._position = Position()
         self._validated_at = frozenset(_validation_steps(task) if validate is not None else ())
@@ -260,18 +258,15 @@ class Trainer:
         return ended
 
     def _train_batch(self, batch: Batch, learning_rate: np.float32) -> Any:
-        settings = self._task.settings
+        task = self._task
         for number, (objective, micro_batch) in enumerate(batch.micro_batches):
-            key = _dropout_key(self._task, self._position.step, number)
+            key = _dropout_key(task, self._position.step, number)
             self._sums = self._accumulate(
-                settings, objective, self._state.params, self._sums, micro_batch, self._teacher, key
+                task.settings, objective, self._state.params, self._sums, micro_batch, self._teacher, key
             )
         self._state, self._sums, values = self._update(
-            self._optimizer, self._state, self._sums, learning_rate
+            self._optimizer, task.optimizer.ema, task.skip_nonfinite, self._state, self._sums, learning_rate
         )
-        decay, state = self._task.optimizer.ema, self._state
-        if decay:
-            self._state = state._replace(average=self._update_average(decay, state.average, state.params))
         return values
 
     def _validate_now(self, stage: Stage) -> bool:
@@ -310,11 +305,14 @@ class Trainer:
 
     def _batches(self, part: Part, terms: Sequence[Term], position: Position) -> Iterator[Batch]:
         """The batches of `part`, from `position` on, which lies in it or before it."""
-        size, feed = self._task.batch_size, self._placement.feed
+        task, feed = self._task, self._placement.feed
+        size = task.batch_size
         first = max(position.batch - part.first_batch, 0)
+        total = steps(task.stages, size)
+        before = steps((s for s in task.stages if s.index < part.stage.index), size) + position.stage_step
         for number, start in enumerate(range(first * size, len(part.indices), size)):
             chosen = part.indices[start : start + size]
-            by_step = self._by_step(part.stage, position.stage_step + number)
+            by_step = {name: s.at_step(before + number, total) for name, s in task.by_step.items()}
             by_sample = {} if part.stage.samples is None else part.stage.samples.by_name
             varying = by_step | by_sample
             yield Batch(
@@ -325,14 +323,6 @@ class Trainer:
                 sum(int(term.examples.lengths[chosen].sum()) for term in terms),
                 sum(int(_targets(term.examples, chosen).sum()) for term in terms),
             )
-
-    def _by_step(self, stage: Stage, stage_step: int) -> dict[str, float]:
-        task = self._task
-        if not task.by_step:
-            return {}
-        before = steps((s for s in task.stages if s.index < stage.index), task.batch_size)
-        total = steps(task.stages, task.batch_size)
-        return {name: found.at_step(before + stage_step, total) for name, found in task.by_step.items()}
 
     def _packed(
         self, term: Term, chosen: np.ndarray, coefficients: Mapping[str, float | np.ndarray]

@@ -1,9 +1,11 @@
 """AdamW with the paper's settings. The learning rate is an argument of the step, so schedules compile nothing."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import jax
 import optax
@@ -50,6 +52,13 @@ class OptimizerSettings:
         require_positive(self, "decay_fraction")
         require_fraction(self, "decay_fraction")
         require_fraction(self, "ema", below_one=True)
+
+    @property
+    def relevant(self) -> Self:
+        """The same with what changes nothing at its default."""
+        if self.schedule == "wsd":
+            return self
+        return dataclasses.replace(self, decay_fraction=OptimizerSettings.decay_fraction)
 
 
 def decayed(params: Params) -> Params:

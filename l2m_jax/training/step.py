@@ -76,12 +76,6 @@ def init_average(params: Params) -> Params:
     return jax.tree.map(jnp.copy, params)
 
 
-@over_devices(static=("decay",), weights=("average", "params"), donate=("average",), returns="weights")
-def update_average(decay: float, average: Params, params: Params) -> Params:
-    """decay·average + (1 - decay)·params."""
-    return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)
-
-
 @over_devices(weights=("params",), returns="weights")
 def zero_sums(params: Params) -> Sums:
     zero = jnp.zeros((), jnp.float32)
@@ -220,7 +214,7 @@ def accumulate(
 
 
 @over_devices(
-    static=("optimizer",),
+    static=("optimizer", "ema", "skip_nonfinite"),
     weights=("state", "sums"),
     replicated=("learning_rate",),
     donate=("state", "sums"),
@@ -228,6 +222,8 @@ def accumulate(
 )
 def update(
     optimizer: optax.GradientTransformation,
+    ema: float,
+    skip_nonfinite: bool,
     state: TrainState,
     sums: Sums,
     learning_rate: jax.Array,
@@ -235,6 +231,10 @@ def update(
     axis_name: str | None = None,
 ) -> tuple[TrainState, Sums, dict[str, Any]]:
     """One optimiser step on the sums of a whole batch.
+
+    Args:
+        ema: the new average is ema·average + (1 - ema)·params, if the state has one.
+        skip_nonfinite: keep the state as it is if the loss or the gradient's norm is not finite.
 
     Returns:
         The new state, the sums reset to zero (in the same buffers), and the batch's metrics.
@@ -245,6 +245,9 @@ def update(
     gradients = jax.tree.map(lambda g: g / weight, sums.gradients)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: (p - learning_rate * u).astype(p.dtype), state.params, updates)
+    average = state.average
+    if average is not None:
+        average = jax.tree.map(lambda a, p: a + (1 - ema) * (p - a), average, params)
     metrics = {
         "loss": sums.losses.loss / weight,
         "cross_entropy": sums.losses.cross_entropy / weight,
@@ -252,26 +255,9 @@ def update(
         "weight": sums.losses.weight,
         "grad_norm": optax.global_norm(gradients),
     }
-    return TrainState(params, optimizer_state, state.average), jax.tree.map(jnp.zeros_like, sums), metrics
-
-
-@over_devices(
-    static=("optimizer",),
-    weights=("state", "sums"),
-    replicated=("learning_rate",),
-    donate=("state", "sums"),
-    returns="weights",
-)
-def update_if_finite(
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    sums: Sums,
-    learning_rate: jax.Array,
-    *,
-    axis_name: str | None = None,
-) -> tuple[TrainState, Sums, dict[str, Any]]:
-    """`update`, but the state stays as it is if the loss or the gradient's norm is not finite."""
-    new, sums, metrics = update(optimizer, state, sums, learning_rate, axis_name=axis_name)
-    # Both come from sums over all devices, so these decide alike.
-    finite = jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(metrics["loss"])
-    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state), sums, metrics
+    new = TrainState(params, optimizer_state, average)
+    if skip_nonfinite:
+        # Both come from sums over all devices, so these decide alike.
+        finite = jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(metrics["loss"])
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+    return new, jax.tree.map(jnp.zeros_like, sums), metrics

@@ -89,7 +89,7 @@ class StepLog:
             return
         step, self._waiting = self._waiting, None
         batch = step.batch
-        values = {name: float(value) for name, value in self._placement.read(step.values).items()}
+        values = {name: float(value) for name, value in self._placement.to_host(step.values).items()}
         # The divisor of the sums: target tokens or examples, which are counted below.
         del values["weight"]
         skipped = not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]))

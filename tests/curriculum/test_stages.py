@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l2m_jax import curriculum
-from l2m_jax.curriculum import stages
+from l2m_jax.curriculum import Schedule, stages
 from l2m_jax.errors import InputError
 
 
@@ -42,8 +42,8 @@ def test_partition_needs_a_subset(n):
 
 
 def test_alpha_and_beta_of_algorithm_1_with_four_stages():
-    alphas = [stages.alpha_at(i, 4) for i in (1, 2, 3, 4)]
-    betas = [stages.beta_at(i, 4) for i in (1, 2, 3, 4)]
+    staged = stages.baby_steps(stages.partition(np.arange(8), 4))
+    alphas, betas = [stage.alpha for stage in staged], [stage.beta for stage in staged]
     assert alphas == pytest.approx([0.0, 0.1 / 3, 0.2 / 3, 0.1], abs=1e-15)
     assert betas == pytest.approx([0.7, 0.8, 0.9, 1.0], abs=1e-15)
     # The ends decide what is compiled (α = 0 is plain KL, β = 1 has no cross-entropy), so they are exact.
@@ -51,19 +51,21 @@ def test_alpha_and_beta_of_algorithm_1_with_four_stages():
 
 
 def test_schedules_may_fall_or_stand_still():
-    assert [stages.alpha_at(i, 4, 0.15, 0.0) for i in (1, 2, 3, 4)] == pytest.approx([0.15, 0.1, 0.05, 0.0])
-    assert [stages.beta_at(i, 4, 0.3, 0.3) for i in (1, 2, 3, 4)] == [0.3] * 4
+    assert [Schedule((0.15, 0.0)).at_stage(i, 4) for i in (1, 2, 3, 4)] == pytest.approx(
+        [0.15, 0.1, 0.05, 0.0]
+    )
+    assert [Schedule((0.3, 0.3)).at_stage(i, 4) for i in (1, 2, 3, 4)] == [0.3] * 4
 
 
 def test_one_stage_takes_the_last_values():
-    assert stages.alpha_at(1, 1, 0.0, 0.15) == 0.15
-    assert stages.beta_at(1, 1, 0.7, 1.0) == 1.0
+    assert Schedule((0.0, 0.15)).at_stage(1, 1) == 0.15
+    assert Schedule((0.7, 1.0)).at_stage(1, 1) == 1.0
 
 
 @pytest.mark.parametrize("i", [0, 5])
 def test_stages_count_from_one(i):
     with pytest.raises(ValueError, match="from 1 to n"):
-        stages.alpha_at(i, 4)
+        Schedule((0.0, 0.1)).at_stage(i, 4)
 
 
 def test_baby_steps_accumulate_the_subsets():
@@ -83,17 +85,16 @@ def test_baby_steps_need_an_epoch():
 
 
 def test_a_baseline_sees_20_epochs_of_the_papers_data():
-    budget = stages.baby_step_examples(11_500, 4, 8)
-    (baseline,) = stages.single_stage(np.arange(11_500), budget, alpha=0.5)
     staged = stages.baby_steps(stages.partition(np.arange(11_500), 4))
-    assert budget == stages.examples_seen(staged) == 230_000
+    (baseline,) = stages.single_stage(np.arange(11_500), stages.examples_seen(staged), alpha=0.5)
+    assert stages.examples_seen(staged) == 230_000
     assert (baseline.epochs, baseline.alpha, baseline.beta) == (20, 0.5, 1.0)
 
 
 @given(st.integers(4, 60), st.integers(1, 4), st.integers(1, 5), st.integers(1, 16))
 def test_a_baseline_sees_exactly_the_staged_number_of_examples(size, n, epochs, batch_size):
     staged = stages.baby_steps(stages.partition(np.arange(size), n), epochs=epochs)
-    single = stages.single_stage(np.arange(size), stages.baby_step_examples(size, n, epochs))
+    single = stages.single_stage(np.arange(size), stages.examples_seen(staged))
     assert stages.examples_seen(single) == stages.examples_seen(staged)
     taken = [single[0].examples_in_epoch(epoch) for epoch in range(single[0].epochs)]
     assert sum(taken) == single[0].examples and min(taken) > 0
@@ -123,7 +124,7 @@ def test_stages_compare_by_their_objective_and_length():
 def test_the_import_is_light():
     code = "import sys; from l2m_jax import curriculum; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert set(curriculum.__all__) >= {"rank", "partition", "alpha_at", "beta_at", "baby_steps"}
+    assert set(curriculum.__all__) >= {"rank", "partition", "Schedule", "baby_steps"}
 
 
 def multiset(*found):
@@ -186,7 +187,7 @@ def test_mixed_examples_are_drawn_by_the_seed():
 def test_the_last_subset_opens_by_its_share_of_the_same_budget(size, n, epochs, open_by):
     sizes = [len(subset) for subset in stages.partition(np.arange(size), n)]
     plain, paced = stages.stage_examples(sizes, epochs), stages.stage_examples(sizes, epochs, open_by)
-    assert sum(paced) == sum(plain) == stages.baby_step_examples(size, n, epochs)
+    assert sum(paced) == sum(plain)
     assert abs(sum(paced[:-1]) - open_by * sum(plain)) <= 1
     for a, b in zip(paced[:-1], plain[:-1], strict=True):  # in proportion to the data that are open
         assert a / sum(paced[:-1]) == pytest.approx(b / sum(plain[:-1]), abs=2 / sum(paced[:-1]))

@@ -9,7 +9,6 @@ from l2m_jax.data.batches import (
     ListedExamples,
     forward_batches,
     micro_batches,
-    padded_batch,
     prefetch,
 )
 from l2m_jax.data.order import order_of_examples
@@ -78,19 +77,6 @@ def test_empty_slots_are_zero_and_real_targets_come_first():
     assert np.all(np.diff(batch.weights_T, axis=1) <= 0)
     assert batch.target_index_T.shape == batch.labels_T.shape == batch.weights_T.shape == (2, 128)
     assert {x.dtype for x in batch[:5]} == {np.dtype(np.int32)} and batch.weights_T.dtype == np.float32
-
-
-def test_padded_batch_has_the_same_targets():
-    examples = make_examples(7)
-    packed = micro_batches(examples, np.arange(7), [Shape(2, 64)], 2)
-    padded = padded_batch(examples, np.arange(7), 40, num_devices=2)
-    assert padded.tokens_RxL.shape == (2, 4, 40)
-    assert padded.segment_ids_RxL.max() == 1
-
-    def content(batches):
-        return sorted((t.tolist(), p.tolist(), y) for batch in batches for t, p, y in segments(batch))
-
-    assert content([padded]) == content(packed)
 
 
 def test_teacher_rows_lie_beside_their_targets():

@@ -18,6 +18,7 @@ MEASURED = {  # phase and moment of the plan, by the sampler's name for them
     "student: resume": ("student", "resume"),
     "student: best": ("student", "best"),
     "store": ("teacher store", "hidden states"),
+    "diagnostics": ("diagnostics", "hidden states"),
     "ranking": ("difficulty", "answers"),
     "evaluation": ("evaluation", "teacher"),
 }

@@ -24,6 +24,8 @@ SETTINGS = {
     "student.warmup.epochs": 0,
     "devices.slots": 4,
     "chunk_size": 32,
+    "evaluation.diagnostic_rows": 4,
+    "curriculum.rerank": True,
 }
 
 
@@ -50,9 +52,11 @@ def _count(config):
 
 def test_phases_are_those_of_the_run(on_cpu):
     names = [phase.name for phase in on_cpu.phases]
-    assert names == ["teacher", "initial student", "difficulty", "teacher store", "student", "evaluation"]
+    before = ["teacher", "initial student", "difficulty", "teacher store", "diagnostics"]
+    assert names == [*before, "student", "evaluation"]
     moments = [moment.name for moment in on_cpu.phase("student").moments]
-    assert moments == ["start", "training", "checkpoint", "resume", "best", "validation", "saving"]
+    beside = ["validation", "diagnostics", "re-ranking"]
+    assert moments == ["start", "training", "checkpoint", "resume", "best", *beside, "saving"]
     # Not fine-tuned: it is loaded and saved.
     assert [moment.name for moment in on_cpu.phase("initial student").moments] == ["saving"]
 
@@ -74,6 +78,23 @@ def test_validation_frees_the_sums_and_adds_copies_and_caches(on_cpu):
     assert validation.weights.gradients == 0
     assert validation.weights.copies == 4 * blocks  # float32 computed in float32: the layers taken apart
     assert validation.activations.cache > 0
+
+
+def test_passes_beside_the_state_have_no_sums_and_fit_where_a_micro_batch_does(config, on_cpu):
+    student = on_cpu.phase("student")
+    training = student.moment("training").weights
+    smallest = min(shape.slots for shape in student.training.batches.shapes)
+    programs = {program.name: program for program in student.programs}
+    for moment, program in (("diagnostics", "agreement"), ("re-ranking", "re-ranking")):
+        assert student.moment(moment).weights == dataclasses.replace(training, gradients=0.0)
+        assert student.moment(moment).activations.working >= programs[program].temporaries > 0
+        rows, length = map(int, programs[program].size.removesuffix(" tokens").split(" × "))
+        assert rows * length <= max(smallest, length)
+    # A student without a teacher's signal gets its head for the diagnostics.
+    without = plan.make(change(config, {"method": "sft"}), "cpu", 4, dry=True, only=("student",)).phases[0]
+    assert without.moment("training").weights.teacher == 0
+    assert without.moment("diagnostics").weights.teacher == training.teacher
+    assert "re-ranking" not in [moment.name for moment in without.moments]
 
 
 def test_the_host_holds_a_state_while_it_is_saved_or_restored(on_cpu, sharded):

@@ -36,6 +36,7 @@ from configs.tiny import get_config
 PHASES = {
     "make_student": "student",
     "make_store": "store",
+    "make_states": "diagnostics",
     "make_ranking": "ranking",
     "make_evaluation": "evaluation",
 }

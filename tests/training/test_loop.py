@@ -22,7 +22,6 @@ from l2m_jax.data.packing import Shape
 from l2m_jax.losses import Objective, SkewKL
 from l2m_jax.models import DecoderConfig
 from l2m_jax.parallel import Placement
-from l2m_jax.training import step
 from l2m_jax.training.checkpoint import Checkpoints
 from l2m_jax.training.loop import Task, Term, Trainer, _validation_steps
 from l2m_jax.training.metrics import MetricsLog, read_metrics
@@ -210,14 +209,3 @@ def test_the_average_of_the_weights_is_validated_kept_and_resumed(tmp_path):
     _teach(tmp_path / "parts", stages, params, minutes=0.0, stop_after=1, ema=0.5)
     resumed, _, _ = _teach(tmp_path / "parts", stages, params, ema=0.5)
     jax.tree.map(np.testing.assert_array_equal, resumed, average)
-
-
-def test_an_update_of_the_average():
-    placement = Placement("pmap", tuple(jax.devices()[:2]))
-    params = {"a": np.float32([1.0, 2.0]), "b": np.float32([[4.0]])}
-    placed = placement.place(params)
-    average = placement.map(step.init_average)(placed)
-    later = placement.place(jax.tree.map(lambda x: x + 1, params))
-    found = placement.to_host(placement.map(step.update_average)(0.75, average, later))
-    jax.tree.map(lambda a, p: np.testing.assert_allclose(a, p + 0.25, rtol=1e-6), found, params)
-    jax.tree.map(np.testing.assert_array_equal, placement.to_host(placed), params)

@@ -41,7 +41,7 @@ def _placement(mapping: str) -> Placement:
 def test_a_batch_is_skipped_on_all_devices_or_on_none(mapping, where):
     placement, params = _placement(mapping), models.init(CONFIG, jax.random.key(0))
     _, moments = OPTIMIZER.update(models.init(CONFIG, jax.random.key(1)), OPTIMIZER.init(params), params)
-    state = TrainState(params, moments)
+    state = TrainState(params, moments, models.init(CONFIG, jax.random.key(3)))
     gradients = jax.tree.map(np.array, models.init(CONFIG, jax.random.key(2)))
     loss = np.float32(3)
     if where == "gradient":
@@ -50,19 +50,24 @@ def test_a_batch_is_skipped_on_all_devices_or_on_none(mapping, where):
         loss = np.float32(np.inf)
     sums = Sums(gradients, LossSums(loss, loss, loss, np.float32(2)))
 
-    def updated(function):
+    def updated(skip_nonfinite):
         placed = placement.place(state), placement.place(sums)
-        new, zeros, values = placement.map(function)(OPTIMIZER, *placed, np.float32(1e-2))
+        new, zeros, values = placement.map(step.update)(
+            OPTIMIZER, 0.75, skip_nonfinite, *placed, np.float32(1e-2)
+        )
         for leaf in jax.tree.leaves(zeros):
             assert not np.asarray(leaf).any()
         for leaf in jax.tree.leaves(new) if mapping == "pmap" else ():
             first, second = (np.asarray(shard.data) for shard in leaf.addressable_shards)
             np.testing.assert_array_equal(first, second)
-        return placement.to_host(new), placement.read(values)
+        return placement.to_host(new), placement.to_host(values)
 
-    found, values = updated(step.update_if_finite)
-    expected = updated(step.update)[0] if where == "nowhere" else state
-    jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(np.asarray, expected))
+    found, values = updated(True)
+    expected = jax.tree.map(np.asarray, updated(False)[0] if where == "nowhere" else state)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    if where == "nowhere":
+        averaged = jax.tree.map(lambda a, p: 0.75 * a + 0.25 * p, state.average, found.params)
+        jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5), found.average, averaged)
     assert (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])) == (where == "nowhere")
 
 
@@ -115,13 +120,13 @@ def test_a_loss_that_is_not_finite_ends_the_training_before_anything_of_it_is_ke
     trainer, checkpoints = _trainer(tmp_path, validate=validate)
     with pytest.raises(InputError) as raised:
         trainer.run(_initial)
-    latest = checkpoints.latest_step
     said = str(raised.value)
     failed = int(said.partition("step ")[2].partition(":")[0])
     assert said.startswith(f"test, step {failed}: the loss is nan") and "check the teacher" in said
     assert f"row {POISONED}" in said and said.count("row ") == BATCH and "learning rate 0.00" in said
     checkpoints.close()
-    assert failed == 3 and latest == 2
+    kept = [int(place.name) for place in (tmp_path / "checkpoints").iterdir() if place.name.isdigit()]
+    assert failed == 3 and max(kept) == 2
     steps = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line]
     assert steps == list(range(1, failed))
     assert validated == [True] * (failed - 1)

@@ -105,11 +105,11 @@ def _found(placement: Placement, shapes):
             sums = accumulate(SETTINGS, objective, placed, sums, placement.feed(batch), signal, None)
     # Without an optimiser, a learning rate of 1 takes the gradient off the parameters.
     state, _, values = placement.map(step.update)(
-        optax.identity(), TrainState(placed, optax.EmptyState()), sums, np.float32(1)
+        optax.identity(), 0.0, False, TrainState(placed, optax.EmptyState()), sums, np.float32(1)
     )
     after = placement.to_host(state.params)
     gradient = jax.tree.map(lambda old, new: np.asarray(old) - new, student, after)
-    return float(placement.read(values)["loss"]), gradient
+    return float(placement.to_host(values)["loss"]), gradient
 
 
 @pytest.mark.parametrize(
