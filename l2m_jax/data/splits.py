@@ -43,7 +43,7 @@ def check_sources(data: Data) -> None:
     for name in ("train", "validation", "test"):
         if source := getattr(data, name):
             try:
-                check_rows(source)
+                check_rows(source, data.prompt)
             except InputError as error:
                 raise InputError(f"data.{name}: {error}") from error
 
@@ -81,6 +81,7 @@ def _limits(data: Data, bos: bool) -> TokenLimits:
         long_prompt=long,
         long_response=long,
         bos=bos,
+        prompt=data.prompt,
     )
 
 

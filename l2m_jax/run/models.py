@@ -117,7 +117,10 @@ def continued(
 
 
 def read_config(model: Artefact | Source, compute: Compute, tokenizer: data.Tokenizer) -> DecoderConfig:
-    """The config of a model, with `compute`. Vocabulary entries beyond the tokenizer's are not valid tokens."""
+    """The config of a model, with `compute`. Vocabulary entries beyond the tokenizer's are not valid tokens.
+
+    In a chat the end of the assistant's turn ends an answer, too, and is saved as such with the model.
+    """
     return _completed(models.read_config(str(model.path)), compute, tokenizer)
 
 
@@ -142,6 +145,9 @@ def _completed(config: DecoderConfig, compute: Compute, tokenizer: data.Tokenize
             f"the tokenizer has {tokens} tokens, but the model's vocabulary only {config.vocab_size} entries; set "
             "config.data.tokenizer to the model's own"
         )
+    ends = config.eos_token_ids
+    if data.prompt_of(tokenizer) == "chat" and (end := data.end_of_response(tokenizer)) not in ends:
+        config = dataclasses.replace(config, eos_token_id=(end, *ends))
     config = dataclasses.replace(config, valid_vocab_size=min(config.valid_vocab_size, tokens))
     return with_compute(config, compute)
 
