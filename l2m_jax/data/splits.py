@@ -125,13 +125,14 @@ def _fitting(data: Data, tokenizer: Any, order: np.ndarray, count: int) -> list[
     found: list[int] = []
     start, step = 0, count + count // 4 + 64  # most rows fit
     while len(found) < count and start < len(order):
+        # The rank goes along as the category: messages name a row by its id.
         drawn = (
-            row._replace(id=str(r))
+            row._replace(category=str(r))
             for r, row in zip(rank, read_rows(data.train), strict=True)
             if start <= r < start + step
         )
         encoded = encode_rows(drawn, tokenizer, _split_limits(data), Counts())
-        found += sorted(int(e.row.id) for e in encoded)
+        found += sorted(int(e.row.category) for e in encoded)
         start += step
     if len(found) < count:
         raise InputError(
