@@ -105,11 +105,15 @@ def prompt_of(tokenizer: Tokenizer) -> str:
     return "chat" if isinstance(tokenizer, ChatTokenizer) else "alpaca"
 
 
+def end_of_turn(tokenizer: Tokenizer) -> int | None:
+    """The token that ends the assistant's turn in a chat; None with another prompt."""
+    return _chat_template(tokenizer.path).end_of_turn if isinstance(tokenizer, ChatTokenizer) else None
+
+
 def end_of_response(tokenizer: Tokenizer) -> int:
     """The token that ends a response: the end of sequence, or of the assistant's turn in a chat."""
-    if isinstance(tokenizer, ChatTokenizer):
-        return _chat_template(tokenizer.path).end_of_turn
-    return load(tokenizer).eos_token_id
+    end = end_of_turn(tokenizer)
+    return load(tokenizer).eos_token_id if end is None else end
 
 
 def load(tokenizer: Tokenizer) -> Any:

@@ -75,7 +75,8 @@ def evaluate_folder(asked: FolderEvaluation, devices: Devices, output: Path) -> 
         truncate=asked.truncate,
         bos=asked.bos,
     )
-    artefact = Artefact(inputs, output)
+    # The template of a chat is part of the tokenizer.
+    artefact = Artefact(inputs, output, settings={"tokenizer": "--tokenizer or --prompt"})
     refuse_changed([artefact])
     return make_evaluation(artefact, Path(asked.model).name, Compute(asked.dtype), placement, devices.slots)
 

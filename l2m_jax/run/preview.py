@@ -74,7 +74,7 @@ def preview(config: Config) -> Iterator[Preview]:
             )
             data.make_tokenizer(trained)
             tokenizer = trained
-        corpora = {
+        corpora: dict[data.Part, Corpus] = {
             part: data.make_corpus(
                 Artefact(data.corpus_inputs(config.data, part, tokenizer, config.world), folder / part)
             )
