@@ -65,6 +65,25 @@ def tiny() -> ConfigDict:
     return module.get_config()
 
 
+@pytest.fixture(scope="session")
+def chat_tokenizer():
+    """A function that makes a small tokenizer with one of the chat templates in tests/data/templates."""
+    from l2m_jax.data.tokenizer import train_tokenizer
+
+    special = ["<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>"]
+
+    def make(template: str):
+        tokenizer = train_tokenizer(
+            ["user assistant system\n\n name a fruit an apple and a pear"] * 3, 330, ()
+        )
+        tokenizer.add_tokens(special, special_tokens=True)
+        file = ROOT / "tests" / "data" / "templates" / f"{template}.jinja"
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        return tokenizer
+
+    return make
+
+
 @pytest.fixture(scope="session", params=["pmap", "fsdp"])
 def sampled(request, tmp_path_factory):
     """A run whose memory is sampled: its mapping, its folder, and the most bytes of each moment on each device.

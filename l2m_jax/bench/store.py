@@ -33,6 +33,9 @@ class _Examples:
     def example_tokens(self, i: int) -> np.ndarray:
         return np.zeros(self.lengths[i], np.int32)
 
+    def target_positions(self, i: int) -> np.ndarray:
+        return np.arange(self.prompt_lengths[i], self.lengths[i])
+
 
 def run(
     *, repeats: int = 3, examples: int = 2000, width: int = 768, vocabulary: int = 50257

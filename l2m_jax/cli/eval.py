@@ -55,6 +55,12 @@ def _parser() -> Parser:
         "--bos", action="store_true", help="begin prompts with the beginning-of-sequence token"
     )
     parser.add_argument(
+        "--prompt",
+        choices=("alpaca", "chat"),
+        default="alpaca",
+        help="how prompts are written; 'chat' is the tokenizer's own chat template (default: alpaca)",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
@@ -123,6 +129,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             max_prompt_length=options.max_prompt_length,
             truncate=options.truncate,
             bos=options.bos,
+            prompt=options.prompt,
             dtype=options.dtype,
         )
         devices = Devices(mapping=options.mapping, count=options.devices)

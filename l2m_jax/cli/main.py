@@ -9,6 +9,7 @@ from l2m_jax.cli.common import Parser
 COMMANDS = {
     "train": "distil a student",
     "eval": "score a model folder",
+    "data": "show rows as a run will train on them",
     "sweep": "train methods over several seeds, and make the table",
     "plan": "estimate memory and time of a run on hardware you don't have",
     "compare": "compare a run with another one, or with a published log",

@@ -26,11 +26,16 @@ _POOL = 8192
 
 
 class Examples(Protocol):
-    """Indexed token sequences, each a prompt followed by its targets, such as a `Corpus`."""
+    """Indexed token sequences, each a prompt followed by a response, such as a `Corpus`."""
 
     @property
     def prompt_lengths(self) -> np.ndarray:
         """Number of prompt tokens of each example, [n]."""
+        ...
+
+    @property
+    def response_lengths(self) -> np.ndarray:
+        """Number of targets of each example, [n]."""
         ...
 
     @property
@@ -40,13 +45,23 @@ class Examples(Protocol):
 
     def example_tokens(self, i: int) -> np.ndarray: ...
 
+    def target_positions(self, i: int) -> np.ndarray:
+        """The places of an example's targets among its tokens, ascending: the response, and in a chat also the
+        assistant's earlier turns."""
+        ...
+
 
 @dataclass(frozen=True)
 class ListedExamples:
-    """Examples held in memory."""
+    """Examples held in memory.
+
+    Attributes:
+        targets: the places of the targets of each example; None: all that follows the prompt.
+    """
 
     tokens: Sequence[np.ndarray]
     prompt_lengths: np.ndarray
+    targets: Sequence[np.ndarray] | None = None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -59,6 +74,8 @@ class ListedExamples:
     @property
     def response_lengths(self) -> np.ndarray:
         """Number of targets of each example, [n]."""
+        if self.targets is not None:
+            return np.array([len(places) for places in self.targets], np.int32)
         return self.lengths - self.prompt_lengths
 
     def __len__(self) -> int:
@@ -67,13 +84,17 @@ class ListedExamples:
     def example_tokens(self, i: int) -> np.ndarray:
         return self.tokens[i]
 
+    def target_positions(self, i: int) -> np.ndarray:
+        return np.arange(self.prompt_lengths[i], self.lengths[i]) if self.targets is None else self.targets[i]
+
 
 @dataclass(frozen=True)
 class AnsweredExamples:
     """`examples` in which some responses are replaced, for instance by generated ones.
 
     Attributes:
-        answered: maps the index of each replaced example to its tokens, prompt and response.
+        answered: maps the index of each replaced example to its tokens, prompt and response. Only the response is a
+            target then, and no earlier turn of a chat.
     """
 
     examples: Examples
@@ -94,9 +115,26 @@ class AnsweredExamples:
             lengths[i] = len(tokens)
         return lengths
 
+    @property
+    def response_lengths(self) -> np.ndarray:
+        return self._response_lengths
+
+    @cached_property
+    def _response_lengths(self) -> np.ndarray:
+        lengths = self.examples.response_lengths.copy()
+        for i, tokens in self.answered.items():
+            lengths[i] = len(tokens) - self.prompt_lengths[i]
+        return lengths
+
     def example_tokens(self, i: int) -> np.ndarray:
         tokens = self.answered.get(i)
         return self.examples.example_tokens(i) if tokens is None else tokens
+
+    def target_positions(self, i: int) -> np.ndarray:
+        tokens = self.answered.get(i)
+        if tokens is None:
+            return self.examples.target_positions(i)
+        return np.arange(self.prompt_lengths[i], len(tokens))
 
 
 def micro_batches(
@@ -246,18 +284,17 @@ def _arrange(
             start = 0
             for segment, place in enumerate(row_examples, start=1):
                 example = int(indices[place])
-                ids, prompt = examples.example_tokens(example), int(examples.prompt_lengths[example])
-                if prompt < 1:
+                ids, places = examples.example_tokens(example), examples.target_positions(example)
+                if len(places) and places[0] < 1:
                     raise ValueError(f"example {example} has no prompt to predict its first target from")
-                end, responses = start + len(ids), len(ids) - prompt
+                end, responses = start + len(ids), len(places)
                 tokens[device, row, start:end] = ids
                 segment_ids[device, row, start:end] = segment
                 positions[device, row, start:end] = np.arange(len(ids))
                 at = slice(done, done + responses)
                 # A target is predicted from the slot before it.
-                before = row * length + start + prompt - 1
-                target_index[device, at] = np.arange(before, before + responses)
-                labels[device, at] = ids[prompt:]
+                target_index[device, at] = row * length + start + places - 1
+                labels[device, at] = ids[places]
                 weights[device, at] = 1 / responses if equal_examples else 1
                 owners[device, at] = example
                 targets[device, at] = np.arange(responses)

@@ -4,6 +4,7 @@ The tokens are not in the Arrow file, because Arrow splits long columns into rec
 view.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _ROWS, _FACTS = "rows.arrow", "corpus.json"
 _TOKENS, _OFFSETS, _PROMPT_LENGTHS = "tokens.int32", "offsets.int64", "prompt_lengths.int32"
+_SPANS, _SPAN_OFFSETS = "spans.int32", "span_offsets.int64"
+_COLUMNS = ("id", "instruction", "input", "references", "category")
 
 
 class Corpus:
@@ -34,7 +37,11 @@ class Corpus:
     Attributes:
         tokens: int32 [sum of lengths], the examples one after another: prompt, response and end of sequence.
         offsets: int64 [n + 1], example i is tokens[offsets[i] : offsets[i + 1]].
-        prompt_lengths: int32 [n], number of prompt tokens of each example; the rest are targets.
+        prompt_lengths: int32 [n], number of prompt tokens of each example. The rest are targets.
+        spans: int32 [m, 2], of chats: start and end, within its example, of each part that carries loss, with those of
+            the assistant's earlier turns; example i has spans[span_offsets[i] : span_offsets[i + 1]]. None: the targets
+            are what follows the prompts.
+        span_offsets: int64 [n + 1], or None.
         fingerprint: changes with any text or token.
         counts: how many rows were kept and dropped when the corpus was built.
     """
@@ -46,6 +53,10 @@ class Corpus:
         self.tokens = _mapped(folder / _TOKENS, np.int32)
         self.offsets = _mapped(folder / _OFFSETS, np.int64)
         self.prompt_lengths = _mapped(folder / _PROMPT_LENGTHS, np.int32)
+        self.spans = self.span_offsets = None
+        if (folder / _SPANS).is_file():
+            self.spans = _mapped(folder / _SPANS, np.int32).reshape(-1, 2)
+            self.span_offsets = _mapped(folder / _SPAN_OFFSETS, np.int64)
 
     @classmethod
     def open(cls, folder: str | Path) -> "Corpus":
@@ -69,8 +80,22 @@ class Corpus:
 
     @property
     def response_lengths(self) -> np.ndarray:
-        """int32 [n], number of targets of each example: its response and end of sequence."""
-        return self.lengths - self.prompt_lengths
+        """int32 [n], number of targets of each example: its response and end of sequence, or all turns of a chat."""
+        return self._response_lengths
+
+    @cached_property
+    def _response_lengths(self) -> np.ndarray:
+        if self.spans is None or self.span_offsets is None:
+            return self.lengths - self.prompt_lengths
+        before = np.concatenate([[0], np.cumsum(self.spans[:, 1] - self.spans[:, 0], dtype=np.int64)])
+        return np.diff(before[self.span_offsets]).astype(np.int32)
+
+    def target_positions(self, i: int) -> np.ndarray:
+        """int [r_i], the places of an example's targets among its tokens, ascending."""
+        if self.spans is None or self.span_offsets is None:
+            return np.arange(self.prompt_lengths[i], self.lengths[i])
+        parts = self.spans[self.span_offsets[i] : self.span_offsets[i + 1]]
+        return np.concatenate([np.arange(start, end) for start, end in parts])
 
     def example_tokens(self, i: int) -> np.ndarray:
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]
@@ -80,7 +105,7 @@ class Corpus:
 
     @cached_property
     def rows(self) -> "datasets.Dataset":
-        """The texts: id, instruction, input, references (a list of strings), category."""
+        """The texts: id, instruction, input, references (a list of strings), category; of chats, also prompt."""
         import datasets
 
         return datasets.Dataset.from_file(str(self.folder / _ROWS))
@@ -100,7 +125,8 @@ class Corpus:
         return names.tolist(), category_N
 
     def row(self, i: int) -> Row:
-        found = self.rows[int(i)]
+        """The text of a row, without its messages."""
+        found = {name: self.rows[int(i)][name] for name in _COLUMNS}
         return Row(**{**found, "references": tuple(found["references"])})
 
     def references(self, i: int) -> list[str]:
@@ -110,6 +136,8 @@ class Corpus:
         return self.row(i).category
 
     def prompt_text(self, i: int) -> str:
+        if self.spans is not None:
+            return self.rows[int(i)]["prompt"]
         row = self.row(i)
         return format_prompt(row.instruction, row.input)
 
@@ -128,7 +156,7 @@ def write_corpus(
         InputError: from reading `rows`; or none of them is kept.
     """
     counts = Counts()
-    digest = _write(folder, encode_rows(rows, tokenizer, limits, counts))
+    digest = _write(folder, encode_rows(rows, tokenizer, limits, counts), chats=limits.prompt == "chat")
     if counts.kept == 0:
         raise InputError(f"no example is left: {counts}" if counts.dropped else "there are no rows")
     write_json(folder / _FACTS, {"fingerprint": digest, "counts": asdict(counts), "limits": limits})
@@ -159,33 +187,39 @@ def _mapped(path: Path, dtype: type[np.generic]) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype, mode="r"))
 
 
-def _write(folder: Path, examples: Iterable[Encoded]) -> str:
+def _write(folder: Path, examples: Iterable[Encoded], chats: bool) -> str:
     """Writes the arrays and the Arrow file; returns the fingerprint of the content."""
     import pyarrow as pa
 
-    fields: dict[str, Any] = {name: pa.string() for name in Row._fields} | {
-        "references": pa.list_(pa.string())
-    }
+    names = (*_COLUMNS, "prompt") if chats else _COLUMNS
+    fields: dict[str, Any] = {name: pa.string() for name in names} | {"references": pa.list_(pa.string())}
     schema = pa.schema(list(fields.items()))
     digest = hashlib.sha256()
-    with (
-        (folder / _TOKENS).open("wb") as tokens,
-        (folder / _OFFSETS).open("wb") as offsets,
-        (folder / _PROMPT_LENGTHS).open("wb") as prompt_lengths,
-        pa.ipc.new_stream(str(folder / _ROWS), schema) as texts,
-    ):
-        end = np.zeros(1, np.int64)
-        offsets.write(end.tobytes())
+    arrays = [_TOKENS, _OFFSETS, _PROMPT_LENGTHS, *([_SPANS, _SPAN_OFFSETS] if chats else [])]
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context((folder / name).open("wb")) for name in arrays]
+        texts = stack.enter_context(pa.ipc.new_stream(str(folder / _ROWS), schema))
+        end = span_end = np.zeros(1, np.int64)
+        opened[1].write(end.tobytes())
+        if chats:
+            opened[4].write(span_end.tobytes())
         for chunk in _chunks(examples):
             flat = np.concatenate([np.asarray(example.tokens, np.int32) for example in chunk])
             ends = end + np.cumsum([len(example.tokens) for example in chunk], dtype=np.int64)
             prompts = np.array([example.prompt_length for example in chunk], np.int32)
-            for file, array in ((tokens, flat), (offsets, ends), (prompt_lengths, prompts)):
+            parts = [flat, ends, prompts]
+            if chats:
+                spans = np.array([span for example in chunk for span in example.spans], np.int32)
+                span_ends = span_end + np.cumsum([len(example.spans) for example in chunk], dtype=np.int64)
+                parts += [spans, span_ends]
+                span_end = span_ends[-1:]
+            for file, array in zip(opened, parts, strict=True):
                 file.write(array.tobytes())
-            rows = [example.row for example in chunk]
-            columns = {name: [getattr(row, name) for row in rows] for name in Row._fields}
+            columns = {name: [getattr(example.row, name) for example in chunk] for name in _COLUMNS}
+            if chats:
+                columns["prompt"] = [example.conversation.prompt for example in chunk if example.conversation]
             texts.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
-            for part in (flat.tobytes(), ends.tobytes(), prompts.tobytes(), json.dumps(columns).encode()):
+            for part in (*(array.tobytes() for array in parts), json.dumps(columns).encode()):
                 digest.update(part)
             end = ends[-1:]
     return digest.hexdigest()[:16]

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from l2m_jax.data.chat import ChatTemplate, Conversation
 from l2m_jax.data.prompts import PROMPT_END, format_prompt
-from l2m_jax.data.sources import Row
+from l2m_jax.data.rows import Row, require_single_turn
 from l2m_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class TokenLimits:
         long_prompt: "drop" rows with longer prompts, or "truncate" the prompt before its closing "### Response:".
         long_response: "drop" rows that are too long, or "truncate" the response, which then has no end of sequence.
         bos: begin with the tokenizer's beginning-of-sequence token, which counts as part of the prompt.
+        prompt: "alpaca" or "chat", the tokenizer's own chat template, whose prompts cannot be truncated.
     """
 
     max_length: int = 1024
@@ -33,8 +35,11 @@ class TokenLimits:
     long_prompt: str = "drop"
     long_response: str = "drop"
     bos: bool = False
+    prompt: str = "alpaca"
 
     def __post_init__(self):
+        if self.prompt == "chat" and (self.bos or self.long_prompt == "truncate"):
+            raise ValueError("a chat template writes the beginning itself, and its prompts cannot be cut")
         for name in ("long_prompt", "long_response"):
             if getattr(self, name) not in ("drop", "truncate"):
                 raise InputError(f"{name}: {getattr(self, name)!r} must be 'drop' or 'truncate'")
@@ -66,11 +71,27 @@ class Counts:
 
 
 class Encoded(NamedTuple):
-    """A row with its tokens. The first `prompt_length` of them are the prompt."""
+    """A row with its tokens. The first `prompt_length` of them are the prompt, the others carry loss.
+
+    Attributes:
+        conversation: of a chat, its text and which tokens carry loss, in place of the other two. Its tokens are not cut.
+    """
 
     row: Row
     tokens: list[int]
     prompt_length: int
+    conversation: Conversation | None = None
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Start and end of the tokens that carry loss, within what the limits have left of them."""
+        if self.conversation is None:
+            return ((self.prompt_length, len(self.tokens)),)
+        return tuple(
+            (start, min(end, len(self.tokens)))
+            for start, end in self.conversation.spans
+            if start < len(self.tokens)
+        )
 
 
 def encode_rows(
@@ -78,39 +99,54 @@ def encode_rows(
 ) -> Iterator[Encoded]:
     """Encodes the rows that fit, in order, and updates `counts` along the way.
 
-    Tokens are encode(prompt + response) without special tokens, then the end of sequence. The prompt's tokens are
-    always those of the prompt alone, because generation starts from these. If the tokens of the whole text do not
-    begin with them, the response is tokenised separately: a line break at its start can merge with the prompt's
-    last one.
-
     Raises:
-        InputError: `limits.bos` is set, but the tokenizer has no beginning-of-sequence token.
+        InputError: `limits.bos` is set, but the tokenizer has no beginning-of-sequence token; or a row that the prompt
+            has no room for, or that the chat template refuses.
     """
     if limits.bos and tokenizer.bos_token_id is None:
         raise InputError("bos: the tokenizer has no beginning-of-sequence token; switch bos off")
-    bos: Any = tokenizer.bos_token_id
-    eos: Any = tokenizer.eos_token_id
-    start = [bos] if limits.bos else []
     prompt_end = len(_encode(tokenizer, [PROMPT_END])[0])
+    template = ChatTemplate(tokenizer) if limits.prompt == "chat" else None
     rows = iter(rows)
     while chunk := list(itertools.islice(rows, ROWS_AT_ONCE)):
         answered = [row for row in chunk if row.references]
         counts.empty_response += len(chunk) - len(answered)
         if not answered:
             continue
-        prompts = [format_prompt(row.instruction, row.input) for row in answered]
-        of_prompt = _encode(tokenizer, prompts)
-        of_text = _encode(
-            tokenizer, [p + row.references[0] for p, row in zip(prompts, answered, strict=True)]
-        )
-        for row, prompt, whole in zip(answered, of_prompt, of_text, strict=True):
-            if whole[: len(prompt)] == prompt:
-                response = whole[len(prompt) :]
-            else:
-                response = _encode(tokenizer, [row.references[0]])[0]
-            fitted = _fit(start + prompt, [*response, eos], limits, prompt_end, counts)
+        if template is None:
+            encoded = _alpaca(answered, tokenizer, limits.bos)
+        else:
+            encoded = (
+                Encoded(row, c.tokens, c.prompt_length, c)
+                for row, c in zip(answered, template.encode(answered), strict=True)
+            )
+        for one in encoded:
+            prompt, response = one.tokens[: one.prompt_length], one.tokens[one.prompt_length :]
+            fitted = _fit(prompt, response, limits, prompt_end, counts)
             if fitted is not None:
-                yield Encoded(row, *fitted)
+                yield one._replace(tokens=fitted[0], prompt_length=fitted[1])
+
+
+def _alpaca(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", bos: bool) -> Iterator[Encoded]:
+    """Tokens are encode(prompt + response) without special tokens, then the end of sequence.
+
+    The prompt's tokens are always those of the prompt alone, because generation starts from these. If the tokens of the
+    whole text do not begin with them, the response is tokenised separately: a line break at its start can merge with
+    the prompt's last one.
+    """
+    for row in rows:
+        require_single_turn(row)
+    start: Any = [tokenizer.bos_token_id] if bos else []
+    eos: Any = tokenizer.eos_token_id
+    prompts = [format_prompt(row.instruction, row.input) for row in rows]
+    of_prompt = _encode(tokenizer, prompts)
+    of_text = _encode(tokenizer, [p + row.references[0] for p, row in zip(prompts, rows, strict=True)])
+    for row, prompt, whole in zip(rows, of_prompt, of_text, strict=True):
+        if whole[: len(prompt)] == prompt:
+            response = whole[len(prompt) :]
+        else:
+            response = _encode(tokenizer, [row.references[0]])[0]
+        yield Encoded(row, [*start, *prompt, *response, eos], len(start) + len(prompt))
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:

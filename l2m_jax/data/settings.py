@@ -39,11 +39,23 @@ class Data:
     # Which rows begin with the beginning-of-sequence token: "none", "training" (and the answers to training
     # prompts), "evaluation" (validation, test and other sets) or "both".
     bos: str = "none"
+    # "alpaca", or "chat": the tokenizer's own chat template. At its default it is in no key, like runs from before it.
+    prompt: str = field(default="alpaca", metadata={"absent_at_default": True})
     synthetic: SyntheticData = field(default_factory=SyntheticData)
 
     def __post_init__(self):
         require_choice(self, "source", ("files", "synthetic"))
         require_choice(self, "bos", ("none", "training", "evaluation", "both"))
+        require_choice(self, "prompt", ("alpaca", "chat"))
+        if self.prompt == "chat" and self.bos != "none":
+            raise InputError(
+                f"bos: {self.bos!r} with prompt 'chat', whose template writes the beginning of sequence itself; set it to "
+                "'none'"
+            )
+        if self.prompt == "chat" and self.truncate:
+            raise InputError(
+                "truncate: true with prompt 'chat' would cut turns in two; set it to false, and longer rows are left out"
+            )
         require_at_least(
             self, 0, "validation_rows", "test_rows", "train_rows", "split_seed", "max_prompt_length"
         )

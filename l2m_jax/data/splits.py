@@ -43,7 +43,7 @@ def check_sources(data: Data) -> None:
     for name in ("train", "validation", "test"):
         if source := getattr(data, name):
             try:
-                check_rows(source)
+                check_rows(source, data.prompt)
             except InputError as error:
                 raise InputError(f"data.{name}: {error}") from error
 
@@ -81,6 +81,7 @@ def _limits(data: Data, bos: bool) -> TokenLimits:
         long_prompt=long,
         long_response=long,
         bos=bos,
+        prompt=data.prompt,
     )
 
 
@@ -124,13 +125,14 @@ def _fitting(data: Data, tokenizer: Any, order: np.ndarray, count: int) -> list[
     found: list[int] = []
     start, step = 0, count + count // 4 + 64  # most rows fit
     while len(found) < count and start < len(order):
+        # The rank goes along as the category: messages name a row by its id.
         drawn = (
-            row._replace(id=str(r))
+            row._replace(category=str(r))
             for r, row in zip(rank, read_rows(data.train), strict=True)
             if start <= r < start + step
         )
         encoded = encode_rows(drawn, tokenizer, _split_limits(data), Counts())
-        found += sorted(int(e.row.id) for e in encoded)
+        found += sorted(int(e.row.category) for e in encoded)
         start += step
     if len(found) < count:
         raise InputError(

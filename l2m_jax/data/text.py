@@ -34,12 +34,16 @@ class TextExamples:
         self._starts = np.arange(0, len(tokens) - 1, length - 1)
         self.lengths = np.minimum(length, len(tokens) - self._starts).astype(np.int32)
         self.prompt_lengths = np.ones(len(self), np.int32)
+        self.response_lengths = self.lengths - 1
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def example_tokens(self, i: int) -> np.ndarray:
         return self._tokens[self._starts[i] : self._starts[i] + self._length]
+
+    def target_positions(self, i: int) -> np.ndarray:
+        return np.arange(1, self.lengths[i])
 
 
 def read_documents(path: str | Path) -> Iterator[str]:

@@ -121,6 +121,7 @@ def read_set(
     max_prompt_length: int,
     long_prompt: str = "drop",
     bos: bool = False,
+    prompt: str = "alpaca",
     rows: int = 0,
 ) -> PromptSet:
     """Reads an evaluation set by name or from a file.
@@ -132,13 +133,14 @@ def read_set(
         long_prompt: "drop" rows with longer prompts and count them, or "truncate" the prompts, before
             "### Response:". Scores of the two cannot be compared: they cover different rows.
         bos: begin prompts with the tokenizer's beginning-of-sequence token.
+        prompt: "alpaca", or "chat" for the tokenizer's chat template.
         rows: use this many rows, from the front, including those that are dropped; 0 uses all.
 
     Raises:
         InputError: the source is neither a known set nor a file, has no references, or no prompt that fits.
     """
     name, _ = parse_set(source)
-    limits = _limits(max_prompt_length, long_prompt, bos)
+    limits = _limits(max_prompt_length, long_prompt, bos, prompt)
 
     def build() -> int:
         chosen = itertools.islice(read_evaluation_set(source), rows or None)
@@ -155,6 +157,7 @@ def require_prompts(
     max_prompt_length: int,
     long_prompt: str = "drop",
     bos: bool = False,
+    prompt: str = "alpaca",
     rows: int = 0,
 ) -> None:
     """Checks that `read_set` would find a prompt in a file. Arguments as there; sets on the hub are not read.
@@ -164,7 +167,7 @@ def require_prompts(
     """
     if not parse_set(source)[1]:
         return
-    counts, limits = Counts(), _limits(max_prompt_length, long_prompt, bos)
+    counts, limits = Counts(), _limits(max_prompt_length, long_prompt, bos, prompt)
     chosen = itertools.islice(read_evaluation_set(source), rows or None)
     if next(encode_rows(chosen, tokenizer, limits, counts), None) is None:
         raise InputError(
@@ -173,7 +176,7 @@ def require_prompts(
         )
 
 
-def _limits(max_prompt_length: int, long_prompt: str, bos: bool) -> TokenLimits:
+def _limits(max_prompt_length: int, long_prompt: str, bos: bool, prompt: str) -> TokenLimits:
     # Answers are compared as text, so a long reference must not drop a row. Its tokens are not used.
     return TokenLimits(
         max_length=max(3, 2 * max_prompt_length),
@@ -181,4 +184,5 @@ def _limits(max_prompt_length: int, long_prompt: str, bos: bool) -> TokenLimits:
         long_prompt=long_prompt,
         long_response="truncate",
         bos=bos,
+        prompt=prompt,
     )

@@ -56,6 +56,6 @@ def disk(w: Workload) -> dict[str, int]:
         if has_checkpoints:
             sizes[name + checks.CHECKPOINTS] = checks.CHECKPOINTS_AT_ONCE * state
     if any(w.reads_store(w.method(name)) for name in config.method_names):
-        targets = int((w.lengths - w.prompt_lengths).sum())
+        targets = int(w.response_lengths.sum())
         sizes["teacher store"] = checks.store_bytes(targets, w.teacher, config.teacher.store_dtype)
     return sizes

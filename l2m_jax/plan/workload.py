@@ -59,7 +59,7 @@ class Workload:
     """
     Attributes:
         teacher, student: computed as on the target.
-        lengths, prompt_lengths: tokens of each training example, and of its prompt.
+        lengths, prompt_lengths, response_lengths: tokens of each training example, of its prompt, and its targets.
         num_devices: that share the work.
         assumptions: sentences about what was not known.
     """
@@ -69,13 +69,14 @@ class Workload:
     student: DecoderConfig
     lengths: np.ndarray
     prompt_lengths: np.ndarray
+    response_lengths: np.ndarray
     num_devices: int
     assumptions: tuple[str, ...]
 
     @property
     def response_tokens(self) -> float:
         """Targets of an example, on average."""
-        return float((self.lengths - self.prompt_lengths).mean())
+        return float(self.response_lengths.mean())
 
     def method(self, name: str) -> Method:
         c = self.config
@@ -109,7 +110,8 @@ class Workload:
         targets = pretrain.sequence_length - 1
         count = max(1, math.ceil(tokens / targets))
         lengths = np.full(count, min(pretrain.sequence_length, tokens + 1), np.int32)
-        return dataclasses.replace(self, lengths=lengths, prompt_lengths=np.ones(count, np.int32))
+        one = np.ones(count, np.int32)
+        return dataclasses.replace(self, lengths=lengths, prompt_lengths=one, response_lengths=lengths - one)
 
     def fine_tuning_batches(self, settings: FineTuning | Pretraining) -> Batches:
         return self._batches(settings, int(self.lengths.max()))
@@ -157,7 +159,7 @@ def workload(config: Config, platform: str, num_devices: int) -> Workload:
         InputError: a model whose architecture is neither here nor known.
     """
     with tempfile.TemporaryDirectory() as folder:
-        lengths, prompt_lengths, tokenizer, assumptions = _data(config, Path(folder))
+        tokens, tokenizer, assumptions = _data(config, Path(folder))
     teacher = _architecture(config.teacher.model, "teacher", tokenizer)
     if config.student.model.init == "teacher_layers":
         student = teacher.keep_layers(config.student.model.layers)
@@ -167,8 +169,7 @@ def workload(config: Config, platform: str, num_devices: int) -> Workload:
         config,
         _computed(teacher, config.teacher.compute, platform, tokenizer),
         _computed(student, config.student.compute, platform, tokenizer),
-        lengths,
-        prompt_lengths,
+        *tokens,
         num_devices,
         assumptions,
     )
@@ -198,8 +199,11 @@ def _architecture(model: Model, who: str, tokenizer: Any) -> DecoderConfig:
         ) from error
 
 
-def _data(config: Config, folder: Path) -> tuple[np.ndarray, np.ndarray, Any, tuple[str, ...]]:
-    """Lengths of examples and prompts, the tokenizer if it is on this machine, and what was assumed."""
+_Lengths = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _data(config: Config, folder: Path) -> tuple[_Lengths, Any, tuple[str, ...]]:
+    """Lengths of examples, prompts and targets, the tokenizer if it is on this machine, and what was assumed."""
     data = config.data
     tokenizer = _tokenizer(config, folder)
     if tokenizer is not None and (data.source == "synthetic" or Path(data.train).is_file()):
@@ -207,7 +211,8 @@ def _data(config: Config, folder: Path) -> tuple[np.ndarray, np.ndarray, Any, tu
             Artefact(run_data.corpus_inputs(data, "train", tokenizer), folder / "train")
         )
         # Copied, because the files are deleted with the folder.
-        return np.array(train.lengths), np.array(train.prompt_lengths), run_data.load(tokenizer), ()
+        lengths = (np.array(train.lengths), np.array(train.prompt_lengths), np.array(train.response_lengths))
+        return lengths, run_data.load(tokenizer), ()
     rows = data.train_rows or _DOLLY_ROWS
     points = np.linspace(0, len(_DOLLY_LENGTHS) - 1, rows)
     lengths = np.interp(points, np.arange(len(_DOLLY_LENGTHS)), _DOLLY_LENGTHS).round().astype(np.int32)
@@ -218,14 +223,16 @@ def _data(config: Config, folder: Path) -> tuple[np.ndarray, np.ndarray, Any, tu
         f"{100 * _DOLLY_RESPONSE_SHARE:.0f}% of them response), because {data.train!r} and its tokenizer are not on "
         "this machine"
     )
-    return lengths, prompt_lengths, None if tokenizer is None else run_data.load(tokenizer), (assumed,)
+    known = None if tokenizer is None else run_data.load(tokenizer)
+    return (lengths, prompt_lengths, lengths - prompt_lengths), known, (assumed,)
 
 
 def _tokenizer(config: Config, folder: Path) -> run_data.Tokenizer | None:
     source = config.data.tokenizer or config.teacher.model.path
-    if source:
-        setting = "config.data.tokenizer" if config.data.tokenizer else "config.teacher.model.path"
-        return run_data.tokenizer_source(source, setting) if Path(source).exists() else None
+    if source and not Path(source).exists():
+        return None
+    if given := run_data.given_tokenizer(config.data, config.teacher.model.path):
+        return given
     synthetic = run_data.relevant_synthetic(config.data)
     found = Artefact(run_data.TokenizerInputs(synthetic), folder / "tokenizer")
     run_data.make_tokenizer(found)

@@ -143,7 +143,7 @@ def described(value: Any) -> Any:
     if isinstance(value, Artefact):
         return {"artefact": value.key}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [f for f in dataclasses.fields(value) if f.compare]
+        fields = [f for f in dataclasses.fields(value) if f.compare and not _is_absent(f, value)]
         # Divergences without parameters differ in nothing but their class.
         kind = {"divergence": type(value).__name__} if isinstance(value, Divergence) else {}
         return kind | {f.name: described(getattr(value, f.name)) for f in fields}
@@ -152,6 +152,11 @@ def described(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(name): described(item) for name, item in value.items()}
     return value
+
+
+def _is_absent(field: dataclasses.Field, value: Any) -> bool:
+    """Whether a setting is at its default and newer than keys that must stay: its metadata says so."""
+    return field.metadata.get("absent_at_default", False) and getattr(value, field.name) == field.default
 
 
 def refuse_changed(artefacts: Iterable[Artefact]) -> None:

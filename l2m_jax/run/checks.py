@@ -256,6 +256,7 @@ def _check_prompts(config: Config, artefacts: Artefacts, tokenizer: Any) -> None
                     max_prompt_length=room,
                     long_prompt="truncate" if config.data.truncate else "drop",
                     bos=config.data.bos in ("evaluation", "both"),
+                    prompt=config.data.prompt,
                     rows=config.evaluation.rows,
                 )
             except InputError as error:

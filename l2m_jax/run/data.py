@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from l2m_jax import files
+from l2m_jax.data.chat import ChatTemplate
 from l2m_jax.data.corpus import Corpus, write_corpus
 from l2m_jax.data.settings import Data, SyntheticData
 from l2m_jax.data.splits import Part, part_rows, token_limits
@@ -47,6 +48,11 @@ class CorpusInputs:
     world: int = 0
 
 
+@dataclass(frozen=True)
+class ChatTokenizer(Source):
+    """A given tokenizer whose chat template the run uses; the template counts as its content."""
+
+
 Tokenizer = Source | Artefact[TokenizerInputs]
 
 
@@ -56,16 +62,58 @@ def read_tokenizer(source: str) -> Any:
     return GgufFile(Path(source)).tokenizer() if source.endswith(".gguf") else load_tokenizer(source)
 
 
-def tokenizer_source(path: str, setting: str) -> Source:
-    """A given tokenizer. Tokenizers that produce the same ids are equal.
+@functools.cache
+def _chat_template(source: str) -> ChatTemplate:
+    return ChatTemplate(read_tokenizer(source))
+
+
+def tokenizer_source(path: str, setting: str, prompt: str = "alpaca") -> Source:
+    """A given tokenizer. Tokenizers that produce the same ids are equal, with prompt "chat" if their templates are, too.
 
     Raises:
-        InputError: there is no tokenizer; the message begins with `setting` (a setting or flag).
+        InputError: there is no tokenizer, or no chat template where one is needed; the message begins with `setting` (a
+            setting or flag).
     """
     try:
-        return Source(path, tokenizer_fingerprint(read_tokenizer(path)))
+        ids = tokenizer_fingerprint(read_tokenizer(path))
+        if prompt == "chat":
+            return ChatTokenizer(path, f"{ids}+{_chat_template(path).fingerprint}")
+        return Source(path, ids)
     except InputError as error:
         raise InputError(f"{setting}: {error}") from error
+
+
+def given_tokenizer(data: Data, teacher_path: str) -> Source | None:
+    """The tokenizer of `data.tokenizer`, or else the teacher's; None if neither is given.
+
+    Raises:
+        InputError: as in `tokenizer_source`; or there is none, and the prompt needs a chat template.
+    """
+    if not (data.tokenizer or teacher_path):
+        if data.prompt == "chat":
+            raise InputError(
+                "config.data.prompt: 'chat', but the tokenizer trained on synthetic tasks has no chat template; set "
+                "config.data.tokenizer to a folder with one"
+            )
+        return None
+    setting = "config.data.tokenizer" if data.tokenizer else "config.teacher.model.path"
+    return tokenizer_source(data.tokenizer or teacher_path, setting, data.prompt)
+
+
+def prompt_of(tokenizer: Tokenizer) -> str:
+    """The setting `data.prompt` of the run that has this tokenizer."""
+    return "chat" if isinstance(tokenizer, ChatTokenizer) else "alpaca"
+
+
+def end_of_turn(tokenizer: Tokenizer) -> int | None:
+    """The token that ends the assistant's turn in a chat; None with another prompt."""
+    return _chat_template(tokenizer.path).end_of_turn if isinstance(tokenizer, ChatTokenizer) else None
+
+
+def end_of_response(tokenizer: Tokenizer) -> int:
+    """The token that ends a response: the end of sequence, or of the assistant's turn in a chat."""
+    end = end_of_turn(tokenizer)
+    return load(tokenizer).eos_token_id if end is None else end
 
 
 def load(tokenizer: Tokenizer) -> Any:
@@ -90,7 +138,8 @@ def corpus_inputs(data: Data, part: Part, tokenizer: Tokenizer, world: int = 0) 
     world = world if part == "train" else 0
     separate = bool(getattr(data, part)) if part != "train" else bool(data.validation and data.test)
     kept: dict[str, Any] = {
-        name: getattr(data, name) for name in ("source", "max_length", "max_prompt_length", "truncate")
+        name: getattr(data, name)
+        for name in ("source", "max_length", "max_prompt_length", "truncate", "prompt")
     }
     if data.source == "synthetic":
         sizes = {"train": part == "train", "validation": part != "test", "test": True}

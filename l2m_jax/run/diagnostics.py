@@ -71,7 +71,7 @@ def make_states(artefact: Artefact[DiagnosticsInputs], context: Context) -> None
 
 @dataclass(frozen=True)
 class _Examples(ListedExamples):
-    ids: Sequence[str]
+    ids: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,9 @@ def _rows(inputs: DiagnosticsInputs) -> _Rows:
     parts = ((validation, of_validation), (train, of_train))
     tokens = [corpus.example_tokens(i) for corpus, chosen in parts for i in chosen.tolist()]
     prompts = np.concatenate([corpus.prompt_lengths[chosen] for corpus, chosen in parts])
+    targets = [corpus.target_positions(i) for corpus, chosen in parts for i in chosen.tolist()]
     ids = [corpus.ids[i] for corpus, chosen in parts for i in chosen.tolist()]
-    return _Rows(of_validation, of_train, _Examples(tokens, prompts, ids))
+    return _Rows(of_validation, of_train, _Examples(tokens, prompts, targets, ids))
 
 
 def _store(artefact: Artefact[DiagnosticsInputs], rows: _Rows, teacher: DecoderConfig) -> TeacherStore:

@@ -270,13 +270,13 @@ class Student:
 
     def _data(self):
         inputs, context, references = self._inputs, self._context, self._references
-        eos = self._tokenizer.eos_token_id
+        end = data.end_of_response(inputs.tokenizer)
         fixed = {}
         for name, generated in inputs.generated:
             compute = context.teacher if name == "teacher" else context.student
             answers = responses.make_responses(generated, compute, context, f"responses of the {name}")
             rules = generated.inputs.sampling
-            fixed[name] = {i: rollouts.response(a, rules, eos) for i, a in answers.items()}
+            fixed[name] = {i: rollouts.response(a, rules, end) for i, a in answers.items()}
         rows = None if inputs.store is None else open_store(inputs.store, context).read
         return rollouts.training_data(
             inputs.method, references, fixed, self._rollouts(), self._longest_example, rows
@@ -292,6 +292,7 @@ class Student:
             self._config,
             context.placement,
             self._tokenizer,
+            data.end_of_response(inputs.tokenizer),
             context.slots,
             inputs.sampling,
             longest,

@@ -105,6 +105,7 @@ def _sets(inputs: EvaluationInputs, room: int, folder: Path) -> list[PromptSet]:
                 max_prompt_length=room,
                 long_prompt="truncate" if inputs.truncate else "drop",
                 bos=inputs.bos,
+                prompt=data.prompt_of(inputs.tokenizer),
                 rows=inputs.rows,
             )
         )

@@ -30,6 +30,7 @@ class FolderEvaluation:
         max_prompt_length: tokens; 0 for what the model has room for.
         truncate: shorten longer prompts instead of leaving them out.
         bos: begin prompts with the beginning-of-sequence token.
+        prompt: "alpaca", or "chat" for the tokenizer's chat template.
         dtype: compute dtype; "auto" for bfloat16 on GPU and TPU, float32 on CPU.
     """
 
@@ -40,10 +41,15 @@ class FolderEvaluation:
     max_prompt_length: int = 0
     truncate: bool = False
     bos: bool = False
+    prompt: str = "alpaca"
     dtype: str = "auto"
 
     def __post_init__(self):
         require_at_least(self, 0, "max_prompt_length")
+        if self.prompt == "chat" and self.bos:
+            raise InputError("bos: the chat template writes the beginning of sequence itself; leave it out")
+        if self.prompt == "chat" and self.truncate:
+            raise InputError("truncate: would cut a chat's turns in two; leave it out")
 
 
 def evaluate_folder(asked: FolderEvaluation, devices: Devices, output: Path) -> Results:
@@ -60,7 +66,7 @@ def evaluate_folder(asked: FolderEvaluation, devices: Devices, output: Path) -> 
         model=data.given_model(asked.model),
         sets=tuple(map(set_inputs, e.sets)),
         tokenizer=data.tokenizer_source(
-            asked.tokenizer or asked.model, "--tokenizer" if asked.tokenizer else "--model"
+            asked.tokenizer or asked.model, "--tokenizer" if asked.tokenizer else "--model", asked.prompt
         ),
         sampling=asked.sampling,
         seeds=e.seeds,
@@ -69,7 +75,8 @@ def evaluate_folder(asked: FolderEvaluation, devices: Devices, output: Path) -> 
         truncate=asked.truncate,
         bos=asked.bos,
     )
-    artefact = Artefact(inputs, output)
+    # The template of a chat is part of the tokenizer.
+    artefact = Artefact(inputs, output, settings={"tokenizer": "--tokenizer or --prompt"})
     refuse_changed([artefact])
     return make_evaluation(artefact, Path(asked.model).name, Compute(asked.dtype), placement, devices.slots)
 

@@ -119,7 +119,10 @@ def continued(
 
 
 def read_config(model: Artefact | Source, compute: Compute, tokenizer: data.Tokenizer) -> DecoderConfig:
-    """The config of a model, with `compute`. Vocabulary entries beyond the tokenizer's are not valid tokens."""
+    """The config of a model, with `compute`. Vocabulary entries beyond the tokenizer's are not valid tokens.
+
+    In a chat the end of the assistant's turn ends an answer, too.
+    """
     return _completed(models.read_config(str(model.path)), compute, tokenizer)
 
 
@@ -144,6 +147,9 @@ def _completed(config: DecoderConfig, compute: Compute, tokenizer: data.Tokenize
             f"the tokenizer has {tokens} tokens, but the model's vocabulary only {config.vocab_size} entries; set "
             "config.data.tokenizer to the model's own"
         )
+    end, ends = data.end_of_turn(tokenizer), config.eos_token_ids
+    if end is not None and end not in ends:
+        config = dataclasses.replace(config, eos_token_id=(end, *ends))
     config = dataclasses.replace(config, valid_vocab_size=min(config.valid_vocab_size, tokens))
     return with_compute(config, compute)
 
@@ -201,10 +207,11 @@ def save(
     """Saves placed parameters as the artefact's Hugging Face folder."""
     host = placement.to_host(params)
     tokenizer = data.load(artefact.inputs.tokenizer)
+    end = data.end_of_turn(artefact.inputs.tokenizer)
 
     def write() -> None:
         with artefact.writing() as folder:
-            models.save(folder, config, host, tokenizer=tokenizer, readme=readme)
+            models.save(folder, config, host, tokenizer=tokenizer, end_of_turn=end, readme=readme)
 
     first(write)
 

@@ -164,11 +164,9 @@ class _Resolver:
         return Artefact(inputs, folder_of_world(self.shared, inputs.world) / "data" / part, settings=settings)
 
     def _tokenizer(self) -> data.Tokenizer:
-        given, teacher = self.config.data.tokenizer, self.config.teacher.model.path
-        if given or teacher:
-            return data.tokenizer_source(
-                given or teacher, "config.data.tokenizer" if given else "config.teacher.model.path"
-            )
+        given = data.given_tokenizer(self.config.data, self.config.teacher.model.path)
+        if given is not None:
+            return given
         synthetic = data.relevant_synthetic(self.config.data)
         inputs = data.TokenizerInputs(synthetic)
         return Artefact(inputs, self.shared / "data" / "tokenizer", settings={"synthetic": "data.synthetic"})

@@ -34,6 +34,7 @@ class Sampler:
     """Samples the current student's responses to training prompts.
 
     Attributes:
+        end: the token that ends a response.
         longest_prompt: examples with longer prompts keep their current response.
         seed: that of the training.
     """
@@ -41,6 +42,7 @@ class Sampler:
     config: DecoderConfig
     placement: Placement
     tokenizer: Any
+    end: int
     slots: int
     rules: SamplingRules
     longest_prompt: int
@@ -56,14 +58,13 @@ class Sampler:
         generator = Generator(self.config, params, self.placement, self.tokenizer, self.slots)
         prompts = [_prompt(references, i).tolist() for i in kept]
         answers = generate(generator, prompts, self.rules, [seed], title="the student's responses")
-        ended = self.tokenizer.eos_token_id
-        return {i: response(a, self.rules, ended) for i, a in zip(kept, answers, strict=True)}
+        return {i: response(a, self.rules, self.end) for i, a in zip(kept, answers, strict=True)}
 
 
-def response(answer: Answer, rules: SamplingRules, eos_token_id: int) -> tuple[int, ...]:
-    """An answer's tokens, and the end of sequence unless the answer was cut off."""
+def response(answer: Answer, rules: SamplingRules, end: int) -> tuple[int, ...]:
+    """An answer's tokens, and `end` unless the answer was cut off."""
     ended = len(answer.tokens) < rules.max_new_tokens
-    return (*answer.tokens, eos_token_id) if ended else answer.tokens
+    return (*answer.tokens, end) if ended else answer.tokens
 
 
 def training_data(

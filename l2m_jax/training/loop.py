@@ -382,4 +382,4 @@ def _parts(task: Task, stage: Stage, position: Position) -> Iterator[Part]:
 
 
 def _targets(examples: Examples, chosen: np.ndarray) -> np.ndarray:
-    return examples.lengths[chosen] - examples.prompt_lengths[chosen]
+    return examples.response_lengths[chosen]

@@ -232,6 +232,11 @@ def test_files_and_variants_that_do_not_exist(tmp_path):
         assert str(error.value).startswith(f"--config {source}: {said}")
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
+def test_every_yaml_config_of_the_repository_is_valid(file):
+    config_file.read(str(file))
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda file: file.name)
 def test_every_config_of_the_repository_is_valid_and_names_its_variants(file):
     config_file.read(str(file))

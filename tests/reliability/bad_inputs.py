@@ -173,7 +173,7 @@ LINE_2 = {
     "NaN": (b"NaN", "line 2: expected a JSON object, not NaN"),
     "no instruction": (b'{"output": "b"}', r"line 2: no field 'instruction' \(fields: output\)"),
     "no output": (b'{"instruction": "b"}', r"line 2: no field 'output' \(or 'response'; fields: instruction"),
-    "no fields": (b"{}", r"line 2: no field 'output' \(or 'response'; fields: none"),
+    "no fields": (b"{}", r"line 2: columns none are of no known format \(known: instr"),
     "null instruction": (b'{"instruction": null, "output": "b"}', "line 2: no field 'instruction'"),
     "null output": (b'{"instruction": "a", "output": null}', "line 2: no field 'output'"),
     "instruction is a number": (b'{"instruction": 1, "output": "b"}', "line 2: 'instruction' must be a string"),

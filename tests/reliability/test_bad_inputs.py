@@ -16,6 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import bad_chats  # noqa: F401
 import bad_settings  # noqa: F401  (adds its cases to the table)
 from bad_inputs import CASES, ROOT, Case, World, make_good
 

@@ -39,6 +39,7 @@ OTHERS: dict[str, Any] = {
     "data.tokenizer": "other_tokenizer",
     "data.max_prompt_length": 20,
     "data.bos": "evaluation",
+    "data.prompt": "chat",
     "teacher.model.path": "model",
     "teacher.model.init": "random",
     "teacher.model.layers": (0,),
@@ -117,7 +118,9 @@ def folder(tmp_path_factory) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / f"{name}.txt").write_text(f"a text of {name}\n")
     for name in ("tokenizer", "other_tokenizer"):
-        train_tokenizer([f"say {name}, it is {name}"] * 3, 300).save_pretrained(folder / name)
+        given = train_tokenizer([f"say {name}, it is {name}"] * 3, 300)
+        given.chat_template = "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}"
+        given.save_pretrained(folder / name)
     tokenizer = train_tokenizer(["say tokenizer, it is tokenizer"] * 3, 300)
     config = models.random_config(models.Architecture(num_layers=2, hidden_size=16, num_heads=2), tokenizer)
     models.save(folder / "model", config, models.init(config, jax.random.key(0)))

@@ -72,7 +72,7 @@ def _data(name: str, folder: Path, settings: Rollouts | None = None):
     method = METHODS[name]
     config = DecoderConfig("gpt2", 300, 300, 8, 8, 1, 1, 1, 8, 8, LIMIT, eos_token_id=EOS)
     decode = SimpleNamespace(eos_token_id=EOS)
-    sampler = rollouts.Sampler(config, None, decode, 0, RULES, 10, seed=0)  # type: ignore[arg-type]
+    sampler = rollouts.Sampler(config, None, decode, EOS, 0, RULES, 10, seed=0)  # type: ignore[arg-type]
     current = (
         rollouts.Rollouts(settings or Rollouts(), _corpus(), sampler, str, folder)
         if method.on_policy

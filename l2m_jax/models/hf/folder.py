@@ -121,6 +121,7 @@ def save(
     params: Params,
     *,
     tokenizer: Any = None,
+    end_of_turn: int | None = None,
     readme: str | None = None,
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
@@ -133,6 +134,7 @@ def save(
     Args:
         params: host or device arrays. Fetched from devices one tensor at a time, at most `shard_bytes` in total.
         tokenizer: of `transformers`; its special tokens replace those of the config.
+        end_of_turn: the token of a chat that ends an answer, besides the tokenizer's end of sequence.
         readme: the text of README.md.
         dtype: of the stored weights.
         shard_bytes: the most bytes per file.
@@ -144,6 +146,8 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         config = _with_special_tokens(config, tokenizer)
+    if end_of_turn is not None and end_of_turn not in config.eos_token_ids:
+        config = dataclasses.replace(config, eos_token_id=(end_of_turn, *config.eos_token_ids))
     family = FAMILIES[config.family]
     stored = weights.tensors(config, family.weights(config), params)
     safetensors_folder.write(folder, stored, dtype, shard_bytes)
