@@ -39,11 +39,13 @@ class Teacher:
     signal: str = "store"  # "store" (hidden states computed once) or "live"
     store_dtype: str = "bfloat16"
     world: int = 0  # whose training rows and seed it has (-1: those of `world`)
+    train_rows: int = 0  # to fine-tune on, from the first of that world on (0: data.train_rows)
 
     def __post_init__(self):
         require_choice(self, "signal", ("store", "live"))
         require_choice(self, "store_dtype", STORE_DTYPES)
         require_at_least(self, -1, "world")
+        require_at_least(self, 0, "train_rows")
         if self.pretrain.from_teacher:
             raise InputError("pretrain.from_teacher: for students only")
         if self.model.init == "teacher_layers":
@@ -104,6 +106,11 @@ class Config:
                     f"{name}: {world} has no training rows of its own, as world 0 takes all; set data.train_rows"
                 )
         require_positive(self, "max_shapes", "chunk_size")
+        if self.teacher.train_rows and self.data.source == "synthetic":
+            raise InputError(
+                f"teacher.train_rows: {self.teacher.train_rows} is for rows from files; of synthetic tasks, teacher and "
+                "student have equally many"
+            )
         for setting, names in (("method", (self.method,)), ("baselines", self.baselines)):
             for name in names:
                 methods.require(name, setting)
@@ -118,6 +125,11 @@ class Config:
                     f"{setting}: the student is pretrained before the teacher is fine-tuned, when the teacher has random "
                     "weights; give teacher.model.path or teacher.pretrain.text"
                 )
+        if self.data.trim_vocabulary and "synthetic" in (pretrain.text, teacher.pretrain.text):
+            raise InputError(
+                f"data.trim_vocabulary: {self.data.trim_vocabulary} is for texts from files, and a model is pretrained on "
+                "synthetic text"
+            )
         if twice := [name for name in self.method_names if self.method_names.count(name) > 1]:
             raise InputError(f"baselines: {twice[0]!r} is named twice; each method is trained once")
 

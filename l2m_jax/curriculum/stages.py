@@ -127,8 +127,8 @@ def baby_steps(
     for i, examples in enumerate(stage_examples(sizes, epochs, open_by), start=1):
         opened = sum(sizes[:i])
         passes = _passes(everything[:opened], everything[opened:], examples, mix, (seed, i))
-        at_stage = [Schedule(ends).at_stage(i, n) for ends in (alpha, beta)]
-        stages.append(Stage(i, *at_stage, passes, examples))
+        alpha_i, beta_i = (Schedule(ends).at_stage(i, n) for ends in (alpha, beta))
+        stages.append(Stage(i, alpha_i, beta_i, passes, examples))
     return tuple(stages)
 
 

@@ -33,13 +33,15 @@ class Data:
     train_rows: int = 0  # training rows used (0: all)
     split_seed: int = 42
     tokenizer: str = ""  # folder or hub name; empty: the teacher's
+    # Keep the tokens that occur at least so often in what the run reads, and few others (0: the whole vocabulary).
+    trim_vocabulary: int = field(default=0, metadata={"absent_at_default": True})
     max_length: int = 1024  # tokens of prompt and response; longer examples are dropped and counted
     max_prompt_length: int = 0  # 0: no separate limit
     truncate: bool = False  # cut long prompts and responses to the limits instead of dropping the example
     # Which rows begin with the beginning-of-sequence token: "none", "training" (and the answers to training
     # prompts), "evaluation" (validation, test and other sets) or "both".
     bos: str = "none"
-    # "alpaca", or "chat": the tokenizer's own chat template. At its default it is in no key, like runs from before it.
+    # "alpaca", or "chat": the tokenizer's own chat template. Settings absent at their default leave older keys as they were.
     prompt: str = field(default="alpaca", metadata={"absent_at_default": True})
     synthetic: SyntheticData = field(default_factory=SyntheticData)
 
@@ -56,8 +58,20 @@ class Data:
             raise InputError(
                 "truncate: true with prompt 'chat' would cut turns in two; set it to false, and longer rows are left out"
             )
+        if self.prompt == "chat" and self.trim_vocabulary:
+            raise InputError(
+                f"trim_vocabulary: {self.trim_vocabulary} with prompt 'chat' is not supported, because a trimmed tokenizer "
+                "has no chat template; set it to 0"
+            )
         require_at_least(
-            self, 0, "validation_rows", "test_rows", "train_rows", "split_seed", "max_prompt_length"
+            self,
+            0,
+            "validation_rows",
+            "test_rows",
+            "train_rows",
+            "split_seed",
+            "trim_vocabulary",
+            "max_prompt_length",
         )
         require_at_least(self, 3, "max_length")  # a prompt, a response and the end of sequence
         if self.max_prompt_length >= self.max_length:
@@ -66,6 +80,11 @@ class Data:
                 "separate limit"
             )
         if self.source == "synthetic":
+            if self.trim_vocabulary:
+                raise InputError(
+                    f"trim_vocabulary: {self.trim_vocabulary} is for rows from files; the vocabulary of synthetic tasks "
+                    "is small already"
+                )
             return
         if not self.train:
             raise InputError("train: empty; give a JSON-lines file or the name of a data set on the hub")

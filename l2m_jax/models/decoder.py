@@ -273,6 +273,15 @@ def _forward(config, params, tokens_BxL, positions_BxL, attend: Callable, dropou
 
     inputs = (tokens_BxL, positions_BxL, deterministic)
     x = _apply(Embeddings(config), params["embeddings"], *inputs, dropout_key=embeddings_key)
-    unroll = 1 if scan_layers else config.num_layers
-    x, caches = jax.lax.scan(block, x, (params["blocks"], layer_keys, kinds), unroll=unroll)
+    start, found = 0, []
+    for name in ("lower_blocks", "blocks"):  # the lower ones are frozen, see `freezing.py`
+        if name not in params:
+            continue
+        layers = jax.tree.leaves(params[name])[0].shape[0]
+        own = slice(start, start + layers)
+        keys, kind = (None if each is None else each[own] for each in (layer_keys, kinds))
+        unroll = 1 if scan_layers else max(1, layers)
+        x, caches = jax.lax.scan(block, x, (params[name], keys, kind), unroll=unroll)
+        start, found = own.stop, [*found, caches]
+    caches = found[0] if len(found) == 1 else jax.tree.map(lambda *c: jnp.concatenate(c), *found)
     return _apply(Output(config), params["output"], x), caches

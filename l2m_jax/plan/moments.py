@@ -102,7 +102,7 @@ class Moments:
         saved = {"state": on_host, "Orbax's copy": on_host}
         best = Weights(**asdict(without_sums) | ({"optimizer": 0.0} if self._replicated else {}))
         return (
-            Moment("start", without_sums, host=self._loading(shapes.state.params)),
+            Moment("start", without_sums, host=self._loading(shapes.params)),
             Moment("training", state, Activations(batches, working=working)),
             Moment("checkpoint", state, fed, saved),
             Moment("resume", without_sums, host=restored),
@@ -112,7 +112,7 @@ class Moments:
     def _state(self, shapes: TrainingShapes) -> Weights:
         weights = self._compiler.weights
         return Weights(
-            parameters=weights(shapes.state.params),
+            parameters=weights(shapes.params),
             optimizer=weights((shapes.state.optimizer, shapes.state.average)),
             gradients=weights(shapes.sums),
             teacher=0.0 if shapes.teacher is None else weights(shapes.teacher),

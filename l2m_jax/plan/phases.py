@@ -113,7 +113,10 @@ class Planner(Parts):
             return Phase(name, (saving,))
         model = with_dropout(model, finetune.dropout)
         settings = StepSettings(model, None, model.valid_vocab_size, self._w.config.chunk_size)
-        return self._single_stage(
+        planner, rows = self, self._w.config.teacher.train_rows
+        if name == "teacher" and rows:
+            planner = Planner(self._w.of_rows(rows), self._target, self._compiler)
+        return planner._single_stage(
             name, TrainingShapes(settings, finetune), finetune, Objective(beta=0.0), saving
         )
 

@@ -23,7 +23,7 @@ from l2m_jax.generation import programs as generation
 from l2m_jax.generation.engine import PREFILL_TOKENS, cache_size
 from l2m_jax.generation.schedule import MAX_WAITING, prefill_shape
 from l2m_jax.losses import Objective
-from l2m_jax.models import DecoderConfig
+from l2m_jax.models import DecoderConfig, freezing
 from l2m_jax.models.attention import why_not_cudnn
 from l2m_jax.parallel import Layout, Placement
 from l2m_jax.plan.flops import flops
@@ -202,8 +202,20 @@ class TrainingShapes:
     @property
     def state(self) -> step.TrainState:
         return step.state_shapes(
-            make_optimizer(self.optimizer), self.settings.student, averaged=self.optimizer.ema > 0
+            make_optimizer(self.optimizer),
+            self.settings.student,
+            averaged=self.optimizer.ema > 0,
+            trainable_layers=self.optimizer.trainable_layers,
         )
+
+    @property
+    def params(self) -> Params:
+        """The trained parameters, and those that are frozen."""
+        layers, trained = self.optimizer.trainable_layers, self.state.params
+        if not layers:
+            return trained
+        whole = parameters(self.settings.student)
+        return trained | {"frozen": jax.eval_shape(lambda whole: freezing.split(whole, layers)[1], whole)}
 
     @property
     def sums(self) -> step.Sums:
@@ -227,7 +239,7 @@ class TrainingShapes:
     def accumulate_arguments(self, objective: Objective, shape: Shape) -> tuple:
         dropout = self.settings.student.has_dropout
         key = jax.eval_shape(lambda: jax.random.key(0)) if dropout else None
-        params, batch = self.state.params, self.batch(shape)
+        params, batch = self.params, self.batch(shape)
         return self.settings, objective, params, self.sums, batch, self.teacher, key
 
     def update_arguments(self, skip_nonfinite: bool) -> tuple:

@@ -113,6 +113,11 @@ class Workload:
         one = np.ones(count, np.int32)
         return dataclasses.replace(self, lengths=lengths, prompt_lengths=one, response_lengths=lengths - one)
 
+    def of_rows(self, rows: int) -> "Workload":
+        """The same with so many training examples; of more than there are, as long as these."""
+        names = ("lengths", "prompt_lengths", "response_lengths")
+        return dataclasses.replace(self, **{name: np.resize(getattr(self, name), rows) for name in names})
+
     def fine_tuning_batches(self, settings: FineTuning | Pretraining) -> Batches:
         return self._batches(settings, int(self.lengths.max()))
 
@@ -160,6 +165,8 @@ def workload(config: Config, platform: str, num_devices: int) -> Workload:
     """
     with tempfile.TemporaryDirectory() as folder:
         tokens, tokenizer, assumptions = _data(config, Path(folder))
+    if config.data.trim_vocabulary:
+        assumptions += ("the whole vocabulary, because it is trimmed by the run",)
     teacher = _architecture(config.teacher.model, "teacher", tokenizer)
     if config.student.model.init == "teacher_layers":
         student = teacher.keep_layers(config.student.model.layers)

@@ -92,6 +92,18 @@ def check_models(config: Config, artefacts: Artefacts) -> None:
                 f"config.{who}.pretrain.sequence_length: {pretrain.sequence_length} exceeds the {most} positions of the "
                 "model; lower it"
             )
+    for setting, model, settings in (
+        ("teacher.pretrain", teacher, config.teacher.pretrain),
+        ("teacher.finetune", teacher, config.teacher.finetune),
+        ("student.pretrain", student, config.student.pretrain),
+        ("student.warmup", student, config.student.warmup),
+        ("training", student, config.training),
+    ):
+        if settings.trainable_layers > model.num_layers:
+            raise InputError(
+                f"config.{setting}.trainable_layers: {settings.trainable_layers} exceeds the {model.num_layers} layers of "
+                "the model; lower it, or set 0 to train all"
+            )
     for who, model in found:
         if longest_prompt(model, config.sampling, config.data.max_prompt_length) < 1:
             raise InputError(
@@ -164,7 +176,7 @@ def _check_tokenizers(config: Config, tokenizer: data.Tokenizer) -> None:
         ):
             continue  # weights without a tokenizer
         own = data.tokenizer_source(path, f"config.{setting}").content
-        if own != tokenizer_fingerprint(data.load(tokenizer)):
+        if own != tokenizer_fingerprint(data.load(data.untrimmed(tokenizer))):
             raise InputError(
                 f"config.{setting}: the tokenizer of '{path}' produces other ids than the run's "
                 f"('{config.data.tokenizer or config.teacher.model.path}'); all models must share one"
@@ -294,8 +306,11 @@ def bytes_needed(config: Config, artefacts: Artefacts) -> dict[str, int]:
 
 def state_bytes(model: DecoderConfig, training: OptimizerSettings) -> tuple[int, int]:
     """Bytes of a model's float32 weights, and of one checkpoint of its training."""
-    state = state_shapes(make_optimizer(training), model, averaged=training.ema > 0)
-    return _bytes(state.params), _bytes(state)
+    optimizer = make_optimizer(training)
+    state = state_shapes(
+        optimizer, model, averaged=training.ema > 0, trainable_layers=training.trainable_layers
+    )
+    return _bytes(state_shapes(optimizer, model).params), _bytes(state)
 
 
 def store_bytes(targets: int, teacher: DecoderConfig, dtype: str) -> int:

@@ -123,7 +123,8 @@ def read_config(model: Artefact | Source, compute: Compute, tokenizer: data.Toke
 
     In a chat the end of the assistant's turn ends an answer, too.
     """
-    return _completed(models.read_config(str(model.path)), compute, tokenizer)
+    config = models.read_config(str(model.path), tokens=data.kept(model, tokenizer))
+    return _completed(config, compute, tokenizer)
 
 
 def load_frozen(
@@ -131,7 +132,10 @@ def load_frozen(
 ) -> tuple[DecoderConfig, Params]:
     """The config and placed parameters of a model that is not trained, in its compute dtype."""
     config = read_config(model, compute, tokenizer)
-    _, params = models.load(str(model.path), dtype=config.dtype, frozen=True, put=placement.put)
+    tokens = data.kept(model, tokenizer)
+    _, params = models.load(
+        str(model.path), dtype=config.dtype, tokens=tokens, frozen=True, put=placement.put
+    )
     return config, params
 
 
@@ -220,11 +224,11 @@ def initial_params(inputs: ModelInputs, config: DecoderConfig, placement: Placem
     """The placed parameters before any training of this phase."""
     if inputs.pretrained is not None:
         return load_to_train(inputs.pretrained, placement)
-    if inputs.teacher is not None:
-        path = str(inputs.teacher.path)
-        return models.load(path, layers=inputs.model.layers, put=placement.put)[1]
-    if inputs.weights is not None and inputs.model.init == "pretrained":
-        return models.load(inputs.weights.path, put=placement.put)[1]
+    given = inputs.teacher or (inputs.weights if inputs.model.init == "pretrained" else None)
+    if given is not None:
+        tokens = data.kept(given, inputs.tokenizer)
+        path, layers = str(given.path), inputs.model.layers
+        return models.load(path, layers=layers, tokens=tokens, put=placement.put)[1]
     assert inputs.seed is not None
     # Models of equal shape would otherwise start from equal weights, which makes the pair a special case.
     seed = inputs.seed + (inputs.role == "student")

@@ -139,7 +139,7 @@ class _Resolver:
         }
         evaluations = {
             "teacher": self._evaluation(self.teacher, self.teacher.path.parent, "teacher"),
-            "student before": self._evaluation(self.initial, self.own, "student_before"),
+            "student before": self._evaluation(self.initial, self.initial.path.parent, "student_before"),
         }
         for name, student in students.items():
             evaluations[name] = self._evaluation(student, self.workdir, name)
@@ -163,20 +163,48 @@ class _Resolver:
         settings = {"data": "data", "source": source, "tokenizer": "data.tokenizer", "world": "world"}
         return Artefact(inputs, folder_of_world(self.shared, inputs.world) / "data" / part, settings=settings)
 
+    def _teachers_rows(self, world: int) -> Artefact[data.CorpusInputs]:
+        """The training rows of a teacher that has another number of them."""
+        rows = dataclasses.replace(self.config.data, train_rows=self.config.teacher.train_rows)
+        inputs = data.corpus_inputs(rows, "train", self.tokenizer, world)
+        settings = {
+            "data": "data",
+            "data.train_rows": "teacher.train_rows",
+            "source": "data.train",
+            "tokenizer": "data.tokenizer",
+            "world": "world",
+        }
+        folder = folder_of_world(self.shared, world)
+        return Artefact(inputs, folder / "data" / "teacher_train", settings=settings)
+
     def _tokenizer(self) -> data.Tokenizer:
         given = data.given_tokenizer(self.config.data, self.config.teacher.model.path)
         if given is not None:
-            return given
+            return self._trimmed(given) if self.config.data.trim_vocabulary else given
         synthetic = data.relevant_synthetic(self.config.data)
         inputs = data.TokenizerInputs(synthetic)
         return Artefact(inputs, self.shared / "data" / "tokenizer", settings={"synthetic": "data.synthetic"})
 
+    def _trimmed(self, whole: Source) -> Artefact[data.TrimmedInputs]:
+        config = self.config
+        pretrained = (config.teacher.pretrain, config.student.pretrain)
+        texts = [(p.text, p.tokens) for p in pretrained if p.text]
+        inputs = data.trimmed_inputs(config.data, whole, config.evaluation.sets, texts)
+        settings = {
+            "whole": "data.tokenizer",
+            "least": "data.trim_vocabulary",
+            "train": "data.train",
+            "held_out": "data.validation or data.test",
+            "data": "data",
+            "sets": "evaluation.sets",
+            "texts": "the texts to pretrain on",
+        }
+        return Artefact(inputs, self.shared / "data" / "tokenizer", settings=settings)
+
     def _teacher(self) -> Artefact[ModelInputs]:
         teacher, world = self.config.teacher, self.config.teacher_world
         inputs = self._model("teacher", teacher, teacher.finetune, world, None)
-        # A teacher that is the same in every world is kept once.
-        alike = inputs.train is None and inputs.seed is None and not self._redrawn(teacher)
-        folder = folder_of_world(self.shared, 0 if alike else world)
+        folder = folder_of_world(self.shared, 0 if self._alike(teacher, inputs) else world)
         return Artefact(
             inputs,
             folder / "teacher",
@@ -187,12 +215,18 @@ class _Resolver:
     def _initial_student(self) -> Artefact[ModelInputs]:
         student = self.config.student
         inputs = self._model("student", student, student.warmup, self.config.world, self.teacher)
+        alike = self._alike(student, inputs) and self.teacher.path.parent == self.shared
+        folder = self.shared if alike else self.own
         return Artefact(
             inputs,
-            self.own / "initial_student",
-            self.own / "checkpoints" / "initial_student",
+            folder / "initial_student",
+            folder / "checkpoints" / "initial_student",
             {"model": "student.model", "weights": "student.model.path", "finetune": "student.warmup"},
         )
+
+    def _alike(self, who: Teacher | Student, inputs: ModelInputs) -> bool:
+        """Whether the model, but for its teacher, is the same in every world, and is kept once."""
+        return inputs.train is None and inputs.seed is None and not self._redrawn(who)
 
     def _model(
         self,
@@ -204,6 +238,8 @@ class _Resolver:
     ) -> ModelInputs:
         """The inputs of teacher or initial student, which may continue a pretrained model."""
         train, seed = self._corpus("train", world), self.config.seed_of(world)
+        if role == "teacher" and self.config.teacher.train_rows:
+            train = self._teachers_rows(world)
         if not who.pretrain.text:
             return model_inputs(role, who.model, finetune, train, self.tokenizer, seed, teacher)
         self.pretrained[role] = self._pretrained(role, who, world)

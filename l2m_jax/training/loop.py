@@ -133,6 +133,7 @@ class Trainer:
         self._init_optimizer = placement.map(step_functions.init_optimizer)
         self._init_average = placement.map(step_functions.init_average)
         self._zero_sums = placement.map(step_functions.zero_sums)
+        self._frozen: Params | None = None
         self._position = Position()
         self._validated_at = frozenset(_validation_steps(task) if validate is not None else ())
 
@@ -147,23 +148,28 @@ class Trainer:
         """
         task = self._task
         shapes = step_functions.state_shapes(
-            self._optimizer, task.settings.student, averaged=task.optimizer.ema > 0
+            self._optimizer,
+            task.settings.student,
+            averaged=task.optimizer.ema > 0,
+            trainable_layers=task.optimizer.trainable_layers,
         )
         found = self._checkpoints.restore_latest(shapes, needs_best=task.keep_best)
         if found is None:
-            params = initial()
+            params = self._split(initial())
             average = self._init_average(params) if task.optimizer.ema else None
             self._state = TrainState(params, self._init_optimizer(self._optimizer, params), average)
             del params, average
         else:
             self._state, self._position = found
             del found
+            if task.optimizer.trainable_layers:
+                self._split(initial())  # the others are in no checkpoint
         self._metrics.drop_after(task.phase, self._position.step, self._position.validated)
         try:
             with preemption.deferred():
                 for number in range(self._position.stage, len(task.stages)):
                     with preemption.at_once():
-                        stage = self._begin(number, self._state.params)
+                        stage = self._begin(number, self._whole(self._state.params))
                     self._train_stage(number, stage)
         except preemption.Preempted:
             self._checkpoints.close()  # the last one may still be written
@@ -173,9 +179,23 @@ class Trainer:
         if task.keep_best and 0 <= best < self._position.step:
             # The devices have room for only one state.
             del params, self._state
-            return self._checkpoints.restore_best(shapes, best)
+            return self._whole(self._checkpoints.restore_best(shapes, best))
         del self._state
-        return params
+        return self._whole(params)
+
+    def _split(self, params: Params) -> Params:
+        """The parameters to train; keeps the others."""
+        layers = self._task.optimizer.trainable_layers
+        if not layers:
+            return params
+        trained, self._frozen = self._placement.map(step_functions.split)(layers, params)
+        return trained
+
+    def _whole(self, trained: Params) -> Params:
+        """All parameters of the model."""
+        if self._frozen is None:
+            return trained
+        return self._placement.map(step_functions.join)(trained, self._frozen)
 
     def _train_stage(self, number: int, stage: Stage) -> None:
         task = self._task
@@ -258,12 +278,15 @@ class Trainer:
         return ended
 
     def _train_batch(self, batch: Batch, learning_rate: np.float32) -> Any:
-        task = self._task
+        task, params = self._task, self._state.params
+        if self._frozen is not None:
+            params = params | {"frozen": self._frozen}
         for number, (objective, micro_batch) in enumerate(batch.micro_batches):
             key = _dropout_key(task, self._position.step, number)
             self._sums = self._accumulate(
-                task.settings, objective, self._state.params, self._sums, micro_batch, self._teacher, key
+                task.settings, objective, params, self._sums, micro_batch, self._teacher, key
             )
+        del params
         self._state, self._sums, values = self._update(
             self._optimizer, task.optimizer.ema, task.skip_nonfinite, self._state, self._sums, learning_rate
         )
@@ -275,7 +298,7 @@ class Trainer:
         # The sums are zero between batches, and generation needs their memory.
         del self._sums
         with preemption.at_once():
-            values = self._validate(self._state.result)
+            values = self._validate(self._whole(self._state.result))
         self._sums = self._zero_sums(self._state.params)
         position, rouge_l = self._position, values["validation_rouge_l"]
         self._metrics.write(self._task.phase, position.step, stage=stage.index, **values)
@@ -298,7 +321,7 @@ class Trainer:
                 # Zeros between batches: rollouts need their memory beside the state, as validations do.
                 del self._sums
                 with preemption.at_once():
-                    terms = self._data(part, self._state.params)
+                    terms = self._data(part, self._whole(self._state.params))
                 self._sums = self._zero_sums(self._state.params)
                 log.restart_clock()
                 yield from prefetch(self._batches(part, terms, self._position), depth=PREFETCHED_BATCHES)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import jax
@@ -41,11 +41,13 @@ class OptimizerSettings:
     decay_fraction: float = (
         0.1  # of the updates after the warm-up, in which "wsd" (warm-up, stable, decay) falls
     )
+    # The top layers are trained, with the final norm; the others, embeddings and head stay as they are (0: all are trained).
+    trainable_layers: int = field(default=0, metadata={"absent_at_default": True})
     ema: float = 0.0  # decay per step of an average of the weights, which is validated and kept instead of them (0: none)
 
     def __post_init__(self):
         require_positive(self, "learning_rate", "clip_norm")
-        require_at_least(self, 0, "weight_decay")
+        require_at_least(self, 0, "weight_decay", "trainable_layers")
         require_fraction(self, "adam_b1", "adam_b2", below_one=True)
         require_fraction(self, "warmup_fraction")
         require_choice(self, "schedule", SCHEDULES)

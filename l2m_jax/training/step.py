@@ -17,7 +17,7 @@ import optax
 
 from l2m_jax import losses, models
 from l2m_jax.losses import Coefficients, LossSums, Objective
-from l2m_jax.models import DecoderConfig
+from l2m_jax.models import DecoderConfig, freezing
 from l2m_jax.parallel import over_devices
 from l2m_jax.types import MicroBatch, Params
 
@@ -47,6 +47,7 @@ class Teacher(NamedTuple):
 class TrainState(NamedTuple):
     """
     Attributes:
+        params: those that are trained.
         average: an exponential moving average of the parameters; None without one.
     """
 
@@ -84,11 +85,28 @@ def zero_sums(params: Params) -> Sums:
     )
 
 
+@over_devices(static=("layers",), weights=("params",), returns="weights")
+def split(layers: int, params: Params) -> tuple[Params, Params]:
+    """(trained, frozen) of a model whose top `layers` layers are trained."""
+    return freezing.split(params, layers)
+
+
+@over_devices(weights=("trained", "frozen"), returns="weights")
+def join(trained: Params, frozen: Params) -> Params:
+    return freezing.join(trained, frozen)
+
+
 def state_shapes(
-    optimizer: optax.GradientTransformation, config: DecoderConfig, *, averaged: bool = False
+    optimizer: optax.GradientTransformation,
+    config: DecoderConfig,
+    *,
+    averaged: bool = False,
+    trainable_layers: int = 0,
 ) -> TrainState:
     """The shapes of a model's training state, without computing it."""
     params = jax.eval_shape(lambda: models.init(config, jax.random.key(0)))
+    if trainable_layers:
+        params, _ = jax.eval_shape(lambda whole: freezing.split(whole, trainable_layers), params)
     return TrainState(params, jax.eval_shape(optimizer.init, params), params if averaged else None)
 
 
@@ -201,15 +219,22 @@ def accumulate(
     *,
     axis_name: str | None = None,
 ) -> Sums:
-    """`sums` plus the gradient and loss sums of one micro-batch, without communication between devices."""
+    """`sums` plus the gradient and loss sums of one micro-batch, without communication between devices.
+
+    Args:
+        params: the trained ones, and under "frozen" those that are not, if there are any.
+    """
     if dropout_key is not None and axis_name is not None:
         dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
 
-    def loss(params: Params) -> tuple[jax.Array, LossSums]:
-        new = loss_sums(settings, objective, params, batch, teacher, dropout_key)
+    trained = {name: group for name, group in params.items() if name != "frozen"}
+
+    def loss(trained: Params) -> tuple[jax.Array, LossSums]:
+        params_read = freezing.above(trained, params["frozen"]) if "frozen" in params else trained
+        new = loss_sums(settings, objective, params_read, batch, teacher, dropout_key)
         return new.loss, new
 
-    gradients, new = jax.grad(loss, has_aux=True)(params)
+    gradients, new = jax.grad(loss, has_aux=True)(trained)
     return jax.tree.map(lambda old, add: old + add.astype(old.dtype), sums, Sums(gradients, new))
 
 

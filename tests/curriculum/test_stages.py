@@ -217,5 +217,5 @@ def test_shuffling_over_time_keeps_examples_and_lengths():
 
 def test_values_by_rank_are_a_straight_line_by_example():
     values = stages.by_rank(np.array([4, 0, 2]), 0.7, 1.0)
-    np.testing.assert_allclose(values, [0.85, 0, 1.0, 0, 0.7], rtol=1e-6)
+    np.testing.assert_allclose(values, [0.85, 1.0, 1.0, 1.0, 0.7], rtol=1e-6)
     assert values.dtype == np.float32 and stages.by_rank(np.array([1]), 0.0, 0.3)[1] == np.float32(0.3)

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from l2m_jax.config import change, defaults, parse
+from l2m_jax.data.tokenizer import train_tokenizer
 from l2m_jax.errors import InputError
+from l2m_jax.run import data
 from l2m_jax.run.resolve import resolve
 from l2m_jax.sweep.presets import rows_of
 from l2m_jax.sweep.sweep import Sweep
@@ -49,6 +51,47 @@ def test_a_redrawn_teacher_learns_from_the_rows_of_its_world(tmp_path):
     assert first.teacher.key != second.teacher.key and first.teacher.path != second.teacher.path
     assert first.teacher.inputs.train == first.corpora["train"]
     assert first.tokenizer == second.tokenizer
+
+
+def test_a_student_that_is_pretrained_once_is_kept_once(tmp_path):
+    (tmp_path / "text.txt").write_text("a text")
+    once = {
+        "student.pretrain.text": str(tmp_path / "text.txt"),
+        "student.pretrain.seed": 0,
+        "student.warmup.epochs": 0,
+    }
+    first, second = (of_world(tmp_path, world, **once) for world in (1, 2))
+    assert first.initial_student == second.initial_student
+    assert first.initial_student.path == second.initial_student.path == tmp_path / "shared/initial_student"
+    place = "student before"
+    assert first.evaluations[place].path == second.evaluations[place].path
+    assert first.ranking.path != second.ranking.path
+    again = of_world(tmp_path, 1, **once | {"student.warmup.epochs": 1})
+    assert again.initial_student.path == tmp_path / "shared/world1/initial_student"
+
+
+def test_a_teacher_with_rows_of_several_worlds(tmp_path):
+    rows = [{"instruction": f"say {i}", "output": f"it is {i}"} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train_tokenizer(["say it is"] * 3, 300).save_pretrained(tmp_path / "tokenizer")
+    values = {
+        "data.source": "files",
+        "data.train": str(tmp_path / "rows.jsonl"),
+        "data.tokenizer": str(tmp_path / "tokenizer"),
+        "data.validation_rows": 4,
+        "data.test_rows": 4,
+        "data.train_rows": 10,
+        "teacher.train_rows": 20,
+    }
+    seen = []
+    for world in (0, 1, 2):
+        found = of_world(tmp_path, world, **values)
+        assert found.teacher.inputs.train in found.all_corpora
+        seen.append({row.id for row in map(data.make_corpus(found.corpora["train"]).row, range(10))})
+    teachers = data.make_corpus(found.teacher.inputs.train)
+    assert {teachers.row(i).id for i in range(len(teachers))} == seen[0] | seen[1]
+    with pytest.raises(InputError, match=r"config\.teacher\.train_rows: 20 is for rows from files"):
+        of_world(tmp_path, 1, **{"teacher.train_rows": 20})
 
 
 def test_worlds_need_rows_of_their_own():

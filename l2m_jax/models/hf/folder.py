@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from l2m_jax import files
 from l2m_jax.errors import InputError, reason, require_type, shown
@@ -16,6 +17,7 @@ from l2m_jax.models.hf import config_json, safetensors_folder, weights
 from l2m_jax.models.hf.families import FAMILIES
 from l2m_jax.models.hf.gguf import GgufFile
 from l2m_jax.models.hf.safetensors_folder import SafetensorsFolder
+from l2m_jax.models.hf.vocabulary import RestrictedSource, restricted_config
 from l2m_jax.models.hf.weights import Put, Source, Weight
 from l2m_jax.types import Params
 
@@ -37,6 +39,7 @@ def load(
     param_dtype: str = "float32",
     put: Put | None = None,
     layers: Sequence[int] = (),
+    tokens: np.ndarray | None = None,
     frozen: bool = False,
 ) -> tuple[DecoderConfig, Params]:
     """A model from a folder (config.json and safetensors), a hub name, or a GGUF file (Llama, Qwen2, Qwen3).
@@ -52,6 +55,7 @@ def load(
             None: on the first local device.
         layers: keeps only these layers, in this order, and reads no others: a shallower student made of its teacher's
             layers, as in DistilBERT (Sanh et al., 2019). Empty: all layers.
+        tokens: keeps only these entries of the vocabulary, ascending, and numbers them from 0. None: all.
         frozen: for a model that is not trained: parameters in `dtype`, norms in float32. `param_dtype` is ignored.
 
     Returns:
@@ -63,6 +67,9 @@ def load(
             does not have.
     """
     config, table, source = _open(folder_or_name)
+    if tokens is not None:
+        weights.check(table, weights.parameter_shapes(config), source)
+        config, source = restricted_config(config, tokens), RestrictedSource(source, table, tokens)
     config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype if frozen else param_dtype)
     if absent := [layer for layer in layers if not 0 <= layer < config.num_layers]:
         raise InputError(
@@ -88,12 +95,12 @@ def check(folder_or_name: str | os.PathLike) -> None:
     weights.check(table, weights.parameter_shapes(config), source)
 
 
-def read_config(folder_or_name: str | os.PathLike) -> DecoderConfig:
-    """Only the architecture, without reading weights. Errors as in `load`."""
+def read_config(folder_or_name: str | os.PathLike, *, tokens: np.ndarray | None = None) -> DecoderConfig:
+    """Only the architecture, without reading weights. `tokens` and errors as in `load`."""
     path = Path(folder_or_name)
-    if _is_gguf(path):
-        return GgufFile(path).config()
-    return _read_config(_folder(folder_or_name, _SMALL_FILES))
+    gguf = _is_gguf(path)
+    config = GgufFile(path).config() if gguf else _read_config(_folder(folder_or_name, _SMALL_FILES))
+    return config if tokens is None else restricted_config(config, tokens)
 
 
 def _is_gguf(path: Path) -> bool:

