@@ -26,10 +26,9 @@ GPT2 = DecoderConfig(
 
 def _saved(folder, config, lora):
     """Saves a base, its merge and its adapter; returns the tensors of each, and the description of the adapter."""
-    base = jax.tree.map(np.asarray, models.init(config, jax.random.key(0)))
-    fresh = jax.tree.map(np.asarray, lora.init(config, jax.random.key(1)))
-    rng = np.random.default_rng(0)
-    adapters = jax.tree.map(lambda leaf: (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32), fresh)
+    key, rng = jax.random.key(0), np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: (models.init(config, key), lora.init(config, key)))
+    base, adapters = jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape, np.float32), shapes)
     models.save(folder / "base", config, base)
     models.save(folder / "merged", config, lora.merged(adapters, jax.tree.map(np.copy, base)))
     peft.save(folder / "merged" / "adapter", config, lora, adapters, str(folder / "base"))

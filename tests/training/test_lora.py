@@ -25,7 +25,7 @@ from l2m_jax.training.step import StepSettings
 CONFIG = DecoderConfig(
     family="qwen2", vocab_size=60, valid_vocab_size=60, hidden_size=16, embed_size=16, num_layers=2, num_heads=2,
     num_kv_heads=1, head_dim=8, intermediate_size=24, max_positions=32, init_std=0.3, norm="rms", rope=Rope(),
-    activation="silu", gated_mlp=True, mlp_bias=False, attention_out_bias=False,
+    activation="silu", gated_mlp=True, mlp_bias=False, attention_out_bias=False, scan_layers=True,
 )  # fmt: skip
 LORA = Lora(rank=3, alpha=6.0, targets=("query", "down"))
 SETTINGS = StepSettings(CONFIG, None, 60, chunk_size=16)
@@ -35,23 +35,20 @@ SFT = Objective(beta=0.0)
 
 @pytest.fixture(scope="module")
 def base():
-    return jax.tree.map(np.asarray, models.init(CONFIG, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: models.init(CONFIG, jax.random.key(0)))
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes)
 
 
-def _adapters(lora=LORA):
-    """With a B that is not 0, as after some training."""
-    fresh = lora.init(CONFIG, jax.random.key(1))
+def _adapters():
+    """As after some training: B is not 0."""
+    shapes = jax.eval_shape(lambda: LORA.init(CONFIG, jax.random.key(1)))
     rng = np.random.default_rng(0)
-
-    def filled(path, leaf):
-        grown = 0.1 * rng.standard_normal(leaf.shape) if path[-1].key == "lora_b" else leaf
-        return np.asarray(grown, np.float32)
-
-    return jax.tree_util.tree_map_with_path(filled, fresh)
+    return jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape, np.float32), shapes)
 
 
-def _frozen(base, lora=LORA):
-    return attach(lora.scales(CONFIG), base)
+def _frozen(base):
+    return attach(LORA.scales(CONFIG), base)
 
 
 def _examples() -> ListedExamples:
