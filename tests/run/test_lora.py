@@ -25,6 +25,8 @@ LORA = {
     "method": "kld",
     "curriculum.epochs_per_stage": 1,
     "evaluation.validations": 1,
+    "evaluation.validation_rows": 1,
+    "devices.slots": 1,
 }
 
 

@@ -9,10 +9,11 @@ import pytest
 
 from l2m_jax import models
 from l2m_jax.curriculum import single_stage
-from l2m_jax.data.batches import ListedExamples, micro_batches
+from l2m_jax.data.batches import ListedExamples
 from l2m_jax.data.packing import Shape
 from l2m_jax.losses import Objective
 from l2m_jax.models import DecoderConfig, Lora, Rope
+from l2m_jax.models.freezing import above
 from l2m_jax.models.lora import attach
 from l2m_jax.parallel import Placement
 from l2m_jax.training import step
@@ -23,12 +24,12 @@ from l2m_jax.training.optimizer import OptimizerSettings, make_optimizer
 from l2m_jax.training.step import StepSettings
 
 CONFIG = DecoderConfig(
-    family="qwen2", vocab_size=60, valid_vocab_size=60, hidden_size=16, embed_size=16, num_layers=2, num_heads=2,
+    family="qwen2", vocab_size=60, valid_vocab_size=60, hidden_size=16, embed_size=16, num_layers=1, num_heads=2,
     num_kv_heads=1, head_dim=8, intermediate_size=24, max_positions=32, init_std=0.3, norm="rms", rope=Rope(),
-    activation="silu", gated_mlp=True, mlp_bias=False, attention_out_bias=False, scan_layers=True,
+    activation="silu", gated_mlp=True, mlp_bias=False, attention_out_bias=False,
 )  # fmt: skip
 LORA = Lora(rank=3, alpha=6.0, targets=("query", "down"))
-SETTINGS = StepSettings(CONFIG, None, 60, chunk_size=16)
+SETTINGS = StepSettings(CONFIG, None, 60, chunk_size=64)
 SHAPES = (Shape(1, 32),)
 SFT = Objective(beta=0.0)
 
@@ -57,31 +58,31 @@ def _examples() -> ListedExamples:
     return ListedExamples(tokens, np.full(8, 3, np.int32))
 
 
-@jax.jit
-def _gradients(params, sums, batch):
-    part = LORA if "frozen" in params else None
-    return step.accumulate(dataclasses.replace(SETTINGS, part=part), SFT, params, sums, batch, None, None)
+def _merged(base):
+    return LORA.merged(_adapters(), jax.tree.map(np.copy, base))
 
 
 def test_the_adapters_gradients_are_products_of_the_merged_models(base):
-    (batch,) = micro_batches(_examples(), np.array([0]), SHAPES, 1)
-    batch, adapters = jax.tree.map(lambda x: x[0], batch), _adapters()
-    merged = LORA.merged(adapters, base)
-    whole = _gradients(merged, step.zero_sums(merged), batch)
-    found = _gradients(adapters | {"frozen": _frozen(base)}, step.zero_sums(adapters), batch)
-    np.testing.assert_allclose(found.losses.loss, whole.losses.loss, rtol=1e-5)
-    assert jax.tree.structure(found.gradients) == jax.tree.structure(adapters)
+    tokens = _examples().example_tokens(0)[None]
+    weights = np.random.default_rng(2).standard_normal((*tokens.shape, 16), np.float32)
+
+    def loss(params):
+        return (models.hidden_states(CONFIG, params, tokens) * weights).sum()
+
+    adapters, frozen = _adapters(), _frozen(base)
+    whole = jax.jit(jax.grad(loss))(_merged(base))
+    found = jax.jit(jax.grad(lambda adapters: loss(above(LORA, adapters, frozen))))(adapters)
+    assert jax.tree.structure(found) == jax.tree.structure(adapters)
     for group, layer in (("attention", "query"), ("mlp", "down")):
-        of_kernel = np.asarray(whole.gradients["blocks"][group][layer]["kernel"])
+        of_kernel = np.asarray(whole["blocks"][group][layer]["kernel"])
         a, b = (adapters["blocks"][group][layer][f"lora_{m}"] for m in "ab")
-        gradients = found.gradients["blocks"][group][layer]
         scale = 6.0 / 3
         expected = {
             "lora_a": scale * of_kernel @ b.swapaxes(1, 2),
             "lora_b": scale * a.swapaxes(1, 2) @ of_kernel,
         }
         for name, value in expected.items():
-            np.testing.assert_allclose(gradients[name], value, rtol=1e-3, atol=1e-5)
+            np.testing.assert_allclose(found["blocks"][group][layer][name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_fresh_adapters_change_no_logit_and_merged_ones_are_the_applied_ones(base):
@@ -90,8 +91,7 @@ def test_fresh_adapters_change_no_logit_and_merged_ones_are_the_applied_ones(bas
     fresh = attach(LORA.init(CONFIG, jax.random.key(1)), _frozen(base))
     np.testing.assert_array_equal(logits(fresh), logits(base))
     applied = logits(attach(_adapters(), _frozen(base)))
-    before = jax.tree.map(np.copy, base)
-    np.testing.assert_allclose(logits(LORA.merged(_adapters(), before)), applied, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits(_merged(base)), applied, rtol=1e-4, atol=1e-4)
     assert np.abs(applied - logits(base)).max() > 0.1
 
 
@@ -104,7 +104,7 @@ def test_the_adapters_of_bfloat16_models_leave_its_dtype_alone(base):
 
 def test_there_is_state_for_the_adapters_alone():
     state = step.state_shapes(make_optimizer(OptimizerSettings()), CONFIG, averaged=True, part=LORA)
-    numbers = 2 * 3 * (16 + 16 + 24 + 16)  # layers · rank · (inputs + outputs)
+    numbers = 3 * (16 + 16 + 24 + 16)  # rank · (inputs + outputs)
     assert (
         sum(leaf.size for leaf in jax.tree.leaves(state)) == 4 * numbers + 1
     )  # two moments, an average, a count
