@@ -22,6 +22,8 @@ from l2m_jax.errors import InputError, require_at_least, require_choice, require
 from l2m_jax.evaluation.settings import Evaluation
 from l2m_jax.generation.sampling import SamplingRules
 from l2m_jax.methods import Overrides, Rollouts
+from l2m_jax.models.freezing import Part
+from l2m_jax.models.lora import Lora
 from l2m_jax.models.settings import Compute, Model
 from l2m_jax.multihost import Devices
 from l2m_jax.training.optimizer import FineTuning, Pretraining, Training
@@ -38,12 +40,16 @@ class Teacher:
     finetune: FineTuning = field(default_factory=FineTuning)  # epochs = 0: no fine-tuning
     signal: str = "store"  # "store" (hidden states computed once) or "live"
     store_dtype: str = "bfloat16"
+    weights: str = (
+        "float"  # of its signal: "float" (in the compute dtype), or "int8" for the kernels of its layers
+    )
     world: int = 0  # whose training rows and seed it has (-1: those of `world`)
     train_rows: int = 0  # to fine-tune on, from the first of that world on (0: data.train_rows)
 
     def __post_init__(self):
         require_choice(self, "signal", ("store", "live"))
         require_choice(self, "store_dtype", STORE_DTYPES)
+        require_choice(self, "weights", ("float", "int8"))
         require_at_least(self, -1, "world")
         require_at_least(self, 0, "train_rows")
         if self.pretrain.from_teacher:
@@ -64,6 +70,7 @@ class Student:
     pretrain: Pretraining = field(default_factory=Pretraining)  # on plain text, before the warm-up
     # Before the ranking; random weights need it.
     warmup: FineTuning = field(default_factory=lambda: FineTuning(epochs=0))
+    lora: Lora = field(default_factory=Lora)  # distillation trains adapters instead of the student's weights
     seed: int = -1  # only of distillation: order of examples, dropout, random subsets, rollouts (-1: as seed)
 
     def __post_init__(self):
@@ -115,6 +122,11 @@ class Config:
             for name in names:
                 methods.require(name, setting)
                 methods.get(name, self.overrides, self.rollouts, self.curriculum)
+        if self.student.lora.rank and self.training.trainable_layers:
+            raise InputError(
+                f"student.lora.rank: {self.student.lora.rank} freezes all layers, and training.trainable_layers "
+                f"{self.training.trainable_layers} trains some; set one of them to 0"
+            )
         pretrain, teacher = self.student.pretrain, self.teacher
         for setting, used in (
             ("student.pretrain.from_teacher", pretrain.from_teacher),
@@ -142,6 +154,11 @@ class Config:
     def student_seed(self) -> int:
         """The seed of everything random in the distillation."""
         return self.seed_of(self.world, self.student.seed)
+
+    @property
+    def student_part(self) -> Part | None:
+        """What distillation trains of the student; None: all of it."""
+        return self.student.lora if self.student.lora.rank else self.training.part
 
     @property
     def teacher_world(self) -> int:

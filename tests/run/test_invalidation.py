@@ -65,6 +65,8 @@ OTHERS: dict[str, Any] = {
     "devices.process_id": 0,
     "teacher.signal": "live",
     "teacher.store_dtype": "float32",
+    "teacher.weights": "int8",
+    "student.lora.targets": ("query",),
     **{f"{who}.compute.{name}": value for who in ("teacher", "student") for name, value in (("dtype", "bfloat16"), ("remat", "block"))},
     **{f"{who}.model.architecture.{name}": value for who in ("teacher", "student")
        for name, value in (("family", "llama"), ("num_heads", 2), ("num_kv_heads", 4), ("hidden_size", 64))},
@@ -88,6 +90,7 @@ CONTEXT: dict[str, dict[str, Any]] = {
     "student.model.init": {"student.model.path": "model"},
     "student.model.layers": {"student.model.init": "teacher_layers", "student.model.layers": (0,)},
     **{f"{place}.decay_fraction": {f"{place}.schedule": "wsd"} for place in ("training", "teacher.finetune", "student.warmup", "teacher.pretrain", "student.pretrain")},
+    **{f"student.lora.{name}": {"student.lora.rank": 4} for name in ("alpha", "targets")},
     "overrides.alpha": {"method": "skl", "baselines": ()},
     "overrides.beta": {"method": "skl", "baselines": ()},
     "overrides.policy": {"method": "skl", "baselines": ()},
