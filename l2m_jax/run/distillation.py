@@ -146,7 +146,7 @@ def make_student(
         return
     artefact.begin()
     student = Student(artefact, phase, monitored, context, diagnostics)
-    save(artefact, student.saved_config, student.train(), context.placement, readme)
+    save(artefact, student.saved_config, student.train(), context.placement, readme, monitored.sampling)
 
 
 class Student:

@@ -11,6 +11,7 @@ import numpy as np
 from l2m_jax import models
 from l2m_jax.curriculum import single_stage
 from l2m_jax.errors import InputError
+from l2m_jax.generation import SamplingRules
 from l2m_jax.losses import Objective
 from l2m_jax.models import Compute, DecoderConfig, Model, random_config, with_compute, with_dropout
 from l2m_jax.multihost import first
@@ -207,15 +208,25 @@ def save(
     params: Params,
     placement: Placement,
     readme: str | None = None,
+    sampling: SamplingRules | None = None,
 ) -> None:
-    """Saves placed parameters as the artefact's Hugging Face folder."""
+    """Saves placed parameters as the artefact's Hugging Face folder; `sampling` is how it should answer by default."""
     host = placement.to_host(params)
     tokenizer = data.load(artefact.inputs.tokenizer)
     end = data.end_of_turn(artefact.inputs.tokenizer)
+    generation = None if sampling is None else sampling.generation_config()
 
     def write() -> None:
         with artefact.writing() as folder:
-            models.save(folder, config, host, tokenizer=tokenizer, end_of_turn=end, readme=readme)
+            models.save(
+                folder,
+                config,
+                host,
+                tokenizer=tokenizer,
+                end_of_turn=end,
+                readme=readme,
+                generation=generation,
+            )
 
     first(write)
 

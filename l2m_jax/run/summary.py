@@ -31,13 +31,23 @@ def card(
     pretrained = ", pretrained on plain text" if config.student.pretrain.text else ""
     return ModelCard(
         name=f"{name} student",
-        student=config.student.model.path or "random weights" + pretrained,
-        teacher=config.teacher.model.path or "a teacher trained on the same data",
+        student=_named(config.student.model.path) or "random weights" + pretrained,
+        teacher=_named(config.teacher.model.path) or "a teacher trained on the same data",
         method=name,
         alpha=tuple(stage.alpha for stage in stages),
         beta=tuple(stage.beta for stage in stages),
-        data=("synthetic tasks",) if config.data.source == "synthetic" else (config.data.train,),
+        data=("synthetic tasks",) if config.data.source == "synthetic" else (_named(config.data.train),),
         rouge_l=rouge_l or {},
+        answers=config.sampling.described(),
+    )
+
+
+def _named(path: str) -> str:
+    """A hub name as it is; of a path on this machine the last part, marked as such."""
+    return (
+        f"{Path(path).name} (a local {'folder' if Path(path).is_dir() else 'file'})"
+        if Path(path).exists() and path
+        else path
     )
 
 

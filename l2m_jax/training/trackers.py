@@ -6,6 +6,7 @@ tracker that fails is left out with one warning, and the run goes on.
 
 import importlib.util
 import json
+import logging
 import os
 import queue
 import re
@@ -153,6 +154,7 @@ class MLflow:
         # MLflow's own defaults wait for an unreachable server for minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry would be a warning
         from mlflow import MlflowClient, entities  # pyright: ignore[reportMissingImports]
 
         self._client, self._entities, self._last = MlflowClient(), entities, None
