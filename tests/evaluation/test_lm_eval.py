@@ -28,18 +28,24 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("package", [pytest.param(name, id=name) for name in ("lm_eval",)])
-def test_a_student_is_scored(tmp_path, package):
-    for needed in (package, "torch"):
-        if importlib.util.find_spec(needed) is None:
-            pytest.skip(f"{needed} is not installed")
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("lm_eval", "torch")),
+    reason="lm_eval or torch is not installed",
+)
+def test_a_student_is_scored(tmp_path):
     tokenizer = train_tokenizer(["The capital of France is Paris, of Italy Rome"] * 3, 300)
     config = models.random_config(models.Architecture(num_layers=1, hidden_size=16, num_heads=2), tokenizer)
     models.save(tmp_path / "student", config, models.init(config, jax.random.key(0)), tokenizer=tokenizer)
     (tmp_path / "capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "capitals.yaml").write_text(TASK.replace("FILE", str(tmp_path / "capitals.jsonl")))
-    command = [sys.executable, "-m", "lm_eval", "--model=hf", f"--model_args=pretrained={tmp_path / 'student'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model=hf",
+        f"--model_args=pretrained={tmp_path / 'student'}",
+    ]
     command += [f"--include_path={tmp_path / 'tasks'}", "--tasks=capitals", "--device=cpu"]
     command += [f"--output_path={tmp_path / 'scores'}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
