@@ -11,9 +11,11 @@ ENV HOME=/tmp \
     NVIDIA_VISIBLE_DEVICES=all \
     PYTHONUNBUFFERED=1
 
-# The dependencies are a layer of their own, which a change of the code leaves as it is.
+# The dependencies are a layer of their own, which a change of the code leaves as it is. Their versions are in
+# pyproject.toml.
 WORKDIR /src
 COPY pyproject.toml ./
+# hadolint ignore=DL3013
 RUN touch README.md LICENSE \
     && mkdir l2m_jax \
     && echo '__version__ = "0"' > l2m_jax/__init__.py \
@@ -22,10 +24,10 @@ RUN touch README.md LICENSE \
 COPY README.md LICENSE ./
 COPY l2m_jax l2m_jax
 RUN pip install --no-cache-dir --no-deps --force-reinstall . \
-    && useradd --no-create-home l2m \
+    && useradd --no-create-home --uid 1000 l2m \
     && install --directory --owner=l2m /work
 
-USER l2m
+USER 1000
 WORKDIR /work
 ENTRYPOINT ["l2m"]
 CMD ["--help"]
