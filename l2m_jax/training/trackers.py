@@ -21,7 +21,7 @@ from l2m_jax import files
 from l2m_jax.errors import InputError, reason
 from l2m_jax.progress import console
 
-PROJECT = "l2m_jax"  # unless WANDB_PROJECT, TRACKIO_PROJECT or MLFLOW_EXPERIMENT_NAME names another
+PROJECT = "l2m_jax"  # unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME names another
 _IDS = "tracking.json"
 # After a signal there is little time.
 _SECONDS_TO_FINISH = {True: 120.0, False: 20.0}
@@ -130,8 +130,7 @@ class Trackio:
 
         self._trackio = trackio
         self.run_id = run_id or f"{_title(workdir)}-{uuid.uuid4().hex[:8]}"
-        project = os.environ.get("TRACKIO_PROJECT", PROJECT)
-        self._run = trackio.init(project, name=self.run_id, config=dict(config), resume="allow", embed=False)
+        self._run = trackio.init(PROJECT, name=self.run_id, config=dict(config), resume="allow", embed=False)
 
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         self._run.log({f"{phase}/step": step} | {f"{phase}/{name}": value for name, value in values.items()})
