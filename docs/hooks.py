@@ -5,6 +5,12 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# Of a field's default, what only the code needs: groups have settings of their own, and metadata are about keys.
+_DEFAULTS = (
+    (re.compile(r" = field\(default_factory=\w+\)"), ""),
+    (re.compile(r"field\(default_factory=lambda: (\w+\(.*?\))\)"), r"\1"),
+    (re.compile(r"field\(default=(.*?), metadata=\{.*?\}\)"), r"\1"),
+)
 _MARK = re.compile(r"^\{\{ fields: (\S+) (\w+) \}\}$", re.MULTILINE)
 
 
@@ -13,19 +19,13 @@ def fields(file: str, name: str) -> str:
     text = (ROOT / file).read_text(encoding="utf-8")
     [found] = [n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == name]
     fields = [node for node in found.body if isinstance(node, ast.AnnAssign)]
-    after = next(
-        (
-            min(node.lineno, *(d.lineno for d in node.decorator_list), node.lineno)
-            for node in found.body
-            if isinstance(node, ast.FunctionDef)
-        ),
-        (found.end_lineno or 0) + 1,
-    )
     lines = text.splitlines()
-    first = fields[0].lineno - 1
+    first, last = fields[0].lineno - 1, fields[-1].end_lineno
     while lines[first - 1].strip().startswith("#"):  # a comment above the first field belongs to it
         first -= 1
-    listing = "\n".join(line[4:] for line in lines[first : after - 1]).strip()
+    listing = "\n".join(line[4:] for line in lines[first:last])
+    for pattern, default in _DEFAULTS:
+        listing = pattern.sub(default, listing)
     return f"```python\n{listing}\n```"
 
 

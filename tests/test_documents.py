@@ -268,7 +268,8 @@ def test_a_notebook_has_no_outputs_and_runs(path, tmp_path, monkeypatch, tiny):
 
     smallest = tiny.copy_and_resolve_references()
     smallest.checkpoint_minutes = 10.0
-    smallest.curriculum.epochs_per_stage = 1
+    smallest.teacher.finetune.epochs = smallest.student.warmup.epochs = 0
+    smallest.curriculum.update(stages=2, epochs_per_stage=1)
     smallest.evaluation.validations = 1
     run = pipeline.run
 
