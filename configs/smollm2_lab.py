@@ -22,8 +22,7 @@ dolly/test.jsonl):
 The sweep, resumable, with the evaluation sets as MiniLLM has them:
 
     uv run l2m sweep --config configs/smollm2_lab.py --claims configs/claims/experiment_m.yaml --worlds 5 \
-        --workdir runs/m --config.teacher.model.path=SmolLM2-135M-Instruct.Q4_1.gguf \
-        --config.student.pretrain.text=wiki.txt --config.data.train=dolly/train.jsonl \
+        --workdir runs/m \
         --config.evaluation.sets=dolly=dolly/test.jsonl,self_inst=self_inst/test.jsonl,vicuna=vicuna/test.jsonl,s_ni=s_ni/test.jsonl
 
 A set that is added later changes the vocabulary and with it everything; use `l2m eval` for it. Worlds 1 to 5 train on
@@ -50,6 +49,7 @@ def get_config(variant: str = ""):
     config.max_shapes = 2
     config.checkpoint_minutes = 5.0
 
+    config.teacher.model.path = "SmolLM2-135M-Instruct.Q4_1.gguf"
     config.teacher.train_rows = WORLDS * ROWS
     config.teacher.finetune.update(
         epochs=2, trainable_layers=10, batch_size=16, learning_rate=1e-4, schedule="cosine"

@@ -27,6 +27,7 @@ from l2m_jax.models.lora import Lora
 from l2m_jax.models.settings import Compute, Model
 from l2m_jax.multihost import Devices
 from l2m_jax.training.optimizer import FineTuning, Pretraining, Training
+from l2m_jax.training.trackers import TRACKERS
 
 STORE_DTYPES = ("float32", "bfloat16", "float16")
 _SEEDS = 10_000  # of a world: further ones would be those of the next
@@ -100,7 +101,7 @@ class Config:
     checkpoint_minutes: float = 10.0  # minutes between checkpoints within a stage; 0: after each step
     # Skip batches whose loss or gradient is not finite, instead of ending the run. Without such batches, it changes nothing.
     skip_nonfinite: bool = False
-    tensorboard: bool = False  # also write TensorBoard events (extra: tracking)
+    tracking: tuple[str, ...] = ()  # of "tensorboard", "wandb", "trackio", "mlflow": docs/tracking.md
 
     def __post_init__(self):
         require_at_least(self, 0, "seed", "world", "checkpoint_minutes")
@@ -142,6 +143,10 @@ class Config:
                 f"data.trim_vocabulary: {self.data.trim_vocabulary} is for texts from files, and a model is pretrained on "
                 "synthetic text"
             )
+        if unknown := [name for name in self.tracking if name not in TRACKERS]:
+            raise InputError(f"tracking: no tracker {shown(unknown[0])} (known: {', '.join(TRACKERS)})")
+        if len(set(self.tracking)) < len(self.tracking):
+            raise InputError(f"tracking: {', '.join(self.tracking)} names one twice; name each once")
         if twice := [name for name in self.method_names if self.method_names.count(name) > 1]:
             raise InputError(f"baselines: {twice[0]!r} is named twice; each method is trained once")
 

@@ -47,6 +47,8 @@ OUT_OF_RANGE: list[tuple[str, object]] = [
     ("evaluation.seeds", (-1,)),
     ("evaluation.sets", ()),
     ("baselines", ("l2n",)),
+    ("tracking", ("x",)),
+    ("tracking", ("wandb", "wandb")),
     ("baselines", ("l2m",)),
     ("curriculum.alphas", (0.0, 1.5)),
     ("curriculum.betas", (0.1, 0.2, 0.3)),  # of four stages

@@ -30,6 +30,7 @@ from l2m_jax.run.responses import longest_prompt
 from l2m_jax.run.stages import strata_of
 from l2m_jax.training.optimizer import OptimizerSettings, Pretraining, make_optimizer
 from l2m_jax.training.step import state_shapes
+from l2m_jax.training.trackers import require_packages
 
 CHECKPOINTS = ", checkpoints"  # follows the name of a model
 # A checkpoint is written before an older one is deleted: the latest, the best, and the next.
@@ -37,7 +38,8 @@ CHECKPOINTS_AT_ONCE = 3
 
 
 def check_files(config: Config) -> None:
-    """Checks that data files and evaluation sets exist, and that the first rows of the data and all of the sets can be read.
+    """Checks that data files, evaluation sets and the trackers' packages exist, and that the first rows of the data and
+    all of the sets can be read.
 
     Raises:
         InputError: naming the setting.
@@ -47,6 +49,7 @@ def check_files(config: Config) -> None:
 
 def _check_files(config: Config) -> None:
     try:
+        require_packages(config.tracking)
         check_sources(config.data)
     except InputError as error:
         raise InputError(f"config.{error}") from error

@@ -150,11 +150,12 @@ def make_student(
         return
     artefact.begin()
     student = Student(artefact, phase, monitored, context, diagnostics)
-    params, placement = student.train(), context.placement
+    params, placement, sampling = student.train(), context.placement, monitored.sampling
     if (lora := artefact.inputs.lora) is None:
-        save(artefact, student.saved_config, params, placement, readme)
+        save(artefact, student.saved_config, params, placement, readme, sampling)
     else:
-        save_adapted(artefact, student.saved_config, artefact.inputs.initial, lora, params, placement, readme)
+        initial = artefact.inputs.initial
+        save_adapted(artefact, student.saved_config, initial, lora, params, placement, readme, sampling)
 
 
 class Student:

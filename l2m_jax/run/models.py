@@ -13,6 +13,7 @@ import numpy as np
 from l2m_jax import models
 from l2m_jax.curriculum import single_stage
 from l2m_jax.errors import InputError
+from l2m_jax.generation import SamplingRules
 from l2m_jax.losses import Objective
 from l2m_jax.models import Compute, DecoderConfig, Lora, Model, random_config, with_compute, with_dropout
 from l2m_jax.models.hf import peft
@@ -219,13 +220,14 @@ def save(
     params: Params,
     placement: Placement,
     readme: str | None = None,
+    sampling: SamplingRules | None = None,
 ) -> None:
-    """Saves placed parameters as the artefact's Hugging Face folder."""
+    """Saves placed parameters as the artefact's Hugging Face folder; `sampling` is how it should answer by default."""
     host = placement.to_host(params)
 
     def write() -> None:
         with artefact.writing() as folder:
-            _write(folder, artefact, config, host, readme)
+            _write(folder, artefact, config, host, readme, sampling)
 
     first(write)
 
@@ -238,6 +240,7 @@ def save_adapted(
     adapters: Params,
     placement: Placement,
     readme: str | None = None,
+    sampling: SamplingRules | None = None,
 ) -> None:
     """Saves `base` with placed adapters merged into it, and the adapters alone in PEFT's format in the folder "adapter"."""
     host = placement.to_host(adapters)
@@ -246,15 +249,28 @@ def save_adapted(
         merged = lora.merged(host, models.load(str(base.path), put=_on_host)[1])
         with artefact.writing() as folder:
             peft.save(folder / "adapter", config, lora, host, _base_name(base))
-            _write(folder, artefact, config, merged, readme)
+            _write(folder, artefact, config, merged, readme, sampling)
 
     first(write)
 
 
-def _write(folder: Path, artefact: Artefact, config: DecoderConfig, host: Params, readme: str | None) -> None:
-    tokenizer = data.load(artefact.inputs.tokenizer)
-    end = data.end_of_turn(artefact.inputs.tokenizer)
-    models.save(folder, config, host, tokenizer=tokenizer, end_of_turn=end, readme=readme)
+def _write(
+    folder: Path,
+    artefact: Artefact,
+    config: DecoderConfig,
+    host: Params,
+    readme: str | None,
+    sampling: SamplingRules | None,
+) -> None:
+    models.save(
+        folder,
+        config,
+        host,
+        tokenizer=data.load(artefact.inputs.tokenizer),
+        end_of_turn=data.end_of_turn(artefact.inputs.tokenizer),
+        readme=readme,
+        generation=None if sampling is None else sampling.generation_config(),
+    )
 
 
 def _on_host(shape: tuple[int, ...], read: Callable, *, stacked: bool) -> Any:

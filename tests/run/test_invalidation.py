@@ -22,7 +22,7 @@ COST_ONLY = (
     "max_shapes",
     "chunk_size",
     "checkpoint_minutes",
-    "tensorboard",
+    "tracking",
     "evaluation.diagnostic_rows",
 )
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
@@ -31,6 +31,7 @@ METHODS = {"method": "l2m", "baselines": ("skl", "distillm2", "skl_on_policy")}
 # Another value of a setting, where its type does not suggest one, and what must hold for the setting to matter.
 OTHERS: dict[str, Any] = {
     "method": "m2l",
+    "tracking": ("tensorboard",),
     "baselines": ("skl", "distillm2", "skl_on_policy", "kld"),
     "data.source": "synthetic",
     "data.train": "other.jsonl",

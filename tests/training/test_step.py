@@ -107,10 +107,10 @@ def test_a_batch_of_fewer_examples_than_devices_leaves_some_without(mapping):
     _assert_same(_updated(_placement(mapping, 4), batches), _one_by_one(2))
 
 
-def test_the_division_is_by_all_targets_of_the_batch(padded):
+def test_the_division_is_by_all_targets_of_the_batch(alone):
     examples = _examples()
     count = int((examples.lengths - examples.prompt_lengths).sum())
-    assert padded[1]["weight"] == count
+    assert alone[1]["weight"] == count
 
 
 def test_first_loss_is_that_of_the_dense_logits():
@@ -127,7 +127,7 @@ def test_first_loss_is_that_of_the_dense_logits():
     np.testing.assert_allclose(metrics["loss"], total / metrics["weight"], rtol=1e-5)
 
 
-def test_stored_hidden_states_of_the_teacher_equal_the_live_teacher(padded):
+def test_stored_hidden_states_of_the_teacher_equal_the_live_teacher(alone):
     examples = _examples()
     _, teacher = _params()
 
@@ -135,7 +135,7 @@ def test_stored_hidden_states_of_the_teacher_equal_the_live_teacher(padded):
         return _at_targets(models.hidden_states, TEACHER, teacher, examples, i)
 
     batches = micro_batches(examples, np.arange(10), SHAPES, 2, rows)
-    _assert_same(_updated(_placement("pmap", 2), batches, teacher_hidden=True), padded)
+    _assert_same(_updated(_placement("pmap", 2), batches, teacher_hidden=True), alone)
 
 
 def test_a_stage_compiles_once_for_each_shape():

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,6 +133,7 @@ def save(
     tokenizer: Any = None,
     end_of_turn: int | None = None,
     readme: str | None = None,
+    generation: Mapping[str, Any] | None = None,
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -146,6 +147,8 @@ def save(
         tokenizer: of `transformers`; its special tokens replace those of the config.
         end_of_turn: the token of a chat that ends an answer, besides the tokenizer's end of sequence.
         readme: the text of README.md.
+        generation: sampling rules for generation_config.json, beside the special tokens. Without a padding token, the
+            end of sequence pads.
         dtype: of the stored weights.
         shard_bytes: the most bytes per file.
 
@@ -166,7 +169,9 @@ def save(
     special = {
         key: getattr(config, key) for key in config_json.SPECIAL_TOKENS if getattr(config, key) is not None
     }
-    files.write_json(folder / "generation_config.json", special)
+    if config.eos_token_ids:
+        special.setdefault("pad_token_id", config.eos_token_ids[-1])
+    files.write_json(folder / "generation_config.json", {**special, **(generation or {})})
     if readme is not None:
         files.write_text(folder / "README.md", readme)
     described = {"architectures": [family.ARCHITECTURE], "model_type": config.family, "dtype": dtype}
