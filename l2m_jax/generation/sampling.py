@@ -73,8 +73,10 @@ class SamplingRules:
 
     def described(self) -> str:
         """Such as "temperature 1, top-k 50, at most 512 new tokens"."""
-        words = ["greedy" if self.temperature == 0 else f"temperature {self.temperature:g}"]
-        words += [f"top-k {self.top_k}"] * bool(self.top_k) + [f"top-p {self.top_p:g}"] * (self.top_p < 1)
+        words = ["greedy"]
+        if self.temperature > 0:
+            words = [f"temperature {self.temperature:g}"] + [f"top-k {self.top_k}"] * bool(self.top_k)
+            words += [f"top-p {self.top_p:g}"] * (self.top_p < 1)
         words += [f"no repeated {self.no_repeat_ngram}-gram"] * bool(self.no_repeat_ngram)
         return ", ".join([*words, f"at most {self.max_new_tokens} new tokens"])
 

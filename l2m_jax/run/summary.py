@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from l2m_jax.config import Config
+from l2m_jax.config import Config, Student
 from l2m_jax.curriculum import Difficulty, examples_seen, steps
 from l2m_jax.data.sources import Row
 from l2m_jax.evaluation.protocol import Results
@@ -28,10 +28,9 @@ def card(
 ) -> ModelCard:
     """The model card of a student. Its ranking must be finished."""
     stages = plan_of(artefacts.students[name].inputs).stages
-    pretrained = ", pretrained on plain text" if config.student.pretrain.text else ""
     return ModelCard(
         name=f"{name} student",
-        student=_named(config.student.model.path) or "random weights" + pretrained,
+        student=start_of(config.student),
         teacher=_named(config.teacher.model.path) or "a teacher trained on the same data",
         method=name,
         alpha=tuple(stage.alpha for stage in stages),
@@ -42,13 +41,21 @@ def card(
     )
 
 
+def start_of(student: Student) -> str:
+    """What a student started from, for its card."""
+    model, pretrained = student.model, ", pretrained on plain text" if student.pretrain.text else ""
+    if model.init == "teacher_layers":
+        return f"layers {', '.join(map(str, model.layers))} of the teacher{pretrained}"
+    if model.init == "random" or not model.path:
+        return f"random weights{pretrained}"
+    return _named(model.path)
+
+
 def _named(path: str) -> str:
     """A hub name as it is; of a path on this machine the last part, marked as such."""
-    return (
-        f"{Path(path).name} (a local {'folder' if Path(path).is_dir() else 'file'})"
-        if Path(path).exists() and path
-        else path
-    )
+    if not path or not Path(path).exists():
+        return path
+    return f"{Path(path).name} (a local {'folder' if Path(path).is_dir() else 'file'})"
 
 
 def write(

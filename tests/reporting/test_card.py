@@ -1,6 +1,9 @@
 import yaml
 
+from l2m_jax.config import Student
+from l2m_jax.models.settings import Model
 from l2m_jax.reporting.card import ModelCard
+from l2m_jax.run.summary import start_of
 
 CARD = ModelCard(
     name="gpt2-small-l2m",
@@ -49,3 +52,15 @@ def test_a_card_without_scores_has_no_empty_tables():
     text = ModelCard(name="x", student="./local", teacher="a teacher", method="sft").render()
     assert "model-index" not in text and "Rouge-L" not in text and "α" not in text
     assert "base_model" not in text
+
+
+def test_the_card_says_what_a_student_started_from_and_no_path_of_this_machine(tmp_path):
+    (tmp_path / "weights.gguf").write_text("")
+    for model, said in (
+        (Model(init="teacher_layers", layers=(0, 2)), "layers 0, 2 of the teacher"),
+        (Model(), "random weights"),
+        (Model(path="gpt2", init="random"), "random weights"),
+        (Model(path="gpt2"), "gpt2"),
+        (Model(path=str(tmp_path / "weights.gguf")), "weights.gguf (a local file)"),
+    ):
+        assert start_of(Student(model=model)) == said
