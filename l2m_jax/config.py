@@ -22,9 +22,12 @@ from l2m_jax.errors import InputError, require_at_least, require_choice, require
 from l2m_jax.evaluation.settings import Evaluation
 from l2m_jax.generation.sampling import SamplingRules
 from l2m_jax.methods import Overrides, Rollouts
+from l2m_jax.models.freezing import Part
+from l2m_jax.models.lora import Lora
 from l2m_jax.models.settings import Compute, Model
 from l2m_jax.multihost import Devices
 from l2m_jax.training.optimizer import FineTuning, Pretraining, Training
+from l2m_jax.training.trackers import TRACKERS
 
 STORE_DTYPES = ("float32", "bfloat16", "float16")
 _SEEDS = 10_000  # of a world: further ones would be those of the next
@@ -38,12 +41,16 @@ class Teacher:
     finetune: FineTuning = field(default_factory=FineTuning)  # epochs = 0: no fine-tuning
     signal: str = "store"  # "store" (hidden states computed once) or "live"
     store_dtype: str = "bfloat16"
+    weights: str = (
+        "float"  # of its signal: "float" (in the compute dtype), or "int8" for the kernels of its layers
+    )
     world: int = 0  # whose training rows and seed it has (-1: those of `world`)
     train_rows: int = 0  # to fine-tune on, from the first of that world on (0: data.train_rows)
 
     def __post_init__(self):
         require_choice(self, "signal", ("store", "live"))
         require_choice(self, "store_dtype", STORE_DTYPES)
+        require_choice(self, "weights", ("float", "int8"))
         require_at_least(self, -1, "world")
         require_at_least(self, 0, "train_rows")
         if self.pretrain.from_teacher:
@@ -64,6 +71,7 @@ class Student:
     pretrain: Pretraining = field(default_factory=Pretraining)  # on plain text, before the warm-up
     # Before the ranking; random weights need it.
     warmup: FineTuning = field(default_factory=lambda: FineTuning(epochs=0))
+    lora: Lora = field(default_factory=Lora)  # distillation trains adapters instead of the student's weights
     seed: int = -1  # only of distillation: order of examples, dropout, random subsets, rollouts (-1: as seed)
 
     def __post_init__(self):
@@ -93,7 +101,7 @@ class Config:
     checkpoint_minutes: float = 10.0  # minutes between checkpoints within a stage; 0: after each step
     # Skip batches whose loss or gradient is not finite, instead of ending the run. Without such batches, it changes nothing.
     skip_nonfinite: bool = False
-    tensorboard: bool = False  # also write TensorBoard events (extra: tracking)
+    tracking: tuple[str, ...] = ()  # of "tensorboard", "wandb", "trackio", "mlflow": docs/tracking.md
 
     def __post_init__(self):
         require_at_least(self, 0, "seed", "world", "checkpoint_minutes")
@@ -115,6 +123,11 @@ class Config:
             for name in names:
                 methods.require(name, setting)
                 methods.get(name, self.overrides, self.rollouts, self.curriculum)
+        if self.student.lora.rank and self.training.trainable_layers:
+            raise InputError(
+                f"student.lora.rank: {self.student.lora.rank} freezes all layers, and training.trainable_layers "
+                f"{self.training.trainable_layers} trains some; set one of them to 0"
+            )
         pretrain, teacher = self.student.pretrain, self.teacher
         for setting, used in (
             ("student.pretrain.from_teacher", pretrain.from_teacher),
@@ -130,6 +143,10 @@ class Config:
                 f"data.trim_vocabulary: {self.data.trim_vocabulary} is for texts from files, and a model is pretrained on "
                 "synthetic text"
             )
+        if unknown := [name for name in self.tracking if name not in TRACKERS]:
+            raise InputError(f"tracking: no tracker {shown(unknown[0])} (known: {', '.join(TRACKERS)})")
+        if len(set(self.tracking)) < len(self.tracking):
+            raise InputError(f"tracking: {', '.join(self.tracking)} names one twice; name each once")
         if twice := [name for name in self.method_names if self.method_names.count(name) > 1]:
             raise InputError(f"baselines: {twice[0]!r} is named twice; each method is trained once")
 
@@ -142,6 +159,11 @@ class Config:
     def student_seed(self) -> int:
         """The seed of everything random in the distillation."""
         return self.seed_of(self.world, self.student.seed)
+
+    @property
+    def student_part(self) -> Part | None:
+        """What distillation trains of the student; None: all of it."""
+        return self.student.lora if self.student.lora.rank else self.training.part
 
     @property
     def teacher_world(self) -> int:

@@ -34,7 +34,7 @@ OUT_OF_RANGE: list[tuple[str, object]] = [
     *((name, value) for name, hint in FIELDS.items() if hint is float for value in (math.nan, math.inf, -math.inf)),
     *((name, -5) for name, hint in FIELDS.items() if hint is int),
     *((name, "nonsense") for name, hint in FIELDS.items() if hint is str and name not in FREE),
-    *((name, 1.5) for name in FIELDS if name.rpartition(".")[2] in ("alpha", "beta", "beta_first", "beta_last",
+    *((name, 1.5) for name in FIELDS if name != "student.lora.alpha" and name.rpartition(".")[2] in ("alpha", "beta", "beta_first", "beta_last",
       "student_share", "replay_share", "warmup_fraction", "adam_b1", "adam_b2", "dropout", "top_p")),
     *((name, 0.0) for name in FIELDS if name.rpartition(".")[2] in ("learning_rate", "clip_norm", "top_p",
       "student_share")),
@@ -47,6 +47,8 @@ OUT_OF_RANGE: list[tuple[str, object]] = [
     ("evaluation.seeds", (-1,)),
     ("evaluation.sets", ()),
     ("baselines", ("l2n",)),
+    ("tracking", ("x",)),
+    ("tracking", ("wandb", "wandb")),
     ("baselines", ("l2m",)),
     ("curriculum.alphas", (0.0, 1.5)),
     ("curriculum.betas", (0.1, 0.2, 0.3)),  # of four stages
@@ -56,6 +58,7 @@ OUT_OF_RANGE: list[tuple[str, object]] = [
     ("teacher.model.init", "teacher_layers"),
     ("student.model.init", "teacher_layers"),
     ("student.model.layers", (0, 1)),
+    ("student.lora.targets", ("q_proj",)),
     ("teacher.model.layers", (0,)),
     ("teacher.model.architecture.num_heads", 3),
     ("overrides.alpha", 0.3),  # l2m is staged

@@ -108,6 +108,8 @@ def run(
     Exits with status 2 after an error that the user can correct, a full disk among them; with 75 after SIGTERM or
     SIGINT, which tells supervisors to run the command again.
     """
+    # Transformers would begin each run with the advice to install PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         with preemption.handled():
             command(parser.parse_args(arguments))

@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from l2m_jax import __version__
 from l2m_jax.cli.common import Parser
 
 COMMANDS = {
@@ -12,6 +13,7 @@ COMMANDS = {
     "data": "show rows as a run will train on them",
     "sweep": "train methods over several seeds, and make the table",
     "plan": "estimate memory and time of a run on hardware you don't have",
+    "push": "upload a student with its model card to the hub",
     "compare": "compare a run with another one, or with a published log",
     "bench": "measure speed, memory and what a run survives",
 }
@@ -24,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "command", choices=COMMANDS, metavar="COMMAND", help="l2m COMMAND --help lists its flags"
     )
+    parser.add_argument("--version", action="version", version=f"l2m_jax {__version__}")
     given = list(sys.argv[1:] if arguments is None else arguments)
     # The command parses its own flags, so that only its own modules are imported.
     options = parser.parse_args(given[:1])

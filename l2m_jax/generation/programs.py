@@ -56,7 +56,7 @@ def prepare(config: DecoderConfig, params: Params) -> Params:
     """Parameters for `decode`: one entry for each layer, in the dtype that a step computes in.
 
     A decoding step reads every weight for a few tokens, so it should not read float32 weights to compute in
-    bfloat16. Norms stay as they are: they compute in float32.
+    bfloat16. Norms and scales stay as they are: they are read in float32.
     """
 
     def cast(path, leaf):
@@ -87,7 +87,8 @@ def changed_by_prepare(config: DecoderConfig, params: Params) -> Params:
 
 
 def _dtype_in_use(config: DecoderConfig, path: tuple, leaf: jax.Array) -> np.dtype:
-    return leaf.dtype if any("norm" in str(key) for key in path) else jnp.dtype(config.dtype)
+    kept = any(name in str(key) for key in path for name in ("norm", "scale"))
+    return leaf.dtype if kept else jnp.dtype(config.dtype)
 
 
 def empty_slots(config: DecoderConfig, B: int, S: int) -> Slots:

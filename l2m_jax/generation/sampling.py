@@ -9,6 +9,7 @@ import functools
 import hashlib
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,27 @@ class SamplingRules:
             raise InputError(
                 f"max_new_tokens: {self.max_new_tokens!r} must be at least min_new_tokens ({self.min_new_tokens!r})"
             )
+
+    def generation_config(self) -> dict[str, Any]:
+        """The rules as in generation_config.json.
+
+        Without `max_new_tokens`: in a folder, it would override the `max_length` that callers of `generate` pass.
+        """
+        rules: dict[str, Any] = {"do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            rules |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        if self.no_repeat_ngram:
+            rules["no_repeat_ngram_size"] = self.no_repeat_ngram
+        if self.min_new_tokens:
+            rules["min_new_tokens"] = self.min_new_tokens
+        return rules
+
+    def described(self) -> str:
+        """Such as "temperature 1, top-k 50, at most 512 new tokens"."""
+        words = ["greedy" if self.temperature == 0 else f"temperature {self.temperature:g}"]
+        words += [f"top-k {self.top_k}"] * bool(self.top_k) + [f"top-p {self.top_p:g}"] * (self.top_p < 1)
+        words += [f"no repeated {self.no_repeat_ngram}-gram"] * bool(self.no_repeat_ngram)
+        return ", ".join([*words, f"at most {self.max_new_tokens} new tokens"])
 
 
 def answer_keys(prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> np.ndarray:

@@ -15,6 +15,7 @@ from l2m_jax.models.decoder import (
     unstack_layers,
 )
 from l2m_jax.models.hf.folder import check, load, load_head, read_config, save
+from l2m_jax.models.lora import Lora
 from l2m_jax.models.settings import (
     Architecture,
     Compute,
@@ -29,6 +30,7 @@ __all__ = [
     "Cache",
     "Compute",
     "DecoderConfig",
+    "Lora",
     "Model",
     "Rope",
     "apply_head",

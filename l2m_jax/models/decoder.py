@@ -57,15 +57,15 @@ def head(config: DecoderConfig, params: Params) -> jax.Array:
 
 
 def inference_dtype(config: DecoderConfig, path: str) -> str:
-    """The dtype of a parameter of a model that is not trained: the compute dtype, but float32 for norms.
+    """The dtype of a parameter of a model that is not trained: the compute dtype, but float32 for norms and scales.
 
-    Norms compute in float32. Every other parameter is cast to the compute dtype before use, so that casting it
+    These are read in float32. Every other parameter is cast to the compute dtype before use, so that casting it
     once beforehand changes no result.
 
     Args:
         path: of the parameter, such as "blocks/mlp_norm/scale", or `jax.tree_util.keystr` of its key path.
     """
-    return "float32" if "norm" in path else config.dtype
+    return "float32" if "norm" in path or "scale" in path else config.dtype
 
 
 def hidden_states(

@@ -33,17 +33,45 @@ class Norm(nn.Module):
         return x.astype(c.dtype)
 
 
+class Dense(nn.Module):
+    """x·W + b. Beside the kernel W there may be more, which no initialisation makes.
+
+    "kernel_scale": W is int8, and its outputs are multiplied by these. "lora_a", "lora_b" and "lora_scale": an adapter, see
+    `lora.py`.
+    """
+
+    config: DecoderConfig
+    features: int
+    use_bias: bool
+    init_std: float
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        param_dtype, width = jnp.dtype(c.param_dtype), x.shape[-1]
+        x = x.astype(c.dtype)
+        kernel = self.param(
+            "kernel", nn.initializers.normal(self.init_std), (width, self.features), param_dtype
+        )
+        y = x @ kernel.astype(c.dtype)
+        if self.has_variable("params", "kernel_scale"):
+            y = y * jnp.broadcast_to(self._beside("kernel_scale").astype(c.dtype), y.shape)
+        if self.has_variable("params", "lora_a"):
+            b = self._beside("lora_scale") * self._beside("lora_b").astype(jnp.float32)
+            y = y + (x @ self._beside("lora_a").astype(c.dtype)) @ b.astype(c.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), param_dtype)
+            y = y + jnp.broadcast_to(bias.astype(c.dtype), y.shape)
+        return y
+
+    def _beside(self, name: str) -> jax.Array:
+        return self.get_variable("params", name)
+
+
 def _dense(config: DecoderConfig, features: int, use_bias: bool, name: str, writes_residual: bool = False):
     scaled = writes_residual and config.scaled_residual_init
     std = config.init_std / (2 * config.num_layers) ** 0.5 if scaled else config.init_std
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=config.dtype,
-        param_dtype=jnp.dtype(config.param_dtype),
-        kernel_init=nn.initializers.normal(std),
-        name=name,
-    )
+    return Dense(config, features, use_bias, std, name=name)
 
 
 class Attention(nn.Module):

@@ -52,7 +52,8 @@ def disk(w: Workload) -> dict[str, int]:
         *((name, w.student, config.training, True) for name in config.method_names),
     ]
     for name, model, training, has_checkpoints in trained:
-        sizes[name], state = checks.state_bytes(model, training)
+        part = config.student_part if name in config.method_names else training.part
+        sizes[name], state = checks.state_bytes(model, training, part)
         if has_checkpoints:
             sizes[name + checks.CHECKPOINTS] = checks.CHECKPOINTS_AT_ONCE * state
     if any(w.reads_store(w.method(name)) for name in config.method_names):

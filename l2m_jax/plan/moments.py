@@ -24,11 +24,13 @@ class Weights:
     Attributes:
         parameters, optimizer, gradients: of the model in training, or the parameters of the one that runs. An average
             of the weights counts as part of the optimizer's state.
+        frozen: of the model in training, what is not trained.
         teacher: its head with the teacher store, all of it if it runs live.
-        copies: parameters as decoding reads them.
+        copies: parameters as decoding reads them, or joined again of trained and frozen ones.
     """
 
     parameters: float = 0.0
+    frozen: float = 0.0
     optimizer: float = 0.0
     gradients: float = 0.0
     teacher: float = 0.0
@@ -112,7 +114,8 @@ class Moments:
     def _state(self, shapes: TrainingShapes) -> Weights:
         weights = self._compiler.weights
         return Weights(
-            parameters=weights(shapes.params),
+            parameters=weights(shapes.state.params),
+            frozen=weights(shapes.frozen),
             optimizer=weights((shapes.state.optimizer, shapes.state.average)),
             gradients=weights(shapes.sums),
             teacher=0.0 if shapes.teacher is None else weights(shapes.teacher),
@@ -120,8 +123,12 @@ class Moments:
 
     def generation_beside(self, name: str, shapes: TrainingShapes, batches: float, found: Decoding) -> Moment:
         """Generation beside the state, whose gradient sums are freed: validations and rollouts."""
-        held = asdict(self._state(shapes)) | {"gradients": 0.0}
-        return self._generation(name, held, batches, found)
+        return self._generation(name, self._without_sums(shapes), batches, found)
+
+    def _without_sums(self, shapes: TrainingShapes) -> dict[str, float]:
+        """The state beside what reads the whole model."""
+        joined = self._compiler.weights(shapes.joined)
+        return asdict(self._state(shapes)) | {"gradients": 0.0, "copies": joined}
 
     def beside(
         self, name: str, shapes: TrainingShapes, fed: float, batch: float, program: Program, head: Any = None
@@ -132,7 +139,7 @@ class Moments:
             fed: bytes of batches of the training; `batch`: of one of the pass.
             head: of the teacher, which is placed for the pass if it is not there.
         """
-        held = asdict(self._state(shapes)) | {"gradients": 0.0}
+        held = self._without_sums(shapes)
         held["teacher"] = held["teacher"] or self._compiler.weights(head)
         return Moment(
             name, Weights(**held), Activations(fed + 2 * batch, working=program.working + program.results)
@@ -155,7 +162,8 @@ class Moments:
         # The copies are made before there is a cache.
         working = max(found.working, found.prepare.temporaries - cached)
         activations = Activations(batches, cached, working)
-        return Moment(name, Weights(**held | {"copies": found.copies}), activations, host or {})
+        copies = held.get("copies", 0.0) + found.copies
+        return Moment(name, Weights(**held | {"copies": copies}), activations, host or {})
 
     def frozen_pass(self, name: str, params: Params, batch: float, program: Program) -> Moment:
         """A pass over the data: while one batch is computed, the results of the one before are read."""
@@ -167,12 +175,16 @@ class Moments:
             self._loading(params) | {"results": devices * program.results},
         )
 
-    def saving(self, config: DecoderConfig) -> Moment:
-        """A finished model: a copy on the host, of which one file at a time is written."""
+    def saving(self, config: DecoderConfig, held: Params | None = None) -> Moment:
+        """A finished model: a copy on the host, of which one file at a time is written.
+
+        Args:
+            held: what the devices hold of it; None: all of it.
+        """
         params = parameters(config)
         size = share_bytes(params)
         host = {"parameters": size, "file": min(size, SHARD_BYTES)}
-        return Moment("saving", Weights(parameters=self._compiler.weights(params)), host=host)
+        return Moment("saving", Weights(parameters=self._compiler.weights(held or params)), host=host)
 
     def _loading(self, params: Params) -> dict[str, float]:
         """Parameters are read one by one, each as far as this process's devices need it."""

@@ -89,7 +89,8 @@ class Planner(Parts):
         if any(methods.needs_ranking(method, config.curriculum) for method in chosen.values()):
             found["difficulty"] = self._difficulty
         if any(w.reads_store(method) for method in chosen.values()):
-            found["teacher store"] = lambda: self._frozen_teacher("teacher store", w.lengths)
+            weights = config.teacher.weights
+            found["teacher store"] = lambda: self._frozen_teacher("teacher store", w.lengths, weights)
         if config.evaluation.diagnostic_rows:
             found["diagnostics"] = lambda: self._frozen_teacher("diagnostics", self._diagnosed)
         if self._generating(chosen):
@@ -112,7 +113,8 @@ class Planner(Parts):
         if not finetune.epochs:
             return Phase(name, (saving,))
         model = with_dropout(model, finetune.dropout)
-        settings = StepSettings(model, None, model.valid_vocab_size, self._w.config.chunk_size)
+        chunk_size = self._w.config.chunk_size
+        settings = StepSettings(model, None, model.valid_vocab_size, chunk_size, finetune.part)
         planner, rows = self, self._w.config.teacher.train_rows
         if name == "teacher" and rows:
             planner = Planner(self._w.of_rows(rows), self._target, self._compiler)
@@ -126,7 +128,8 @@ class Planner(Parts):
         model = with_dropout(model, pretrain.dropout)
         vocabulary = min(model.valid_vocab_size, self.teacher.valid_vocab_size)
         teacher, signal = (self.teacher, "live") if pretrain.from_teacher else (None, "none")
-        settings = StepSettings(model, teacher, vocabulary, self._w.config.chunk_size)
+        chunk_size = self._w.config.chunk_size
+        settings = StepSettings(model, teacher, vocabulary, chunk_size, pretrain.part)
         shapes = TrainingShapes(settings, pretrain, signal)
         objective = Objective(beta=float(pretrain.from_teacher))
         planner = Planner(self._w.of_text(pretrain), self._target, self._compiler)
@@ -153,15 +156,15 @@ class Planner(Parts):
         signal = "none"
         if methods.needs_teacher(method, config.curriculum):
             signal = "store" if w.reads_store(method) else "live"
-        settings = StepSettings(
-            student, None if signal == "none" else self.teacher, vocabulary, config.chunk_size
-        )
+        teacher = None if signal == "none" else self.teacher
+        settings = StepSettings(student, teacher, vocabulary, config.chunk_size, config.student_part)
         shapes = TrainingShapes(
             settings,
             config.training,
             signal,
             config.teacher.store_dtype,
             (*methods.by_step(method, config.curriculum), *_by_sample(stages[0])),
+            config.teacher.weights,
         )
         # The last stage but one has everything in its loss: cross-entropy, divergence and mixture.
         objectives = methods.objectives(method, stages[-2:][0])
@@ -177,7 +180,8 @@ class Planner(Parts):
         if method.on_policy:
             beside.append(self._rollouts(shapes, method, stages))
         moments, listed, spent = zip(*beside, strict=True)
-        trained = self._trained(phase, shapes, training, (*moments, self._moments.saving(student)))
+        saving = self._moments.saving(student, shapes.params if config.student.lora.rank else None)
+        trained = self._trained(phase, shapes, training, (*moments, saving))
         return dataclasses.replace(
             trained,
             programs=(*trained.programs, *itertools.chain(*listed)),
@@ -188,7 +192,7 @@ class Planner(Parts):
         """With the greedy answers of the diagnostics, whose programs differ only in how they choose a token."""
         w, evaluation = self._w, self._w.config.evaluation
         rows = self._validation_rows
-        found = self._decoding(shapes.settings.student, shapes.state.params, rows)
+        found = self._decoding(shapes.settings.student, shapes.whole, rows)
         answers = evaluation.validations * (rows + min(rows, evaluation.diagnostic_rows))
         spent = self._decoding_seconds(found, answers * w.response_tokens)
         return self._moments.generation_beside("validation", shapes, fed, found), found.programs, spent
@@ -199,7 +203,7 @@ class Planner(Parts):
         head = models.head(self.teacher, programs.frozen(self.teacher))
         batch = programs.micro_batch(shape, self.teacher.embed_size)
         static = student, vocabulary, config.chunk_size
-        found = self._pass("agreement", shape, agreement_pass, *static, shapes.state.params, head, batch)
+        found = self._pass("agreement", shape, agreement_pass, *static, shapes.whole, head, batch)
         moment = self._moments.beside("diagnostics", shapes, fed, share_bytes(batch), found, head)
         return moment, (found,), config.evaluation.validations * calls * self._seconds(found)
 
@@ -209,7 +213,7 @@ class Planner(Parts):
         shape, calls = self._forward(lengths, _slots(batches))
         batch = programs.micro_batch(shape)
         static = shapes.settings.student, self._w.config.chunk_size
-        found = self._pass("re-ranking", shape, cross_entropy_pass, *static, shapes.state.params, batch)
+        found = self._pass("re-ranking", shape, cross_entropy_pass, *static, shapes.whole, batch)
         moment = self._moments.beside("re-ranking", shapes, 0.0, share_bytes(batch), found)
         return moment, (found,), max(0, len(stages) - 2) / 2 * calls * self._seconds(found)
 
@@ -218,7 +222,7 @@ class Planner(Parts):
         share = 1.0 if method.contrast is not None else config.rollouts.student_share
         answers = math.ceil(share * sum(stage.examples for stage in stages))
         at_once = math.ceil(share * max(len(stage.indices) for stage in stages) / method.refreshes)
-        found = self._decoding(shapes.settings.student, shapes.state.params, at_once)
+        found = self._decoding(shapes.settings.student, shapes.whole, at_once)
         spent = self._decoding_seconds(found, answers * config.sampling.max_new_tokens)
         return self._moments.generation_beside("rollouts", shapes, 0.0, found), found.programs, spent
 
@@ -293,9 +297,9 @@ class Planner(Parts):
         spent = self._decoding_seconds(found, tokens) + calls * self._seconds(forward)
         return Phase("difficulty", moments, (*found.programs, forward), spent)
 
-    def _frozen_teacher(self, name: str, lengths: np.ndarray) -> Phase:
+    def _frozen_teacher(self, name: str, lengths: np.ndarray, weights: str = "float") -> Phase:
         """The teacher's hidden states on examples of these lengths."""
-        params, (shape, calls) = programs.frozen(self.teacher), self._forward(lengths)
+        params, (shape, calls) = programs.frozen(self.teacher, weights), self._forward(lengths)
         batch = programs.micro_batch(shape)
         forward = self._pass("hidden states", shape, hidden_pass, self.teacher, params, batch)
         moment = self._moments.frozen_pass("hidden states", params, share_bytes(batch), forward)

@@ -25,6 +25,9 @@ from l2m_jax.generation.schedule import MAX_WAITING, prefill_shape
 from l2m_jax.losses import Objective
 from l2m_jax.models import DecoderConfig, freezing
 from l2m_jax.models.attention import why_not_cudnn
+from l2m_jax.models.freezing import TopLayers
+from l2m_jax.models.lora import Lora, attach
+from l2m_jax.models.quantised import quantise
 from l2m_jax.parallel import Layout, Placement
 from l2m_jax.plan.flops import flops
 from l2m_jax.plan.hlo import Module
@@ -165,14 +168,15 @@ def parameters(config: DecoderConfig) -> Params:
     return jax.eval_shape(lambda: models.init(config, jax.random.key(0)))
 
 
-def frozen(config: DecoderConfig) -> Params:
-    """Shapes of a model that is not trained, in its compute dtype."""
+def frozen(config: DecoderConfig, weights: str = "float") -> Params:
+    """Shapes of a model that is not trained, in its compute dtype, or with "int8" kernels."""
 
     def cast(path, leaf):
         dtype = models.inference_dtype(config, jax.tree_util.keystr(path))
         return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype))
 
-    return jax.tree_util.tree_map_with_path(cast, parameters(config))
+    params = jax.tree_util.tree_map_with_path(cast, parameters(config))
+    return jax.eval_shape(quantise, params) if weights == "int8" else params
 
 
 def micro_batch(shape: Shape, teacher_width: int | None = None, dtype: str = "float32") -> MicroBatch:
@@ -191,6 +195,7 @@ class TrainingShapes:
         signal: "none", "store" (the teacher's head alone) or "live".
         store_dtype: of the stored hidden states.
         by_target: coefficients of the loss that a micro-batch has for each target.
+        teacher_weights: "float" or "int8", of a live teacher.
     """
 
     settings: StepSettings
@@ -198,6 +203,7 @@ class TrainingShapes:
     signal: str = "none"
     store_dtype: str = "bfloat16"
     by_target: tuple[str, ...] = ()
+    teacher_weights: str = "float"
 
     @property
     def state(self) -> step.TrainState:
@@ -205,17 +211,36 @@ class TrainingShapes:
             make_optimizer(self.optimizer),
             self.settings.student,
             averaged=self.optimizer.ema > 0,
-            trainable_layers=self.optimizer.trainable_layers,
+            part=self.settings.part,
         )
 
     @property
+    def frozen(self) -> Params:
+        """What is not trained of the model."""
+        part, model = self.settings.part, self.settings.student
+        if isinstance(part, Lora):
+            return attach(jax.eval_shape(lambda: part.scales(model)), frozen(model))
+        if isinstance(part, TopLayers):
+            return jax.eval_shape(lambda whole: freezing.split(whole, part.layers)[1], parameters(model))
+        return {}
+
+    @property
     def params(self) -> Params:
-        """The trained parameters, and those that are frozen."""
-        layers, trained = self.optimizer.trainable_layers, self.state.params
-        if not layers:
-            return trained
-        whole = parameters(self.settings.student)
-        return trained | {"frozen": jax.eval_shape(lambda whole: freezing.split(whole, layers)[1], whole)}
+        """As `step.accumulate` takes them."""
+        trained = self.state.params
+        return trained if self.settings.part is None else trained | {"frozen": self.frozen}
+
+    @property
+    def whole(self) -> Params:
+        """All parameters, as validations and rollouts read them: `Trainer.whole`."""
+        if isinstance(self.settings.part, Lora):
+            return attach(self.state.params, self.frozen)
+        return parameters(self.settings.student)
+
+    @property
+    def joined(self) -> Params:
+        """What `Trainer.whole` copies."""
+        return self.whole if isinstance(self.settings.part, TopLayers) else {}
 
     @property
     def sums(self) -> step.Sums:
@@ -226,7 +251,7 @@ class TrainingShapes:
         if self.signal == "none":
             return None
         assert self.settings.teacher is not None
-        params = frozen(self.settings.teacher)
+        params = frozen(self.settings.teacher, self.teacher_weights)
         return Teacher(models.head(self.settings.teacher, params), params if self.signal == "live" else None)
 
     def batch(self, shape: Shape) -> MicroBatch:

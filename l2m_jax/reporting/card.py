@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +19,10 @@ class ModelCard:
         method: such as "l2m" or "skl".
         alpha, beta: the value of each stage.
         data: the training data, hub names or descriptions.
+        answers: how the answers were sampled whose Rouge-L is given.
         rouge_l: mean Rouge-L of each set, 0 to 100.
         license: in the hub's spelling.
-        language: a two-letter code.
+        language: a two-letter code; None if unknown.
     """
 
     name: str
@@ -31,7 +34,8 @@ class ModelCard:
     data: tuple[str, ...] = ()
     rouge_l: Mapping[str, float] = dataclasses.field(default_factory=dict)
     license: str | None = None
-    language: str = "en"
+    language: str | None = None
+    answers: str = ""
 
     def render(self) -> str:
         """The text of README.md."""
@@ -40,7 +44,7 @@ class ModelCard:
             license=self.license,
             library_name="transformers",
             pipeline_tag="text-generation",
-            tags=["knowledge-distillation", self.method],
+            tags=["knowledge-distillation", "l2m_jax", self.method],
             base_model=[name for name in (self.student, self.teacher) if _is_hub_name(name)] or None,
             datasets=[name for name in self.data if _is_hub_name(name)] or None,
             metrics=["rouge"] if self.rouge_l else None,
@@ -65,6 +69,7 @@ class ModelCard:
             ("α of each stage", ", ".join(f"{value:g}" for value in self.alpha)),
             ("β of each stage", ", ".join(f"{value:g}" for value in self.beta)),
             ("Data", ", ".join(self.data)),
+            ("Answers", self.answers),
         ]
         lines = ["---", metadata.to_yaml(), "---", "", f"# {self.name}", "", "| | |", "|---|---|"]
         lines += [f"| {title} | {value} |" for title, value in rows if value]
@@ -75,5 +80,9 @@ class ModelCard:
 
 
 def _is_hub_name(text: str) -> bool:
-    owner, slash, name = text.partition("/")
-    return bool(owner and slash and name) and not text.startswith(".") and "/" not in name and " " not in text
+    """Descriptions have a space. Old models of the hub, such as gpt2, have no owner."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True

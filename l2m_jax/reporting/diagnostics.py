@@ -122,6 +122,26 @@ def all_samples(metrics: Metrics, sampled: Mapping[str, Row]) -> str:
     return "\n".join(parts)
 
 
+def sample_rows(metrics: Metrics, sampled: Mapping[str, Row]) -> list[dict[str, Any]]:
+    """The same answers as rows of a table."""
+    return [
+        {
+            "student": name,
+            "step": line["step"],
+            "prompt": "\n\n".join(
+                part for part in (sampled[found["id"]].instruction, sampled[found["id"]].input) if part
+            ),
+            "reference": sampled[found["id"]].references[0],
+            "answer": found["answer"],
+            "rouge_l": found["rouge_l"],
+        }
+        for name, of_phase in ((name_of(phase), lines) for phase, lines in _lines(metrics).items())
+        for line in of_phase
+        for found in line.get("samples", ())
+        if found["id"] in sampled
+    ]
+
+
 def _question(row: Row, longest: int) -> str:
     asked = markdown.short(" ".join(part for part in (row.instruction, row.input) if part), longest)
     return f"{asked} **Reference:** {markdown.short(row.references[0], longest)}"

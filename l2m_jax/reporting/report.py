@@ -111,7 +111,7 @@ def _results(results: Mapping[str, Results], teacher: str | None) -> str:
     if not results:
         return ""
     seeds = sorted({len(found.seeds) for found in results.values()})
-    rules = dict.fromkeys(_described(found) for found in results.values())
+    rules = dict.fromkeys(found.rules.described() for found in results.values())
     count = f"{seeds[0]} seed{'s' if seeds[0] > 1 else ''}" if len(seeds) == 1 else "several seeds"
     parts = [
         f"## Results\n\nRouge-L × 100, mean ± standard deviation over {count} of sampling ({'; '.join(rules)}).\n",
@@ -119,14 +119,6 @@ def _results(results: Mapping[str, Results], teacher: str | None) -> str:
         _sets(results),
     ]
     return "\n".join(parts + [_categories(results, name) for name in _with_categories(results)])
-
-
-def _described(found: Results) -> str:
-    rules = found.rules
-    words = ["greedy" if rules.temperature == 0 else f"temperature {rules.temperature:g}"]
-    words += [f"top-k {rules.top_k}"] * bool(rules.top_k) + [f"top-p {rules.top_p:g}"] * (rules.top_p < 1)
-    words += [f"no repeated {rules.no_repeat_ngram}-gram"] * bool(rules.no_repeat_ngram)
-    return ", ".join([*words, f"at most {rules.max_new_tokens} new tokens"])
 
 
 def _sets(results: Mapping[str, Results]) -> str:

@@ -18,6 +18,7 @@ from l2m_jax.data.tokenizer import tokenizer_fingerprint
 from l2m_jax.errors import InputError
 from l2m_jax.evaluation.sets import check_set, require_prompts
 from l2m_jax.models import DecoderConfig
+from l2m_jax.models.freezing import Part, trained_shapes
 from l2m_jax.multihost import first
 from l2m_jax.progress import console
 from l2m_jax.run import data
@@ -29,6 +30,7 @@ from l2m_jax.run.responses import longest_prompt
 from l2m_jax.run.stages import strata_of
 from l2m_jax.training.optimizer import OptimizerSettings, Pretraining, make_optimizer
 from l2m_jax.training.step import state_shapes
+from l2m_jax.training.trackers import require_packages
 
 CHECKPOINTS = ", checkpoints"  # follows the name of a model
 # A checkpoint is written before an older one is deleted: the latest, the best, and the next.
@@ -36,7 +38,8 @@ CHECKPOINTS_AT_ONCE = 3
 
 
 def check_files(config: Config) -> None:
-    """Checks that data files and evaluation sets exist, and that the first rows of the data and all of the sets can be read.
+    """Checks that data files, evaluation sets and the trackers' packages exist, and that the first rows of the data and
+    all of the sets can be read.
 
     Raises:
         InputError: naming the setting.
@@ -46,6 +49,7 @@ def check_files(config: Config) -> None:
 
 def _check_files(config: Config) -> None:
     try:
+        require_packages(config.tracking)
         check_sources(config.data)
     except InputError as error:
         raise InputError(f"config.{error}") from error
@@ -104,6 +108,11 @@ def check_models(config: Config, artefacts: Artefacts) -> None:
                 f"config.{setting}.trainable_layers: {settings.trainable_layers} exceeds the {model.num_layers} layers of "
                 "the model; lower it, or set 0 to train all"
             )
+    if config.student.lora.rank:
+        try:
+            trained_shapes(config.student.lora, student)
+        except InputError as error:
+            raise InputError(f"config.student.lora.{error}") from error
     for who, model in found:
         if longest_prompt(model, config.sampling, config.data.max_prompt_length) < 1:
             raise InputError(
@@ -295,7 +304,8 @@ def bytes_needed(config: Config, artefacts: Artefacts) -> dict[str, int]:
     ):
         if artefact.is_finished:
             continue
-        sizes[name], state = state_bytes(model, training)
+        part = config.student_part if name in artefacts.students else training.part
+        sizes[name], state = state_bytes(model, training, part)
         if not isinstance(artefact.inputs, ModelInputs) or artefact.inputs.finetune is not None:
             sizes[f"{name}{CHECKPOINTS}"] = CHECKPOINTS_AT_ONCE * state
     if artefacts.store is not None and not artefacts.store.is_finished:
@@ -304,12 +314,10 @@ def bytes_needed(config: Config, artefacts: Artefacts) -> dict[str, int]:
     return sizes
 
 
-def state_bytes(model: DecoderConfig, training: OptimizerSettings) -> tuple[int, int]:
-    """Bytes of a model's float32 weights, and of one checkpoint of its training."""
+def state_bytes(model: DecoderConfig, training: OptimizerSettings, part: Part | None) -> tuple[int, int]:
+    """Bytes of a model's float32 weights, and of one checkpoint of its training, which trains `part` of it."""
     optimizer = make_optimizer(training)
-    state = state_shapes(
-        optimizer, model, averaged=training.ema > 0, trainable_layers=training.trainable_layers
-    )
+    state = state_shapes(optimizer, model, averaged=training.ema > 0, part=part)
     return _bytes(state_shapes(optimizer, model).params), _bytes(state)
 
 

@@ -94,9 +94,7 @@ def start(config: Config, workdir: Path) -> Context:
         teacher=config.teacher.compute,
         student=config.student.compute,
         workdir=workdir,
-        metrics=MetricsLog(
-            workdir / "metrics.jsonl", workdir / "tensorboard" if config.tensorboard else None
-        ),
+        metrics=MetricsLog(workdir / "metrics.jsonl"),
         seconds=first(lambda: _seconds(times)),
     )
 

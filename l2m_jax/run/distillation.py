@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from l2m_jax.evaluation.sets import PromptSet, from_corpus
 from l2m_jax.evaluation.settings import Evaluation
 from l2m_jax.generation import Generator, SamplingRules
 from l2m_jax.methods import Method
-from l2m_jax.models import DecoderConfig
+from l2m_jax.models import DecoderConfig, Lora
 from l2m_jax.models.settings import with_dropout
 from l2m_jax.multihost import first
 from l2m_jax.progress import console
@@ -26,7 +26,7 @@ from l2m_jax.run import stages as stages_module
 from l2m_jax.run.artefacts import Artefact
 from l2m_jax.run.context import Context
 from l2m_jax.run.diagnostics import Diagnostics
-from l2m_jax.run.models import load_frozen, load_to_train, read_config, save
+from l2m_jax.run.models import load_frozen, load_to_train, read_config, save, save_adapted
 from l2m_jax.run.ranking import RankingInputs
 from l2m_jax.run.responses import ResponsesInputs, longest_prompt
 from l2m_jax.run.stages import Plan
@@ -71,6 +71,8 @@ class StudentInputs:
         max_length: the maximum number of tokens of an example with a generated response.
         max_prompt_length: prompts with more tokens get no rollout; 0: only those that leave no room for one.
         validation: None if it does not affect the student.
+        lora: the adapters that are trained instead of the initial student's weights; None without.
+        teacher_weights: "float" or "int8", of a teacher that runs live.
     """
 
     method: Method
@@ -89,6 +91,8 @@ class StudentInputs:
     max_length: int | None
     max_prompt_length: int | None
     validation: ValidationInputs | None
+    lora: Lora | None = field(default=None, metadata={"absent_at_default": True})
+    teacher_weights: str = field(default="float", metadata={"absent_at_default": True})
 
 
 def relevant_curriculum(method: Method, curriculum: Curriculum) -> Curriculum:
@@ -146,7 +150,12 @@ def make_student(
         return
     artefact.begin()
     student = Student(artefact, phase, monitored, context, diagnostics)
-    save(artefact, student.saved_config, student.train(), context.placement, readme)
+    params, placement, sampling = student.train(), context.placement, monitored.sampling
+    if (lora := artefact.inputs.lora) is None:
+        save(artefact, student.saved_config, params, placement, readme, sampling)
+    else:
+        initial = artefact.inputs.initial
+        save_adapted(artefact, student.saved_config, initial, lora, params, placement, readme, sampling)
 
 
 class Student:
@@ -169,7 +178,7 @@ class Student:
         self._tokenizer = data.load(inputs.tokenizer)
 
     def train(self) -> Params:
-        """The student's parameters, placed."""
+        """The student's parameters, placed; with LoRA, its adapters alone."""
         inputs, context, artefact = self._inputs, self._context, self._artefact
         plan = plan_of(inputs)
         stages = plan.stages
@@ -197,9 +206,16 @@ class Student:
             lambda params: self._validate(params, teacher, slots),
             None if reranking is None else reranking.begin,
         )
-        params = trainer.run(lambda: load_to_train(inputs.initial, context.placement))
+        params = trainer.run(self._initial)
         checkpoints.close()
-        return params
+        return params if inputs.lora is not None else trainer.whole(params)
+
+    def _initial(self) -> Params:
+        """The initial student's parameters, placed: float32, or frozen under adapters."""
+        inputs, context = self._inputs, self._context
+        if inputs.lora is None:
+            return load_to_train(inputs.initial, context.placement)
+        return load_frozen(inputs.initial, context.student, inputs.tokenizer, context.placement)[1]
 
     def _record(self, plan: Plan) -> dict[str, Exposure]:
         """Keeps for the report what the student will see how often."""
@@ -240,7 +256,13 @@ class Student:
             vocabulary = min(vocabulary, teacher.valid_vocab_size)
         return Task(
             phase=self._phase,
-            settings=StepSettings(self._config, teacher, vocabulary, self._context.chunk_size),
+            settings=StepSettings(
+                self._config,
+                teacher,
+                vocabulary,
+                self._context.chunk_size,
+                inputs.lora or inputs.training.part,
+            ),
             stages=stages,
             shapes=shapes,
             optimizer=inputs.training,
@@ -265,7 +287,9 @@ class Student:
         if inputs.store is not None:
             put = context.placement.put
             return config, Teacher(models.load_head(str(inputs.teacher.path), dtype=config.dtype, put=put))
-        _, params = load_frozen(inputs.teacher, context.teacher, inputs.tokenizer, context.placement)
+        _, params = load_frozen(
+            inputs.teacher, context.teacher, inputs.tokenizer, context.placement, inputs.teacher_weights
+        )
         return config, Teacher(models.head(config, params), params)
 
     def _data(self):

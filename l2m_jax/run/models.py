@@ -4,6 +4,8 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,8 +13,11 @@ import numpy as np
 from l2m_jax import models
 from l2m_jax.curriculum import single_stage
 from l2m_jax.errors import InputError
+from l2m_jax.generation import SamplingRules
 from l2m_jax.losses import Objective
-from l2m_jax.models import Compute, DecoderConfig, Model, random_config, with_compute, with_dropout
+from l2m_jax.models import Compute, DecoderConfig, Lora, Model, random_config, with_compute, with_dropout
+from l2m_jax.models.hf import peft
+from l2m_jax.models.quantised import quantise
 from l2m_jax.multihost import first
 from l2m_jax.parallel import Placement
 from l2m_jax.progress import console
@@ -128,13 +133,21 @@ def read_config(model: Artefact | Source, compute: Compute, tokenizer: data.Toke
 
 
 def load_frozen(
-    model: Artefact | Source, compute: Compute, tokenizer: data.Tokenizer, placement: Placement
+    model: Artefact | Source,
+    compute: Compute,
+    tokenizer: data.Tokenizer,
+    placement: Placement,
+    weights: str = "float",
 ) -> tuple[DecoderConfig, Params]:
-    """The config and placed parameters of a model that is not trained, in its compute dtype."""
+    """The config and placed parameters of a model that is not trained, in its compute dtype, or with "int8" kernels."""
     config = read_config(model, compute, tokenizer)
-    tokens = data.kept(model, tokenizer)
     _, params = models.load(
-        str(model.path), dtype=config.dtype, tokens=tokens, frozen=True, put=placement.put
+        str(model.path),
+        dtype=config.dtype,
+        tokens=data.kept(model, tokenizer),
+        frozen=True,
+        put=placement.put,
+        quantise=placement.map(quantise) if weights == "int8" else None,
     )
     return config, params
 
@@ -207,17 +220,71 @@ def save(
     params: Params,
     placement: Placement,
     readme: str | None = None,
+    sampling: SamplingRules | None = None,
 ) -> None:
-    """Saves placed parameters as the artefact's Hugging Face folder."""
+    """Saves placed parameters as the artefact's Hugging Face folder; `sampling` is how it should answer by default."""
     host = placement.to_host(params)
-    tokenizer = data.load(artefact.inputs.tokenizer)
-    end = data.end_of_turn(artefact.inputs.tokenizer)
 
     def write() -> None:
         with artefact.writing() as folder:
-            models.save(folder, config, host, tokenizer=tokenizer, end_of_turn=end, readme=readme)
+            _write(folder, artefact, config, host, readme, sampling)
 
     first(write)
+
+
+def save_adapted(
+    artefact: Artefact,
+    config: DecoderConfig,
+    base: Artefact[ModelInputs],
+    lora: Lora,
+    adapters: Params,
+    placement: Placement,
+    readme: str | None = None,
+    sampling: SamplingRules | None = None,
+) -> None:
+    """Saves `base` with placed adapters merged into it, and the adapters alone in PEFT's format in the folder "adapter"."""
+    host = placement.to_host(adapters)
+
+    def write() -> None:
+        merged = lora.merged(host, models.load(str(base.path), put=_on_host)[1])
+        with artefact.writing() as folder:
+            peft.save(folder / "adapter", config, lora, host, _base_name(base))
+            _write(folder, artefact, config, merged, readme, sampling)
+
+    first(write)
+
+
+def _write(
+    folder: Path,
+    artefact: Artefact,
+    config: DecoderConfig,
+    host: Params,
+    readme: str | None,
+    sampling: SamplingRules | None,
+) -> None:
+    models.save(
+        folder,
+        config,
+        host,
+        tokenizer=data.load(artefact.inputs.tokenizer),
+        end_of_turn=data.end_of_turn(artefact.inputs.tokenizer),
+        readme=readme,
+        generation=None if sampling is None else sampling.generation_config(),
+    )
+
+
+def _on_host(shape: tuple[int, ...], read: Callable, *, stacked: bool) -> Any:
+    del stacked
+    return read(tuple(slice(0, n) for n in shape))
+
+
+def _base_name(model: Artefact[ModelInputs]) -> str:
+    """Where PEFT finds the model: as it was given, if nothing was changed in it."""
+    inputs = model.inputs
+    given = inputs.weights if inputs.model.init == "pretrained" and inputs.finetune is None else None
+    if given is None or given.path.endswith(".gguf") or data.kept(given, inputs.tokenizer) is not None:
+        return str(model.path)
+    return given.path
 
 
 def initial_params(inputs: ModelInputs, config: DecoderConfig, placement: Placement) -> Params:
@@ -245,7 +312,7 @@ def _finetuned(
     config = with_dropout(config, finetune.dropout)
     task = Task(
         phase=name,
-        settings=StepSettings(config, None, config.valid_vocab_size, context.chunk_size),
+        settings=StepSettings(config, None, config.valid_vocab_size, context.chunk_size, finetune.part),
         stages=single_stage(np.arange(len(train)), finetune.epochs * len(train), beta=0.0),
         shapes=context.shapes(train.lengths, finetune.batch_size),
         optimizer=finetune,
@@ -269,6 +336,6 @@ def run_task(
     assert artefact.progress is not None
     checkpoints = Checkpoints(artefact.progress, context.placement, context.checkpoint_minutes)
     trainer = Trainer(task, context.placement, lambda *_: (term,), teacher, checkpoints, context.metrics)
-    params = trainer.run(initial)
+    params = trainer.whole(trainer.run(initial))
     checkpoints.close()
     return params

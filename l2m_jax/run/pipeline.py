@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from l2m_jax import files
-from l2m_jax.config import Config
+from l2m_jax.config import Config, to_dict
 from l2m_jax.curriculum import Difficulty
 from l2m_jax.evaluation.protocol import Results
 from l2m_jax.multihost import first
@@ -47,9 +47,10 @@ def run(config: Config, workdir: str | Path, shared: str | Path | None = None) -
     """
     workdir, shared = Path(workdir), Path(shared or workdir)
     context = _start(config, workdir)
-    with locks.held(workdir):
+    with locks.held(workdir), contextlib.ExitStack() as tracked:
         with _sharing(shared, workdir):
             artefacts = _resolve(config, workdir, shared, context)
+            tracked.enter_context(context.metrics.tracked(config.tracking, to_dict(config)))
             with checks.full_disk_explained(config, artefacts):
                 difficulty = _prepare(config, artefacts, context)
         with checks.full_disk_explained(config, artefacts):
@@ -88,7 +89,6 @@ def _run(
         rouge_l = {found.title: found.rouge_l.mean for found in results[name].sets}
         text = summary.card(config, artefacts, name, rouge_l).render()
         first(functools.partial(files.write_text, student.path / "README.md", text))
-    context.metrics.close()
     first(lambda: summary.write(config, artefacts, context, results, difficulty))
     return results
 
@@ -119,11 +119,12 @@ def prepare(config: Config, shared: str | Path) -> dict[str, Results]:
     context = _start(config, folder)
     with locks.held(shared, wait=True):
         artefacts = _resolve(config, folder, shared, context)
-        with checks.full_disk_explained(config, artefacts):
+        with (
+            checks.full_disk_explained(config, artefacts),
+            context.metrics.tracked(config.tracking, to_dict(config)),
+        ):
             _prepare(config, artefacts, context)
-            results = _evaluate(artefacts, context, _BEFORE)
-    context.metrics.close()
-    return results
+            return _evaluate(artefacts, context, _BEFORE)
 
 
 def check(config: Config, shared: str | Path) -> None:

@@ -67,7 +67,7 @@ def make_pretrained(
     valid = min(c.valid_vocab_size for c in (config, teacher_config) if c is not None)
     task = Task(
         phase=name,
-        settings=StepSettings(trained, teacher_config, valid, context.chunk_size),
+        settings=StepSettings(trained, teacher_config, valid, context.chunk_size, pretrain.part),
         stages=single_stage(np.arange(len(examples)), pretrain.epochs * len(examples), beta=objective.beta),
         shapes=context.shapes(examples.lengths, pretrain.batch_size),
         optimizer=pretrain,

@@ -40,6 +40,8 @@ _STUDENT_SETTINGS = {
     "validation.sampling": "sampling",
     "validation.max_prompt_length": "data.max_prompt_length",
     "validation.keep_best": "evaluation.select",
+    "lora": "student.lora",
+    "teacher_weights": "teacher.weights",
 }
 
 
@@ -320,9 +322,12 @@ class _Resolver:
         return Artefact(inputs, self.own / f"{name}_responses.jsonl", settings=settings)
 
     def _store(self) -> Artefact[StoreInputs]:
-        dtype = self.config.teacher.store_dtype
-        inputs = StoreInputs(self.teacher, self.corpora["train"], self.tokenizer, dtype)
-        return Artefact(inputs, self.own / "teacher_store", settings={"dtype": "teacher.store_dtype"})
+        teacher = self.config.teacher
+        inputs = StoreInputs(
+            self.teacher, self.corpora["train"], self.tokenizer, teacher.store_dtype, teacher.weights
+        )
+        settings = {"dtype": "teacher.store_dtype", "weights": "teacher.weights"}
+        return Artefact(inputs, self.own / "teacher_store", settings=settings)
 
     def _diagnostics(self) -> Artefact[DiagnosticsInputs] | None:
         rows = self.config.evaluation.diagnostic_rows
@@ -351,6 +356,7 @@ class _Resolver:
             config.evaluation, self.corpora["validation"], config.sampling, config.data.max_prompt_length
         )
         curriculum = relevant_curriculum(method, config.curriculum)
+        live = methods.needs_teacher(method, config.curriculum) and not self._reads_store(method)
         inputs = StudentInputs(
             method=method,
             curriculum=curriculum,
@@ -368,6 +374,8 @@ class _Resolver:
             max_length=None if method.on_references_alone else config.data.max_length,
             max_prompt_length=config.data.max_prompt_length if method.on_policy else None,
             validation=validation if validation.keep_best or curriculum.patience else None,
+            lora=config.student.lora if config.student.lora.rank else None,
+            teacher_weights=config.teacher.weights if live else "float",
         )
         main = name == config.method
         settings = _STUDENT_SETTINGS | {"seed": "seed" if config.student.seed < 0 else "student.seed"}

@@ -1,6 +1,6 @@
 """The phase that computes the teacher's hidden states at the reference responses, once for all students."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from l2m_jax.multihost import first
 from l2m_jax.progress import console
@@ -17,12 +17,14 @@ class StoreInputs:
     """
     Attributes:
         dtype: "float32", "bfloat16" or "float16".
+        weights: "float" or "int8", of the teacher.
     """
 
     teacher: Artefact
     train: Artefact
     tokenizer: data.Tokenizer
     dtype: str
+    weights: str = field(default="float", metadata={"absent_at_default": True})
 
 
 def open_store(artefact: Artefact[StoreInputs], context: Context) -> TeacherStore:
@@ -41,7 +43,7 @@ def make_store(artefact: Artefact[StoreInputs], context: Context) -> TeacherStor
         return store
     artefact.begin()
     inputs, placement = artefact.inputs, context.placement
-    config, params = load_frozen(inputs.teacher, context.teacher, inputs.tokenizer, placement)
+    config, params = load_frozen(inputs.teacher, context.teacher, inputs.tokenizer, placement, inputs.weights)
     forward = placement.map(hidden_pass)
     store.fill(placement, lambda batch: forward(config, params, batch))
     first(artefact.finish)

@@ -13,6 +13,7 @@ from l2m_jax.data.sources import Row
 from l2m_jax.evaluation.protocol import Results
 from l2m_jax.progress import console
 from l2m_jax.reporting.card import ModelCard
+from l2m_jax.reporting.diagnostics import sample_rows
 from l2m_jax.reporting.report import extremes, write_report
 from l2m_jax.run import data
 from l2m_jax.run.context import Context
@@ -30,13 +31,23 @@ def card(
     pretrained = ", pretrained on plain text" if config.student.pretrain.text else ""
     return ModelCard(
         name=f"{name} student",
-        student=config.student.model.path or "random weights" + pretrained,
-        teacher=config.teacher.model.path or "a teacher trained on the same data",
+        student=_named(config.student.model.path) or "random weights" + pretrained,
+        teacher=_named(config.teacher.model.path) or "a teacher trained on the same data",
         method=name,
         alpha=tuple(stage.alpha for stage in stages),
         beta=tuple(stage.beta for stage in stages),
-        data=("synthetic tasks",) if config.data.source == "synthetic" else (config.data.train,),
+        data=("synthetic tasks",) if config.data.source == "synthetic" else (_named(config.data.train),),
         rouge_l=rouge_l or {},
+        answers=config.sampling.described(),
+    )
+
+
+def _named(path: str) -> str:
+    """A hub name as it is; of a path on this machine the last part, marked as such."""
+    return (
+        f"{Path(path).name} (a local {'folder' if Path(path).is_dir() else 'file'})"
+        if Path(path).exists() and path
+        else path
     )
 
 
@@ -47,7 +58,7 @@ def write(
     results: dict[str, Results],
     difficulty: Difficulty | None,
 ) -> None:
-    """Writes report.md with its figures, and prints the scores."""
+    """Writes report.md with its figures, hands it to the trackers, and prints the scores."""
     workdir, train = context.workdir, data.open_corpus(artefacts.corpora["train"])
     student = artefacts.students[config.method]
     stages = plan_of(student.inputs).stages
@@ -91,6 +102,16 @@ def write(
         rows={i: train.row(i) for i in (*easiest, *hardest)},
         sampled=sampled,
         files=listed,
+    )
+    answers, samples = sample_rows(metrics, sampled), workdir / "samples.md"
+    context.metrics.report(
+        {
+            name: {found.title: found.rouge_l.mean for found in result.sets}
+            for name, result in results.items()
+        },
+        sorted((workdir / "figures").glob("*.png")),
+        answers,
+        samples.read_text(encoding="utf-8") if answers else "",
     )
     sets = next(iter(results.values())).sets
     table = Table("model", *(found.title for found in sets), title="Rouge-L × 100, mean ± std over seeds")

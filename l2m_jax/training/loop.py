@@ -14,6 +14,8 @@ from l2m_jax.curriculum import Schedule, Stage, steps
 from l2m_jax.data.batches import Examples, micro_batches, prefetch
 from l2m_jax.data.packing import Shape
 from l2m_jax.losses import Objective
+from l2m_jax.models.freezing import TopLayers
+from l2m_jax.models.lora import attach
 from l2m_jax.parallel import Placement
 from l2m_jax.training import step as step_functions
 from l2m_jax.training.checkpoint import Checkpoints, Position
@@ -141,7 +143,8 @@ class Trainer:
         """Trains from the latest checkpoint, or from `initial()`: placed parameters, whose buffers are donated.
 
         Returns:
-            The placed parameters, or their average: the best by validation if `task.keep_best`, otherwise the last.
+            What is trained (`whole` adds what is not), placed, or its average: the best by validation if
+            `task.keep_best`, otherwise the last.
 
         Raises:
             InputError: a loss or gradient that is not finite, unless `task.skip_nonfinite`; a damaged checkpoint.
@@ -151,7 +154,7 @@ class Trainer:
             self._optimizer,
             task.settings.student,
             averaged=task.optimizer.ema > 0,
-            trainable_layers=task.optimizer.trainable_layers,
+            part=task.settings.part,
         )
         found = self._checkpoints.restore_latest(shapes, needs_best=task.keep_best)
         if found is None:
@@ -162,14 +165,14 @@ class Trainer:
         else:
             self._state, self._position = found
             del found
-            if task.optimizer.trainable_layers:
-                self._split(initial())  # the others are in no checkpoint
+            if task.settings.part is not None:
+                self._split(initial())  # what is frozen is in no checkpoint
         self._metrics.drop_after(task.phase, self._position.step, self._position.validated)
         try:
             with preemption.deferred():
                 for number in range(self._position.stage, len(task.stages)):
                     with preemption.at_once():
-                        stage = self._begin(number, self._whole(self._state.params))
+                        stage = self._begin(number, self.whole(self._state.params))
                     self._train_stage(number, stage)
         except preemption.Preempted:
             self._checkpoints.close()  # the last one may still be written
@@ -179,23 +182,31 @@ class Trainer:
         if task.keep_best and 0 <= best < self._position.step:
             # The devices have room for only one state.
             del params, self._state
-            return self._whole(self._checkpoints.restore_best(shapes, best))
+            return self._checkpoints.restore_best(shapes, best)
         del self._state
-        return self._whole(params)
+        return params
 
     def _split(self, params: Params) -> Params:
         """The parameters to train; keeps the others."""
-        layers = self._task.optimizer.trainable_layers
-        if not layers:
+        task, placement, part = self._task, self._placement, self._task.settings.part
+        if part is None:
             return params
-        trained, self._frozen = self._placement.map(step_functions.split)(layers, params)
-        return trained
-
-    def _whole(self, trained: Params) -> Params:
-        """All parameters of the model."""
-        if self._frozen is None:
+        if isinstance(part, TopLayers):
+            trained, self._frozen = placement.map(step_functions.split)(part.layers, params)
             return trained
-        return self._placement.map(step_functions.join)(trained, self._frozen)
+        model = task.settings.student
+        self._frozen = attach(placement.initialise(lambda: part.scales(model)), params)
+        return placement.initialise(lambda: part.init(model, jax.random.key(task.seed)))
+
+    def whole(self, trained: Params) -> Params:
+        """All parameters of the model, given what `run` returns. With adapters, these lie beside their kernels."""
+        part = self._task.settings.part
+        if part is None:
+            return trained
+        assert self._frozen is not None
+        if isinstance(part, TopLayers):
+            return self._placement.map(step_functions.join)(trained, self._frozen)
+        return attach(trained, self._frozen)
 
     def _train_stage(self, number: int, stage: Stage) -> None:
         task = self._task
@@ -298,7 +309,7 @@ class Trainer:
         # The sums are zero between batches, and generation needs their memory.
         del self._sums
         with preemption.at_once():
-            values = self._validate(self._whole(self._state.result))
+            values = self._validate(self.whole(self._state.result))
         self._sums = self._zero_sums(self._state.params)
         position, rouge_l = self._position, values["validation_rouge_l"]
         self._metrics.write(self._task.phase, position.step, stage=stage.index, **values)
@@ -321,7 +332,7 @@ class Trainer:
                 # Zeros between batches: rollouts need their memory beside the state, as validations do.
                 del self._sums
                 with preemption.at_once():
-                    terms = self._data(part, self._whole(self._state.params))
+                    terms = self._data(part, self.whole(self._state.params))
                 self._sums = self._zero_sums(self._state.params)
                 log.restart_clock()
                 yield from prefetch(self._batches(part, terms, self._position), depth=PREFETCHED_BATCHES)

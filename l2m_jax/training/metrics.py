@@ -8,57 +8,96 @@ from typing import Any
 
 from l2m_jax import files
 from l2m_jax.multihost import is_first
+from l2m_jax.training.trackers import Trackers
 
 
 class MetricsLog:
-    """Appends lines to `path`, in the first process only, and writes the numbers to `tensorboard`, a folder, if given.
+    """Appends lines to `path`, in the first process only, and hands their numbers to the trackers."""
 
-    Raises:
-        ImportError: `tensorboard` is given, but `tensorboardX` (extra: tracking) is not installed.
-    """
-
-    def __init__(self, path: Path, tensorboard: Path | None = None):
+    def __init__(self, path: Path):
         self._path = path
-        self._writer = None
         self._writes = is_first()
-        if tensorboard is not None and self._writes:
-            from tensorboardX import SummaryWriter
+        self._trackers: Trackers | None = None
+        # The last step that trackers have received, by phase, of updates and of validations.
+        self._tracked: dict[tuple[str, bool], int] = {}
 
-            self._writer = SummaryWriter(str(tensorboard))
+    @contextlib.contextmanager
+    def tracked(self, names: Sequence[str], config: Mapping[str, Any]) -> Iterator[None]:
+        """Within the block, the trackers `names` receive what is written, each step once.
+
+        Args:
+            config: all settings, for the trackers to show.
+        """
+        if not (names and self._writes):
+            yield
+            return
+        history = [(line["phase"], line["step"], _numbers(line)) for line in read_metrics(self._path)]
+        self._trackers = Trackers(names, self._path.parent, config, history)
+        completed = False
+        try:
+            yield
+            completed = True
+        finally:
+            trackers, self._trackers = self._trackers, None
+            trackers.finish(completed)
 
     def write(self, phase: str, step: int, **values: Any) -> None:
         if not self._writes:
             return
+        line = {"phase": phase, "step": step, **values}
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"phase": phase, "step": step, **values}) + "\n")
-        if self._writer is not None:
-            for name, value in _numbers(phase, values):
-                self._writer.add_scalar(name, value, step)
+            file.write(json.dumps(line) + "\n")
+        if self._trackers is not None and step > self._tracked.get((phase, _is_validation(line)), 0):
+            self._trackers.log(phase, step, _numbers(line))
 
     def drop_after(self, phase: str, step: int, validated: int) -> None:
         """Deletes the lines of `phase` after `step`, those of validations after `validated`, and an incomplete line."""
         if not self._writes:
             return
         last = {False: step, True: validated}
-        kept = [
-            line
-            for line in read_metrics(self._path)
-            if line["phase"] != phase or line["step"] <= last[_is_validation(line)]
-        ]
+        kept = []
+        for line in read_metrics(self._path):
+            kind = _is_validation(line)
+            if line["phase"] == phase:
+                # The trackers have also what is deleted here.
+                self._tracked[phase, kind] = max(line["step"], self._tracked.get((phase, kind), 0))
+            if line["phase"] != phase or line["step"] <= last[kind]:
+                kept.append(line)
         files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+    def report(
+        self,
+        scores: Mapping[str, Any],
+        figures: Sequence[Path],
+        samples: Sequence[Mapping[str, Any]],
+        markdown: str,
+    ) -> None:
+        """Hands the end of a run to the trackers.
+
+        Args:
+            scores: numbers, by nested names.
+            figures: PNG files.
+            samples: sample answers, rows with the same columns.
+            markdown: the samples as a text.
+        """
+        if self._trackers is None:
+            return
+        self._trackers.log("evaluation", 1, _numbers(scores))
+        for file in figures:
+            self._trackers.figure(f"report/{file.stem}", file)
+        if samples:
+            self._trackers.table("report/samples", samples, markdown)
 
 
-def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """The numbers in nested mappings, under paths such as "student/validation_by_category/copy/kl"."""
-    if isinstance(value, int | float):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _numbers(f"{name}/{key}", inner)
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers in nested mappings, under paths such as "validation_by_category/copy/kl", without the step."""
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, int | float) and name != "step":
+            found[name] = value
+        elif isinstance(value, Mapping):
+            found |= {f"{name}/{inner}": number for inner, number in _numbers(value).items()}
+    return found
 
 
 def _is_validation(line: Mapping[str, Any]) -> bool:

@@ -17,10 +17,11 @@ from l2m_jax.errors import (
     require_fraction,
     require_positive,
 )
+from l2m_jax.models.freezing import TopLayers
 from l2m_jax.types import Params
 
 SCHEDULES = ("linear", "cosine", "constant", "wsd")
-_DECAYED = ("kernel", "embedding")
+_DECAYED = ("kernel", "embedding", "lora_a", "lora_b")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class OptimizerSettings:
         require_positive(self, "decay_fraction")
         require_fraction(self, "decay_fraction")
         require_fraction(self, "ema", below_one=True)
+
+    @property
+    def part(self) -> TopLayers | None:
+        """What is trained of the model; None: all of it."""
+        return TopLayers(self.trainable_layers) if self.trainable_layers else None
 
     @property
     def relevant(self) -> Self:

@@ -18,6 +18,7 @@ import optax
 from l2m_jax import losses, models
 from l2m_jax.losses import Coefficients, LossSums, Objective
 from l2m_jax.models import DecoderConfig, freezing
+from l2m_jax.models.freezing import Part
 from l2m_jax.parallel import over_devices
 from l2m_jax.types import MicroBatch, Params
 
@@ -29,12 +30,14 @@ class StepSettings:
     Attributes:
         valid_vocab_size: vocabulary entries that teacher and student share; the logits of others count as -inf.
         chunk_size: the number of target tokens whose logits are held at once.
+        part: of the student, which is trained; None: all of it.
     """
 
     student: DecoderConfig
     teacher: DecoderConfig | None
     valid_vocab_size: int
     chunk_size: int = 512
+    part: Part | None = None
 
 
 class Teacher(NamedTuple):
@@ -101,12 +104,10 @@ def state_shapes(
     config: DecoderConfig,
     *,
     averaged: bool = False,
-    trainable_layers: int = 0,
+    part: Part | None = None,
 ) -> TrainState:
-    """The shapes of a model's training state, without computing it."""
-    params = jax.eval_shape(lambda: models.init(config, jax.random.key(0)))
-    if trainable_layers:
-        params, _ = jax.eval_shape(lambda whole: freezing.split(whole, trainable_layers), params)
+    """The shapes of the state in which a model, or a part of it, is trained, without computing it."""
+    params = freezing.trained_shapes(part, config)
     return TrainState(params, jax.eval_shape(optimizer.init, params), params if averaged else None)
 
 
@@ -222,7 +223,7 @@ def accumulate(
     """`sums` plus the gradient and loss sums of one micro-batch, without communication between devices.
 
     Args:
-        params: the trained ones, and under "frozen" those that are not, if there are any.
+        params: the trained ones, and with `settings.part` the others under "frozen".
     """
     if dropout_key is not None and axis_name is not None:
         dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
@@ -230,7 +231,9 @@ def accumulate(
     trained = {name: group for name, group in params.items() if name != "frozen"}
 
     def loss(trained: Params) -> tuple[jax.Array, LossSums]:
-        params_read = freezing.above(trained, params["frozen"]) if "frozen" in params else trained
+        params_read = trained
+        if settings.part is not None:
+            params_read = freezing.above(settings.part, trained, params["frozen"])
         new = loss_sums(settings, objective, params_read, batch, teacher, dropout_key)
         return new.loss, new
 

@@ -15,7 +15,7 @@ from l2m_jax.config import defaults
 def get_config(variant=""):
     config = defaults("minillm")
     config.method = "kld"
-    config.tensorboard = True
+    config.tracking = ("tensorboard",)
     config.training.update(learning_rate=1e-4, batch_size=8)
     config.student.model.update(init="teacher_layers", layers=(0, 2))
     config.overrides.policy = "off"
@@ -31,7 +31,7 @@ def get_config(variant=""):
 YAML = """
 preset: minillm
 method: kld
-tensorboard: true
+tracking: [tensorboard]
 training: {learning_rate: 1e-4, batch_size: 8}
 student:
   model:
@@ -77,7 +77,7 @@ def test_a_yaml_file_without_a_preset_has_the_papers_defaults(tmp_path):
         ("training.learning_rate", "5e-5", 5e-5),
         ("overrides.alpha", "-1", -1.0),
         ("seed", "7", 7),
-        ("tensorboard", "true", True),
+        ("skip_nonfinite", "true", True),
         ("data.truncate", "False", False),
         ("data.tokenizer", "", ""),
         ("data.train", "('odd', name).jsonl", "('odd', name).jsonl"),
@@ -120,7 +120,7 @@ def test_the_last_of_equal_overrides_counts_and_others_keep_their_values(tmp_pat
         ("training.learning_rate", "fast", "config.training.learning_rate: expected a number, got 'fast'"),
         ("training.learning_rate", "nan", "config.training.learning_rate: nan must be a finite number"),
         ("training.weight_decay", "-inf", "config.training.weight_decay: -inf must be a finite number"),
-        ("tensorboard", "yes", "config.tensorboard: expected true or false, got 'yes'"),
+        ("skip_nonfinite", "yes", "config.skip_nonfinite: expected true or false, got 'yes'"),
         ("evaluation.seeds", "1,x", "config.evaluation.seeds: expected a whole number, got 'x'"),
         ("curriculum.alpha", "2", "config.curriculum.alpha: 2.0 must "),
     ],

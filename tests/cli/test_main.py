@@ -37,6 +37,13 @@ def test_help_lists_the_commands_and_imports_no_library():
         assert arguments != ["--help"] or all(f"  {name}" in done.stdout for name in COMMANDS)
 
 
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"l2m_jax {metadata.version('l2m_jax')}\n"
+
+
 def test_the_console_script():
     (script,) = metadata.entry_points(group="console_scripts", name="l2m")
     assert script.load() is main

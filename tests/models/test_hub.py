@@ -6,6 +6,7 @@ import pytest
 
 from l2m_jax import models
 from l2m_jax.errors import InputError
+from l2m_jax.generation import SamplingRules
 
 CASES = json.loads((Path(__file__).parent / "golden" / "cases.json").read_text())
 
@@ -113,7 +114,15 @@ class _Tokenizer:
 def test_tokenizer_readme_and_generation_config_are_saved(write_model, tmp_path):
     write_model(tmp_path / "given")
     config, params = models.load(tmp_path / "given")
-    models.save(tmp_path / "saved", config, params, tokenizer=_Tokenizer(39), readme="# tiny\n")
+    rules = SamplingRules(temperature=0.7, top_k=0, no_repeat_ngram=6)
+    models.save(
+        tmp_path / "saved",
+        config,
+        params,
+        tokenizer=_Tokenizer(39),
+        readme="# tiny\n",
+        generation=rules.generation_config(),
+    )
     files = {file.name for file in (tmp_path / "saved").iterdir()}
     assert files == {
         "config.json",
@@ -125,6 +134,12 @@ def test_tokenizer_readme_and_generation_config_are_saved(write_model, tmp_path)
     assert json.loads((tmp_path / "saved" / "generation_config.json").read_text()) == {
         "bos_token_id": 7,
         "eos_token_id": 8,
+        "pad_token_id": 8,
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_k": 0,
+        "top_p": 1.0,
+        "no_repeat_ngram_size": 6,
     }
     again, _ = models.load(tmp_path / "saved")
     assert again == dataclasses.replace(config, valid_vocab_size=39, bos_token_id=7, eos_token_id=8)

@@ -19,6 +19,8 @@ MILLIONS = {
     "openlm-research/open_llama_7b_v2": 6738.4,
     "Qwen/Qwen2.5-0.5B": 494.0,
     "Qwen/Qwen2.5-1.5B": 1543.7,
+    "Qwen/Qwen2.5-3B-Instruct": 3085.9,
+    "Qwen/Qwen2.5-7B-Instruct": 7615.6,
     "Qwen/Qwen3-0.6B": 596.0,
     "Qwen/Qwen3-1.7B": 1720.6,
     "Qwen/Qwen3-4B": 4022.5,

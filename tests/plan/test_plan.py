@@ -3,12 +3,14 @@
 import dataclasses
 import importlib.util
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from l2m_jax import models
+from l2m_jax.cli import config_file
 from l2m_jax.config import change, defaults, parse
 from l2m_jax.data.batches import ListedExamples, forward_batches, forward_shapes, micro_batches
 from l2m_jax.errors import InputError
@@ -112,6 +114,56 @@ def test_a_live_teacher_is_counted_whole(config):
     head = 4 * teacher.vocab_size * 32
     assert live.phase("student").moment("training").weights.teacher == 4 * _count(teacher) + head
     assert "teacher store" not in [phase.name for phase in live.phases]
+
+
+def _of_student(config):
+    return plan.make(config, "cpu", 4, dry=True, only=("student",))
+
+
+def test_adapters_are_trained_beside_a_frozen_student(config):
+    found = _of_student(change(config, {"student.lora.rank": 2}))
+    student, model = found.phase("student"), parameters(found.workload.student)
+    numbers = 2 * 2 * (4 * (16 + 16) + 2 * (16 + 64))  # layers · rank · (inputs + outputs)
+    scales = 4 * 2 * 6  # of six kernels in two layers
+    weights = student.moment("training").weights
+    assert weights.frozen == share_bytes(model) + scales
+    assert (weights.parameters, weights.optimizer) == (4 * numbers, 8 * numbers + 4)
+    assert weights.gradients == 4 * numbers + 4 * 4
+    copies = student.moment("validation").weights.copies
+    assert copies == share_bytes(model["blocks"]) + scales + 4 * numbers
+    assert student.training.written.bytes == 12 * numbers + 4
+
+
+def test_the_whole_of_a_partly_trained_student_is_joined_to_validate(config):
+    found = _of_student(change(config, {"training.trainable_layers": 1}))
+    student, model = found.phase("student"), parameters(found.workload.student)
+    weights = student.moment("training").weights
+    assert weights.frozen + weights.parameters == share_bytes(model)
+    copies = student.moment("validation").weights.copies
+    assert copies == share_bytes(model) + share_bytes(model["blocks"])
+    assert student.moment("diagnostics").weights.copies == share_bytes(model)
+
+
+def test_an_int8_teacher_is_a_quarter_of_its_float32_kernels(config):
+    live = change(config, {"teacher.signal": "live"})
+    whole, small = (_of_student(change(live, {"teacher.weights": w})) for w in ("float", "int8"))
+    blocks = parameters(whole.workload.teacher)["blocks"]
+    groups = [*blocks["attention"].values(), *blocks["mlp"].values()]
+    saved = sum(3 * group["kernel"].size - 4 * group["bias"].size for group in groups)
+    held = [found.phase("student").moment("training").weights.teacher for found in (whole, small)]
+    assert held[0] - held[1] == saved
+
+
+def test_a_3b_student_with_adapters_beside_an_int8_7b_teacher():
+    file = Path(__file__).resolve().parents[2] / "configs" / "lora_qwen.yaml"
+    bfloat16 = {f"{who}.compute.dtype": "bfloat16" for who in ("teacher", "student")}
+    config = change(config_file.read(str(file)), bfloat16 | {"teacher.signal": "live"})
+    found = plan.make(config, "cpu", 1, dry=True, only=("student",))
+    weights = found.phase("student").moment("training").weights
+    assert weights.frozen == pytest.approx(2 * 3085.9e6, rel=1e-3)
+    matrix = 152064 * 3584  # embeddings and head stay in two bytes, and the head counts once more
+    assert weights.teacher == pytest.approx(7615.6e6 + 2 * matrix + 2 * matrix, rel=2e-3)
+    assert weights.parameters + weights.optimizer + weights.gradients < 0.5e9
 
 
 def test_on_policy_methods_generate_beside_the_state_without_its_sums(config):

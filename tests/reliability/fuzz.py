@@ -294,7 +294,7 @@ def _yaml(folder: Path) -> Parser:
     seeds = [
         b"preset: minillm\nseed: 3\nmethod: l2m\nevaluation: {sets: [test], seeds: [1, 2]}\n",
         b"data:\n  source: synthetic\n  max_length: 160\ntraining:\n  learning_rate: 1e-4\nbaselines: sft,kld\n",
-        b"teacher:\n  model: {architecture: {num_layers: 1, num_heads: 2}}\ncheckpoint_minutes: 0\ntensorboard: true\n",
+        b"teacher:\n  model: {architecture: {num_layers: 1, num_heads: 2}}\ncheckpoint_minutes: 0\ntracking: [wandb]\n",
     ]
     file = folder / "c.yaml"
     return Parser(seeds, lambda data: config_file.read(str(_write(file, data))), yaml_mutation)

@@ -10,6 +10,7 @@ CARD = ModelCard(
     alpha=(0.0, 0.05, 0.1, 0.15),
     beta=(0.7, 0.8, 0.9, 1.0),
     data=("databricks/databricks-dolly-15k", "own rows"),
+    answers="temperature 1, top-k 50",
     rouge_l={"dolly": 25.217, "vicuna": 17.0},
     license="cc-by-sa-3.0",
 )
@@ -32,11 +33,19 @@ def test_the_header_is_what_the_hub_reads():
 
 def test_the_text_names_teacher_method_schedules_data_and_scores():
     text = CARD.render().split("---\n", 2)[2]
-    for part in ("gpt2-xl, fine-tuned", "l2m", "0, 0.05, 0.1, 0.15", "0.7, 0.8, 0.9, 1", "own rows", "25.22"):
+    for part in (
+        "gpt2-xl, fine-tuned",
+        "l2m",
+        "0, 0.05, 0.1, 0.15",
+        "0.7, 0.8, 0.9, 1",
+        "own rows",
+        "25.22",
+        "top-k 50",
+    ):
         assert part in text
 
 
 def test_a_card_without_scores_has_no_empty_tables():
-    text = ModelCard(name="x", student="./local", teacher="t", method="sft").render()
+    text = ModelCard(name="x", student="./local", teacher="a teacher", method="sft").render()
     assert "model-index" not in text and "Rouge-L" not in text and "α" not in text
     assert "base_model" not in text

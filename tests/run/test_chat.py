@@ -107,6 +107,11 @@ def test_answers_end_with_the_assistants_turn(finished):
         assert described["eos_token_id"] == [end, tokenizer.eos_token_id]
         generation = json.loads((folder / "run" / model / "generation_config.json").read_text())
         assert generation["eos_token_id"] == [end, tokenizer.eos_token_id]
+        assert generation["pad_token_id"] is not None
+        # Only the student says how it was sampled.
+        assert (generation.get("do_sample"), generation.get("top_k")) == (
+            (True, 50) if model == "student" else (None, None)
+        )
     artefacts = resolve(config, folder / "run", folder / "run")
     assert data.end_of_response(artefacts.tokenizer) == end
     student = read_config(artefacts.initial_student, config.student.compute, artefacts.tokenizer)

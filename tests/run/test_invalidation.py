@@ -22,7 +22,7 @@ COST_ONLY = (
     "max_shapes",
     "chunk_size",
     "checkpoint_minutes",
-    "tensorboard",
+    "tracking",
     "evaluation.diagnostic_rows",
 )
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
@@ -31,6 +31,7 @@ METHODS = {"method": "l2m", "baselines": ("skl", "distillm2", "skl_on_policy")}
 # Another value of a setting, where its type does not suggest one, and what must hold for the setting to matter.
 OTHERS: dict[str, Any] = {
     "method": "m2l",
+    "tracking": ("tensorboard",),
     "baselines": ("skl", "distillm2", "skl_on_policy", "kld"),
     "data.source": "synthetic",
     "data.train": "other.jsonl",
@@ -65,6 +66,8 @@ OTHERS: dict[str, Any] = {
     "devices.process_id": 0,
     "teacher.signal": "live",
     "teacher.store_dtype": "float32",
+    "teacher.weights": "int8",
+    "student.lora.targets": ("query",),
     **{f"{who}.compute.{name}": value for who in ("teacher", "student") for name, value in (("dtype", "bfloat16"), ("remat", "block"))},
     **{f"{who}.model.architecture.{name}": value for who in ("teacher", "student")
        for name, value in (("family", "llama"), ("num_heads", 2), ("num_kv_heads", 4), ("hidden_size", 64))},
@@ -88,6 +91,7 @@ CONTEXT: dict[str, dict[str, Any]] = {
     "student.model.init": {"student.model.path": "model"},
     "student.model.layers": {"student.model.init": "teacher_layers", "student.model.layers": (0,)},
     **{f"{place}.decay_fraction": {f"{place}.schedule": "wsd"} for place in ("training", "teacher.finetune", "student.warmup", "teacher.pretrain", "student.pretrain")},
+    **{f"student.lora.{name}": {"student.lora.rank": 4} for name in ("alpha", "targets")},
     "overrides.alpha": {"method": "skl", "baselines": ()},
     "overrides.beta": {"method": "skl", "baselines": ()},
     "overrides.policy": {"method": "skl", "baselines": ()},

@@ -1,5 +1,7 @@
 """Training of the top layers alone: the same gradient, a backward pass that ends there, no state for the others."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from l2m_jax.data.batches import ListedExamples, micro_batches
 from l2m_jax.data.packing import Shape
 from l2m_jax.losses import Objective
 from l2m_jax.models import DecoderConfig, freezing
+from l2m_jax.models.freezing import TopLayers
 from l2m_jax.parallel import Placement
 from l2m_jax.plan.flops import flops
 from l2m_jax.training import step
@@ -40,7 +43,9 @@ def _examples() -> ListedExamples:
 
 
 def _accumulate(params, sums, batch):
-    return step.accumulate(SETTINGS, Objective(beta=0.0), params, sums, batch, None, None)
+    layers = jax.tree.leaves(params["blocks"])[0].shape[0] if "frozen" in params else 0
+    settings = dataclasses.replace(SETTINGS, part=TopLayers(layers) if layers else None)
+    return step.accumulate(settings, Objective(beta=0.0), params, sums, batch, None, None)
 
 
 def _arguments(params, layers: int = 0):
@@ -80,10 +85,10 @@ def _train(folder, params, stop_after=None):
     examples, calls, validated = _examples(), [], []
     task = Task(
         phase="test",
-        settings=SETTINGS,
+        settings=dataclasses.replace(SETTINGS, part=TopLayers(1)),
         stages=single_stage(np.arange(12), 36, beta=0.0),
         shapes=(SHAPE,),
-        optimizer=OptimizerSettings(learning_rate=1e-2, trainable_layers=1),
+        optimizer=OptimizerSettings(learning_rate=1e-2),
         batch_size=6,
         seed=0,
         validations=1,
@@ -104,7 +109,7 @@ def _train(folder, params, stop_after=None):
     metrics = MetricsLog(folder / "metrics.jsonl")
     trainer = Trainer(task, placement, data, None, checkpoints, metrics, validate)
     try:
-        last = placement.to_host(trainer.run(lambda: placement.place(params)))
+        last = placement.to_host(trainer.whole(trainer.run(lambda: placement.place(params))))
     except KeyboardInterrupt:
         return None, validated
     finally:
@@ -126,7 +131,7 @@ def test_a_training_changes_the_top_layers_alone_and_resumes(params, tmp_path):
 
 
 def test_there_is_optimizer_state_for_the_trained_layers_alone(params):
-    state = step.state_shapes(make_optimizer(OptimizerSettings()), CONFIG, trainable_layers=1)
+    state = step.state_shapes(make_optimizer(OptimizerSettings()), CONFIG, part=TopLayers(1))
     trained, _ = freezing.split(params, 1)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(trained))
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == 3 * numbers + 1  # two moments, a count

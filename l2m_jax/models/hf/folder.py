@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ def load(
     layers: Sequence[int] = (),
     tokens: np.ndarray | None = None,
     frozen: bool = False,
+    quantise: Callable[[Params], Params] | None = None,
 ) -> tuple[DecoderConfig, Params]:
     """A model from a folder (config.json and safetensors), a hub name, or a GGUF file (Llama, Qwen2, Qwen3).
 
@@ -57,6 +58,8 @@ def load(
             layers, as in DistilBERT (Sanh et al., 2019). Empty: all layers.
         tokens: keeps only these entries of the vocabulary, ascending, and numbers them from 0. None: all.
         frozen: for a model that is not trained: parameters in `dtype`, norms in float32. `param_dtype` is ignored.
+        quantise: `quantised.quantise`, mapped as `put` places; kernels are then int8. At most one of them is in memory in
+            `dtype` at a time.
 
     Returns:
         (config, params). Entries of the vocabulary beyond the folder's tokenizer do not count as tokens.
@@ -75,7 +78,7 @@ def load(
         raise InputError(
             f"layers: {absent[0]} must be between 0 and {config.num_layers - 1}, the layers of '{folder_or_name}'"
         )
-    params = weights.fill(config, table, source, put=put, layers=layers, frozen=frozen)
+    params = weights.fill(config, table, source, put=put, layers=layers, frozen=frozen, quantise=quantise)
     return config.keep_layers(layers) if layers else config, params
 
 
@@ -130,6 +133,7 @@ def save(
     tokenizer: Any = None,
     end_of_turn: int | None = None,
     readme: str | None = None,
+    generation: Mapping[str, Any] | None = None,
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -143,6 +147,8 @@ def save(
         tokenizer: of `transformers`; its special tokens replace those of the config.
         end_of_turn: the token of a chat that ends an answer, besides the tokenizer's end of sequence.
         readme: the text of README.md.
+        generation: sampling rules for generation_config.json, beside the special tokens. Without a padding token, the
+            end of sequence pads.
         dtype: of the stored weights.
         shard_bytes: the most bytes per file.
 
@@ -163,7 +169,9 @@ def save(
     special = {
         key: getattr(config, key) for key in config_json.SPECIAL_TOKENS if getattr(config, key) is not None
     }
-    files.write_json(folder / "generation_config.json", special)
+    if config.eos_token_ids:
+        special.setdefault("pad_token_id", config.eos_token_ids[-1])
+    files.write_json(folder / "generation_config.json", {**special, **(generation or {})})
     if readme is not None:
         files.write_text(folder / "README.md", readme)
     described = {"architectures": [family.ARCHITECTURE], "model_type": config.family, "dtype": dtype}

@@ -37,8 +37,8 @@ def _sizes(layers: int, heads: int, kv_heads: int, width: int, intermediate: int
 _QWEN: dict[str, Any] = {"rope_theta": 1e6, "tie_word_embeddings": True, "eos_token_id": 151645}
 
 
-def _qwen25(*sizes: int) -> DecoderConfig:
-    return qwen2.read_config(_QWEN | _sizes(*sizes))
+def _qwen25(*sizes: int, **other: Any) -> DecoderConfig:
+    return qwen2.read_config(_QWEN | _sizes(*sizes) | other)
 
 
 def _qwen3(*sizes: int) -> DecoderConfig:
@@ -63,6 +63,8 @@ PUBLISHED: dict[str, DecoderConfig] = {
     "openlm-research/open_llama_7b_v2": _open_llama(32, 4096, 11008),
     "Qwen/Qwen2.5-0.5B": _qwen25(24, 14, 2, 896, 4864),
     "Qwen/Qwen2.5-1.5B": _qwen25(28, 12, 2, 1536, 8960),
+    "Qwen/Qwen2.5-3B-Instruct": _qwen25(36, 16, 2, 2048, 11008),
+    "Qwen/Qwen2.5-7B-Instruct": _qwen25(28, 28, 4, 3584, 18944, vocab_size=152064, tie_word_embeddings=False),
     "Qwen/Qwen3-0.6B": _qwen3(28, 16, 8, 1024, 3072),
     "Qwen/Qwen3-1.7B": _qwen3(28, 16, 8, 2048, 6144),
     "Qwen/Qwen3-4B": _qwen3(36, 32, 8, 2560, 9728),

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from l2m_jax.errors import InputError
 from l2m_jax.models.architecture import DecoderConfig
 from l2m_jax.models.decoder import inference_dtype, init
+from l2m_jax.models.quantised import is_quantised
 from l2m_jax.types import Params
 
 _MAX_NAMES_LISTED = 8
@@ -104,6 +105,7 @@ def fill(
     put: Put | None = None,
     layers: Sequence[int] = (),
     frozen: bool = False,
+    quantise: Callable[[Params], Params] | None = None,
 ) -> Params:
     """The parameters of `config` from `source`, placed one at a time.
 
@@ -115,6 +117,7 @@ def fill(
         put: places a parameter, reading only the pieces that it needs. None: on the first local device.
         layers: those to keep, in this order; the others are not read. Empty: all.
         frozen: parameters in `inference_dtype` instead of `config.param_dtype`.
+        quantise: `quantised.quantise`, mapped: applied to each kernel as soon as it is placed.
 
     Raises:
         InputError: tensors are missing, left over, or of another shape.
@@ -125,7 +128,11 @@ def fill(
     leaves = {}
     for path in sorted(shapes, key=lambda path: -math.prod(shapes[path])):
         dtype = inference_dtype(config, path) if frozen else config.param_dtype
-        leaves[path] = load_parameter(by_path[path], shapes[path], source, dtype, put=put, layers=layers)
+        leaf = load_parameter(by_path[path], shapes[path], source, dtype, put=put, layers=layers)
+        if quantise is None or not is_quantised(path):
+            leaves[path] = leaf
+        else:
+            leaves |= _flat(jax.block_until_ready(quantise(unflatten_dict({path: leaf}, sep="/"))))
     # A model without final norm and projection still has an "output" group, which is empty.
     return {"output": {}} | unflatten_dict(leaves, sep="/")
 
