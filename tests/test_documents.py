@@ -111,6 +111,8 @@ def check(arguments: list[str]) -> None:
         for group in parser._mutually_exclusive_groups:
             group.required = False
         flags = [flag.replace("=...", "=configs/quickstart.py") for flag in flags if flag != "..."]
+    if "--help" in flags:
+        return
     options = parser.parse_args([flag.replace("$config", "configs/quickstart.py") for flag in flags])
     if getattr(options, "config", None):
         config_file.read(options.config, options.overrides)
@@ -135,6 +137,8 @@ def _blocks(path: Path, language: str) -> list[str]:
 @pytest.mark.parametrize("path", [p for p in PAGES if _blocks(p, "yaml")], ids=name_of)
 def test_yaml_of_a_page_is_a_config(path, tmp_path):
     for block in _blocks(path, "yaml"):
+        if "task" in yaml.safe_load(block):
+            continue  # of another program: a task of lm_eval
         if "contrasts" in block:
             (tmp_path / "claims.yaml").write_text(block)
             claims_file.read(tmp_path / "claims.yaml")
@@ -158,7 +162,16 @@ def test_python_of_a_page_runs(path):
     }
     for block in _blocks(path, "python"):
         tree = ast.parse(block)
-        if any(isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body):
+        imported = {
+            (node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name
+            for node in tree.body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        }
+        for node in tree.body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("l2m_jax"):
+                exec(ast.unparse(node), {})
+        # Others than these may be absent, or read files: of such blocks, only what they import from here is checked.
+        if imported and all(name.split(".")[0] in ("jax", "l2m_jax", "numpy", "optax") for name in imported):
             # What reads a finished run is left out.
             exec("\n".join(line for line in block.splitlines() if "runs/" not in line), dict(given))
 
@@ -181,10 +194,22 @@ def test_settings_and_files_of_a_page_exist(path):
         name.rpartition(".")[2] for name in fields if any(f.startswith(f"{name}.") for f in fields)
     }
     text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for heading in re.findall(
+        r"^\*\*(`[a-z_]+`(?:, `[a-z_]+`)*)\*\*:", text, re.MULTILINE
+    ):  # of docs/curricula.md
+        assert {name.strip("`") for name in heading.split(", ")} <= {f.rpartition(".")[2] for f in fields}, (
+            heading
+        )
     for span in re.findall(r"`([^`\n]+)`", text):
         setting = re.match(r"(?:--config\.)?([a-z_]+(?:\.[a-z_]+)+)(?:$|[ =])", span)
         if setting and setting[1].split(".")[0] in places and not setting[1].endswith((".py", ".md")):
             assert any(f == setting[1] or f.endswith(f".{setting[1]}") for f in fields), span
+        value = re.fullmatch(r"([a-z_]+)=[\w.,-]+", span)
+        assert (
+            not value
+            or value[1] == "trust_remote_code"
+            or any(f.rpartition(".")[2] == value[1] for f in fields)
+        ), span
         for file in re.findall(r"(?<![\w/.-])(?:configs|docs|l2m_jax|notebooks|tests)/[\w/.-]+\.\w+", span):
             assert (ROOT / file).exists(), span
         flag = re.fullmatch(r"(--[a-z][a-z-]+)(?:[ =][\w,.=:/-]+)?", span)
@@ -238,6 +263,17 @@ def test_every_page_is_in_the_navigation_and_every_name_of_the_reference_exists(
         for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE):
             module, _, member = name.rpartition(".")
             assert hasattr(importlib.import_module(module), member), name
+
+
+def test_the_reference_lists_every_group_of_settings():
+    def groups(kind: type) -> set[type]:
+        inner = [h for h in typing.get_type_hints(kind).values() if hasattr(h, "__dataclass_fields__")]
+        return {kind}.union(*map(groups, inner))
+
+    page = (ROOT / "docs" / "reference" / "settings.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\{\{ fields: (\S+) (\w+) \}\}$", page, re.MULTILINE))
+    for kind in groups(Config):
+        assert (kind.__module__.replace(".", "/") + ".py", kind.__name__) in listed, kind
 
 
 def test_readme_fits_on_two_screens():
