@@ -12,6 +12,8 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "xla")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Most of a test's time goes into compiling a program that runs for milliseconds. Tests of memory and plans turn this off.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 import importlib.util
 import json
@@ -116,7 +118,8 @@ def _sample(mapping: str, folder: Path) -> dict[str, list[int]]:
             str(output),
             *kill,
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        as_compiled_for_users = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=as_compiled_for_users)
         assert output.is_file(), done.stdout + done.stderr
         for moment, held in json.loads(output.read_text()).items():
             most[moment] = [max(pair) for pair in zip(held, most.get(moment, held), strict=True)]
