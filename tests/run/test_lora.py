@@ -50,7 +50,6 @@ def test_the_student_is_the_base_and_its_adapter(tiny, tmp_path):
     student, corpus = artefacts.students["kld"], artefacts.corpora["validation"]
     monitored = validation_inputs(config.evaluation, corpus, config.sampling, config.data.max_prompt_length)
     make_student(student, "student", monitored, "", context)
-    context.metrics.close()
 
     assert student.is_finished
     base, merged = (load_file(of.path / "model.safetensors") for of in (artefacts.initial_student, student))

@@ -41,7 +41,6 @@ def _start(config, folder):
 def _make(config, context, artefacts):
     for role, artefact in artefacts.pretrained.items():
         make_pretrained(artefact, f"pretrained {role}", getattr(context, role), context)
-    context.metrics.close()
 
 
 def _weights(folder):

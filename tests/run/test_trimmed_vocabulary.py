@@ -93,7 +93,6 @@ def test_the_initial_student_is_a_folder_with_the_logits_of_the_kept_tokens(give
     context = start(config, tmp_path)
     make_model(artefacts.teacher, "teacher", context.teacher, context)
     make_model(artefacts.initial_student, "initial student", context.student, context)
-    context.metrics.close()
     folder = artefacts.initial_student.path
     kept = np.array(json.loads((artefacts.tokenizer.path / "kept_tokens.json").read_text()))
     whole_config, whole = models.load(given / "teacher", layers=(1,))
