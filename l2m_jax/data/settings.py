@@ -60,8 +60,8 @@ class Data:
             )
         if self.prompt == "chat" and self.trim_vocabulary:
             raise InputError(
-                f"trim_vocabulary: {self.trim_vocabulary} with prompt 'chat' is not supported, because a trimmed tokenizer "
-                "has no chat template; set it to 0"
+                f"trim_vocabulary: {self.trim_vocabulary} with prompt 'chat' is not supported; set it to 0, or prompt to "
+                "'alpaca'"
             )
         require_at_least(
             self,
