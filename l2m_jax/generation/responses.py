@@ -59,7 +59,8 @@ class ResponseFile:
             answers = [_checked(parse_json(line)) for line in lines[1:]]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{self.path}: not a file of generated answers ({error!r}); move it away or choose another folder"
+                f"{self.path}: not a file of generated answers ({error!r}); choose another folder, or "
+                f"delete {self.path} to make them again"
             ) from error
         if key != self.key:
             raise InputError(

@@ -1,5 +1,6 @@
 """The phase that ranks the training examples by difficulty, from a student's own answers and cross-entropy."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from l2m_jax.curriculum import Difficulty
 from l2m_jax.evaluation.cross_entropy import cross_entropy_by_example
 from l2m_jax.evaluation.rouge import rouge_l_many
+from l2m_jax.generation import Answer
 from l2m_jax.multihost import first
 from l2m_jax.progress import console
 from l2m_jax.run import data, responses
@@ -56,6 +58,8 @@ def make_ranking(artefact: Artefact[RankingInputs], context: Context) -> Difficu
             artefact.finish()
 
         first(write)
+    elif not inputs.answers.is_finished:
+        _answers(inputs, context)  # lost since: they are kept for their readers, as is all that a run makes
     difficulty = Difficulty.read(artefact.path)
     for number, indices in enumerate(difficulty.subsets, start=1):
         console.print(
@@ -65,11 +69,15 @@ def make_ranking(artefact: Artefact[RankingInputs], context: Context) -> Difficu
     return difficulty
 
 
+def _answers(inputs: RankingInputs, context: Context) -> Mapping[int, Answer]:
+    return responses.make_responses(inputs.answers, context.student, context, "the student's own answers")
+
+
 def _scores(artefact: Artefact[RankingInputs], context: Context) -> tuple[np.ndarray, np.ndarray]:
     """Rouge-L in [0, 1] and cross-entropy in nats per token, [n] each. Prompts without room for an answer score 0."""
     inputs = artefact.inputs
     train = data.open_corpus(inputs.train)
-    answers = responses.make_responses(inputs.answers, context.student, context, "the student's own answers")
+    answers = _answers(inputs, context)
     answered = list(answers)
     rouge_l = np.zeros(len(train))
     rouge_l[answered] = rouge_l_many(
