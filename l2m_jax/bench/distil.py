@@ -67,13 +67,14 @@ def run(request: Request) -> dict[str, Any]:
         loss_seconds, update_seconds = pair.loss_seconds(), pair.update_seconds()
     rate = matmul_rate()
     flops = step_flops(pair.student, pair.teacher, corpus, request.batches)
+    heads = flops["student_head"] + flops["teacher_head"]
     step_seconds = float(np.mean(times))
     parts = {
         "teacher pass (once)": (store_seconds / len(request.batches), flops["teacher_body"]),
-        "loss, both heads": (loss_seconds, flops["heads"]),
+        "loss, both heads": (loss_seconds, heads),
         "student": (step_seconds - loss_seconds - update_seconds, flops["student_body"]),
         "update": (update_seconds, 0.0),
-        "step": (step_seconds, flops["heads"] + flops["student_body"]),
+        "step": (step_seconds, heads + flops["student_body"]),
     }
     return {
         "losses": first_losses,

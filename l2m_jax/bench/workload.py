@@ -105,12 +105,16 @@ def make_request(
 
 
 def step_flops(
-    student: DecoderConfig, teacher: DecoderConfig, examples: Examples, batches: Sequence[Sequence[int]]
+    student: DecoderConfig,
+    teacher: DecoderConfig,
+    examples: Examples,
+    batches: Sequence[Sequence[int] | np.ndarray],
 ) -> dict[str, float]:
     """Flops a batch of the matrix products that the real tokens need; padding and attention scores do not count.
 
     Returns:
-        `student_body` (forward and backward), `teacher_body` (forward), `heads` (both, over targets).
+        `student_body`, `student_head` (forward and backward), `teacher_body`, `teacher_head` (forward); heads over
+        targets.
     """
     chosen = np.concatenate(batches)
     tokens = float(examples.lengths[chosen].sum()) / len(batches)
@@ -118,8 +122,8 @@ def step_flops(
     return {
         "student_body": 6 * tokens * _body(student),
         "teacher_body": 2 * tokens * _body(teacher),
-        "heads": targets
-        * (6 * student.vocab_size * student.embed_size + 2 * teacher.vocab_size * teacher.embed_size),
+        "student_head": 6 * targets * student.vocab_size * student.embed_size,
+        "teacher_head": 2 * targets * teacher.vocab_size * teacher.embed_size,
     }
 
 

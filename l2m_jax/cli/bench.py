@@ -1,6 +1,7 @@
 """Measure speed, memory and what a run survives; print tables, and write JSON.
 
 l2m bench --suite loss,store --json bench.json
+l2m bench --suite throughput --config configs/gpt2_small.py --json bench.json
 """
 
 import argparse
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from l2m_jax.cli.common import Parser, comma_separated, output_file, run
+from l2m_jax.cli.common import Parser, add_config, comma_separated, output_file, run, whole_numbers
 from l2m_jax.errors import InputError
 
 # A suite is a module of `l2m_jax.bench` with a function `run`, which returns a dictionary for JSON; its `rows` become a
@@ -23,6 +24,7 @@ SUITES = {
     "peers": "distillation against PyTorch and TRL (--data, --tokenizer, --peer-python)",
     "generate": "the decode engine against transformers (--data, --tokenizer, --peer-python)",
     "rouge": "Rouge-L against rouge-score (--data)",
+    "throughput": "the training of a config on the devices at hand, and how it scales (--config, --devices, --steps)",
     "faults": "what a run survives: kills, preemptions, damaged files, a full disk (--workdir, --kills, --seed, --only)",
 }
 
@@ -36,6 +38,14 @@ def _parser() -> Parser:
     parser.add_argument(
         "--json", type=output_file, metavar="FILE", help="also write all figures to this file"
     )
+    add_config(parser, required=False)
+    parser.add_argument(
+        "--devices",
+        type=whole_numbers,
+        metavar="N,M",
+        help="numbers of devices to train on (default: 1, 2, 4, ...)",
+    )
+    parser.add_argument("--steps", type=int, help="timed updates (default: 20)")
     parser.add_argument("--repeats", type=int, help="timed runs of each figure, after one to warm up")
     parser.add_argument("--data", type=Path, help="JSON lines with instruction, input and output")
     parser.add_argument("--tokenizer", type=Path, help="folder of a Hugging Face tokenizer")
@@ -63,8 +73,15 @@ def _prepared(name: str, options: dict[str, Any]) -> Callable[[], dict[str, Any]
 def _bench(options: argparse.Namespace) -> None:
     if unknown := [name for name in options.suite if name not in SUITES]:
         raise InputError(f"--suite {unknown[0]}: no such suite (known: {', '.join(SUITES)})")
-    if options.repeats is not None and options.repeats < 1:
-        raise InputError(f"--repeats {options.repeats}: must be at least 1")
+    for name in ("repeats", "steps"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise InputError(f"--{name} {value}: must be at least 1")
+    if options.overrides and options.config is None:
+        raise InputError(f"--config.{options.overrides[0][0]}: needs a --config whose setting it changes")
+    if options.config is not None:
+        from l2m_jax.cli import config_file
+
+        options.config = config_file.read(options.config, options.overrides)
 
     from l2m_jax import files
     from l2m_jax.bench import common

@@ -89,11 +89,11 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     return flags, overrides
 
 
-def add_config(parser: Parser) -> None:
+def add_config(parser: Parser, *, required: bool = True) -> None:
     """The flag `--config`, and the settings that may follow it."""
     parser.add_argument(
         "--config",
-        required=True,
+        required=required,
         metavar="FILE[:VARIANT]",
         help="a Python file such as configs/quickstart.py:compare, or a YAML file; change any of its settings with "
         "--config.NAME=VALUE, as in --config.training.learning_rate=5e-5",

@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -45,6 +46,19 @@ class Training:
     step_seconds: float
     flops_per_step: float
     written: Written
+
+
+class Distillation(NamedTuple):
+    """What the updates of a student's distillation compute.
+
+    Attributes:
+        objectives: each runs over the whole batch.
+    """
+
+    shapes: TrainingShapes
+    objectives: tuple[Objective, ...]
+    batches: Batches
+    stages: tuple[Stage, ...]
 
 
 @dataclass(frozen=True)
@@ -145,13 +159,14 @@ class Planner(Parts):
     ) -> Phase:
         updates = settings.epochs * math.ceil(len(self._w.lengths) / settings.batch_size)
         batches = self._w.fine_tuning_batches(settings)
-        training = self._training(shapes, (objective,), batches, updates, stages=1)
+        training = self.training(shapes, (objective,), batches, updates, stages=1)
         return self._trained(name, shapes, training, (saving,))
 
-    def _distillation(self, phase: str, name: str) -> Phase:
+    def distillation(self, name: str) -> Distillation:
+        """What the updates of a method's student compute; nothing is compiled."""
         w, config = self._w, self._w.config
         method, student = w.method(name), with_dropout(self.student, config.training.dropout)
-        stages, batches = w.stages(method), w.batches(method)
+        stages = w.stages(method)
         vocabulary = min(student.valid_vocab_size, self.teacher.valid_vocab_size)
         signal = "none"
         if methods.needs_teacher(method, config.curriculum):
@@ -168,9 +183,16 @@ class Planner(Parts):
         )
         # The last stage but one has everything in its loss: cross-entropy, divergence and mixture.
         objectives = methods.objectives(method, stages[-2:][0])
+        return Distillation(shapes, objectives, w.batches(method), stages)
+
+    def _distillation(self, phase: str, name: str) -> Phase:
+        w, config = self._w, self._w.config
+        method = w.method(name)
+        shapes, objectives, batches, stages = self.distillation(name)
+        student, vocabulary = shapes.settings.student, shapes.settings.valid_vocab_size
         validations = config.evaluation.validations
         improvements = validations if config.evaluation.select == "best" else 0
-        training = self._training(shapes, objectives, batches, w.updates(method), len(stages), improvements)
+        training = self.training(shapes, objectives, batches, w.updates(method), len(stages), improvements)
         fed = self._fed(shapes, training)
         beside = [self._validation(shapes, fed)]
         if config.evaluation.diagnostic_rows:
@@ -233,7 +255,7 @@ class Planner(Parts):
         moments = self._moments.training(shapes, self._fed(shapes, training), both)
         return Phase(name, (*moments, *beside), both, training.step_seconds * training.updates, training)
 
-    def _training(
+    def training(
         self,
         shapes: TrainingShapes,
         objectives: tuple[Objective, ...],

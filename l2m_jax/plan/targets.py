@@ -82,6 +82,15 @@ def get(name: str) -> Target:
     raise InputError(f"--target: no target {name!r} ({hint}known: {', '.join(NAMES)}; a TPU as in v5e:4x4)")
 
 
+def of_kind(kind: str) -> Target | None:
+    """The target that a device of this kind is, such as "NVIDIA A100-SXM4-80GB"; None if none is known."""
+    words = kind.lower().replace("-", " ").split()
+    names = {"a100_80gb": ("a100", "80gb"), "h100_80gb": ("h100", "80gb"), "cpu": ("cpu",)}
+    names |= {name: ("tpu", name) for name in _TPUS} | {"v5e": ("tpu", "v5", "lite")}
+    found = [name for name, parts in names.items() if all(part in words for part in parts)]
+    return get(found[0]) if found else None
+
+
 def devices(target: Target, count: int) -> tuple[Any, ...]:
     """`count` devices of that kind to compile for, none of which need be there.
 

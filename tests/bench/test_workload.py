@@ -30,7 +30,9 @@ def test_flops_by_counting_parameters(work):
     flops = step_flops(arguments["student"], arguments["teacher"], examples, request.batches)
     assert flops["student_body"] == 6 * tokens * matrices(arguments["student"])
     assert flops["teacher_body"] == 2 * tokens * matrices(arguments["teacher"])
-    assert flops["heads"] == targets * arguments["student"].vocab_size * (6 * 16 + 2 * 24)
+    vocabulary = arguments["student"].vocab_size
+    assert flops["student_head"] == 6 * targets * vocabulary * 16
+    assert flops["teacher_head"] == 2 * targets * vocabulary * 24
 
 
 def test_too_few_rows(work, tmp_path):

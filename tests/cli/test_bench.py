@@ -9,7 +9,7 @@ from l2m_jax.cli import bench
 
 
 def test_every_suite_has_a_run_of_known_options():
-    options = {"data", "tokenizer", "peer_python", "repeats", "workdir"}
+    options = {"config", "data", "tokenizer", "peer_python", "repeats", "workdir"}
     for name in bench.SUITES:
         parameters = inspect.signature(importlib.import_module(f"l2m_jax.bench.{name}").run).parameters
         required = {key for key, p in parameters.items() if p.default is inspect.Parameter.empty}
@@ -54,6 +54,9 @@ def test_figures_on_screen_and_as_json(tmp_path, monkeypatch, capsys):
         (["--suite", "speed"], "--suite speed: no such suite"),
         (["--suite", "rouge"], "--data: suite rouge needs it"),
         (["--suite", "loss", "--repeats", "0"], "--repeats 0: must be at least 1"),
+        (["--suite", "throughput"], "--config: suite throughput needs it"),
+        (["--suite", "loss", "--config.seed=1"], "--config.seed: needs a --config whose setting it changes"),
+        (["--suite", "loss", "--steps", "0"], "--steps 0: must be at least 1"),
         (["--suite", "loss", "--repeats", "x"], "argument --repeats: invalid int value: 'x'"),
     ],
 )
