@@ -344,7 +344,8 @@ def stages_over(
     c, order = curriculum, np.concatenate(subsets)
     schedules = coefficients(method, c)
     by_sample = method.staged and c.loss_by == "sample"
-    found = baby_steps(subsets, epochs=c.epochs_per_stage, mix=c.mix, open_by=c.open_by, seed=seed)
+    epochs = c.epochs_over([len(subset) for subset in subsets])
+    found = baby_steps(subsets, epochs=epochs, mix=c.mix, open_by=c.open_by, seed=seed)
     if by_sample or not method.staged:
         found = single_stage(np.sort(order), examples_seen(found))
     elif method.shuffled:

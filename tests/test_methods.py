@@ -28,6 +28,30 @@ def test_all_methods_see_as_many_examples(changes):
     assert seen == {8 * (26 + 52 + 78 + 103)}
 
 
+@pytest.mark.parametrize("budget", [7, 50, 103, 2072])
+def test_a_budget_of_examples_holds_for_all_methods(budget):
+    """Also if it is less than one pass over the 103 examples."""
+    curriculum = Curriculum(examples=budget)
+    for name in methods.METHODS:
+        found = methods.stages(methods.get(name), curriculum, np.arange(103), 1)
+        assert examples_seen(found) == budget
+        assert sum(len(order) for order in trained_on(found, 1)) == budget
+
+
+def test_the_budget_of_eight_epochs_a_stage_gives_their_stages():
+    order = np.arange(104)
+    by_epochs = methods.stages(methods.get("l2m"), Curriculum(), order)
+    assert methods.stages(methods.get("l2m"), Curriculum(examples=20 * 104), order) == by_epochs
+
+
+def test_a_budget_of_tokens_counts_examples_of_average_length():
+    lengths = np.array([10, 20, 30])
+    assert Curriculum(tokens=1000).in_examples(lengths) == Curriculum(examples=50)
+    assert Curriculum(examples=7).in_examples(lengths) == Curriculum(examples=7)
+    with pytest.raises(InputError, match="tokens: 1000 and examples 7 both set the budget"):
+        Curriculum(tokens=1000, examples=7)
+
+
 def trained_on(stages, seed):
     return [stage.order(epoch, seed).tolist() for stage in stages for epoch in range(stage.epochs)]
 

@@ -1,7 +1,12 @@
 """The settings of a curriculum."""
 
+import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
 
 from l2m_jax.curriculum.difficulty import RANKINGS
 from l2m_jax.curriculum.schedules import SCHEDULED_BY
@@ -28,6 +33,9 @@ class Curriculum:
     stages: int = 4
     # 8 on cumulative quarters are 20 epochs' worth, which single-stage methods also get. May be a fraction.
     epochs_per_stage: float = 8.0
+    # A budget over all stages instead, which may be less than one pass: in examples, or in tokens of average examples.
+    examples: int = field(default=0, metadata={"absent_at_default": True})
+    tokens: int = field(default=0, metadata={"absent_at_default": True})
     ranking: str = "fusion"  # one of `difficulty.RANKINGS`
     ranking_model: str = ""  # folder of the student that ranks; empty: the student's initial weights
     ranking_temperature: float = (
@@ -60,7 +68,11 @@ class Curriculum:
         require_choice(self, "weight", WEIGHTS)
         require_fraction(self, "alpha", "beta_first", "beta_last")
         require_fraction(self, "mix", "open_by", below_one=True)
-        require_at_least(self, 0, "patience")
+        require_at_least(self, 0, "patience", "examples", "tokens")
+        if self.examples and self.tokens:
+            raise InputError(
+                f"tokens: {self.tokens} and examples {self.examples} both set the budget; leave one at 0"
+            )
         if self.ranking_temperature != -1:
             require_at_least(self, 0, "ranking_temperature")
         for name in ("alpha", "beta", "temperature"):
@@ -77,6 +89,22 @@ class Curriculum:
                     raise InputError(
                         f"{name}: has no effect in the single stage of loss_by 'sample'; leave one of them out"
                     )
+
+    def in_examples(self, lengths: np.ndarray) -> Self:
+        """The same with a budget of tokens as one of examples.
+
+        Args:
+            lengths: tokens of each training example, [n].
+        """
+        if not self.tokens:
+            return self
+        return dataclasses.replace(
+            self, tokens=0, examples=max(1, round(self.tokens / float(np.mean(lengths))))
+        )
+
+    def epochs_over(self, sizes: Sequence[int]) -> float:
+        """Epochs of each stage, over subsets of these sizes."""
+        return self.examples / float(np.cumsum(sizes).sum()) if self.examples else self.epochs_per_stage
 
     def _check_schedule(self, name: str, values: tuple[float, ...], by: str) -> None:
         require_choice(self, f"{name}_by", SCHEDULED_BY)

@@ -148,7 +148,8 @@ def stage_examples(sizes: Sequence[int], epochs: float, open_by: float = 0.0) ->
         stage = examples.index(min(examples)) + 1
         early = f" with all data open by {open_by:g} of them" if open_by else ""
         raise InputError(
-            f"{epochs:g} epochs a stage{early} leave stage {stage} without examples; raise curriculum.epochs_per_stage"
+            f"{epochs:g} epochs a stage{early} leave stage {stage} without examples; raise curriculum.epochs_per_stage, "
+            "or the budget of curriculum.examples or curriculum.tokens"
         )
     return examples
 

@@ -1,5 +1,6 @@
 """Settings of evaluation and validation."""
 
+import math
 from dataclasses import dataclass
 
 from l2m_jax.errors import InputError, require_at_least, require_choice
@@ -14,13 +15,20 @@ class Evaluation:
     seeds: tuple[int, ...] = (10, 20, 30, 40, 50)  # each prompt is answered once per seed
     rows: int = 0  # the maximum number of rows of each set (0: all)
     validations: int = 20  # over the whole of a student's training, evenly spaced
+    validation_steps: int = (
+        0  # updates from one validation to the next, instead of `validations` (0: by their number)
+    )
     validation_rows: int = 0  # the maximum number of rows for validation Rouge-L (0: all)
     diagnostic_rows: int = 32  # rows of validation and of training to compare with the teacher on (0: none)
     select: str = "best"  # which student is kept: "best" by validation Rouge-L, or "last"
 
+    def validations_in(self, updates: int) -> int:
+        """The number of validations in a training of `updates` updates."""
+        return math.ceil(updates / self.validation_steps) if self.validation_steps else self.validations
+
     def __post_init__(self):
         require_choice(self, "select", ("best", "last"))
-        require_at_least(self, 0, "rows", "validation_rows", "diagnostic_rows")
+        require_at_least(self, 0, "rows", "validation_steps", "validation_rows", "diagnostic_rows")
         require_at_least(self, 1, "validations")
         if not self.sets:
             raise InputError("sets: empty; give at least one set, as in ('test',)")

@@ -47,8 +47,8 @@ def disk(w: Workload) -> dict[str, int]:
             for role, model in (("teacher", w.teacher), ("student", w.student))
             if w.pretraining(role).text
         ),
-        ("teacher", w.teacher, config.teacher.finetune, config.teacher.finetune.epochs > 0),
-        ("initial student", w.student, config.student.warmup, config.student.warmup.epochs > 0),
+        ("teacher", w.teacher, config.teacher.finetune, config.teacher.finetune.trains),
+        ("initial student", w.student, config.student.warmup, config.student.warmup.trains),
         *((name, w.student, config.training, True) for name in config.method_names),
     ]
     for name, model, training, has_checkpoints in trained:

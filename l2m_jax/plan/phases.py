@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from l2m_jax import methods, models
-from l2m_jax.curriculum import Stage
+from l2m_jax.curriculum import Stage, single_stage, steps
 from l2m_jax.evaluation.diagnostics import agreement_pass
 from l2m_jax.losses import Objective
 from l2m_jax.models import DecoderConfig, with_dropout
@@ -124,7 +124,7 @@ class Planner(Parts):
     def _model(self, name: str, model: DecoderConfig, finetune: FineTuning) -> Phase:
         """A model that is loaded or initialised, fine-tuned if asked for, and saved."""
         saving = self._moments.saving(model)
-        if not finetune.epochs:
+        if not finetune.trains:
             return Phase(name, (saving,))
         model = with_dropout(model, finetune.dropout)
         chunk_size = self._w.config.chunk_size
@@ -157,7 +157,8 @@ class Planner(Parts):
         objective: Objective,
         saving: Moment,
     ) -> Phase:
-        updates = settings.epochs * math.ceil(len(self._w.lengths) / settings.batch_size)
+        examples = settings.examples_of(len(self._w.lengths))
+        updates = steps(single_stage(np.arange(len(self._w.lengths)), examples), settings.batch_size)
         batches = self._w.fine_tuning_batches(settings)
         training = self.training(shapes, (objective,), batches, updates, stages=1)
         return self._trained(name, shapes, training, (saving,))
@@ -190,13 +191,13 @@ class Planner(Parts):
         method = w.method(name)
         shapes, objectives, batches, stages = self.distillation(name)
         student, vocabulary = shapes.settings.student, shapes.settings.valid_vocab_size
-        validations = config.evaluation.validations
+        validations = config.evaluation.validations_in(w.updates(method))
         improvements = validations if config.evaluation.select == "best" else 0
         training = self.training(shapes, objectives, batches, w.updates(method), len(stages), improvements)
         fed = self._fed(shapes, training)
-        beside = [self._validation(shapes, fed)]
+        beside = [self._validation(shapes, fed, validations)]
         if config.evaluation.diagnostic_rows:
-            beside.append(self._diagnostics(shapes, fed, batches, vocabulary))
+            beside.append(self._diagnostics(shapes, fed, batches, vocabulary, validations))
         if relevant_curriculum(method, config.curriculum).rerank:
             beside.append(self._reranking(shapes, batches, stages))
         if method.on_policy:
@@ -210,16 +211,18 @@ class Planner(Parts):
             seconds=trained.seconds + sum(spent),
         )
 
-    def _validation(self, shapes: TrainingShapes, fed: float) -> Beside:
+    def _validation(self, shapes: TrainingShapes, fed: float, validations: int) -> Beside:
         """With the greedy answers of the diagnostics, whose programs differ only in how they choose a token."""
         w, evaluation = self._w, self._w.config.evaluation
         rows = self._validation_rows
         found = self._decoding(shapes.settings.student, shapes.whole, rows)
-        answers = evaluation.validations * (rows + min(rows, evaluation.diagnostic_rows))
+        answers = validations * (rows + min(rows, evaluation.diagnostic_rows))
         spent = self._decoding_seconds(found, answers * w.response_tokens)
         return self._moments.generation_beside("validation", shapes, fed, found), found.programs, spent
 
-    def _diagnostics(self, shapes: TrainingShapes, fed: float, batches: Batches, vocabulary: int) -> Beside:
+    def _diagnostics(
+        self, shapes: TrainingShapes, fed: float, batches: Batches, vocabulary: int, validations: int
+    ) -> Beside:
         config, student = self._w.config, shapes.settings.student
         shape, calls = self._forward(self._diagnosed, _slots(batches))
         head = models.head(self.teacher, programs.frozen(self.teacher))
@@ -227,7 +230,7 @@ class Planner(Parts):
         static = student, vocabulary, config.chunk_size
         found = self._pass("agreement", shape, agreement_pass, *static, shapes.whole, head, batch)
         moment = self._moments.beside("diagnostics", shapes, fed, share_bytes(batch), found, head)
-        return moment, (found,), config.evaluation.validations * calls * self._seconds(found)
+        return moment, (found,), validations * calls * self._seconds(found)
 
     def _reranking(self, shapes: TrainingShapes, batches: Batches, stages: tuple[Stage, ...]) -> Beside:
         """Of the subsets that are not open yet, at the start of each stage between the first and the last."""

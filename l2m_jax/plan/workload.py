@@ -84,7 +84,8 @@ class Workload:
 
     def stages(self, method: Method) -> tuple[Stage, ...]:
         order = np.arange(len(self.lengths))
-        return methods.stages(method, self.config.curriculum, order, self.config.student_seed)
+        curriculum = self.config.curriculum.in_examples(self.lengths)
+        return methods.stages(method, curriculum, order, self.config.student_seed)
 
     def updates(self, method: Method) -> int:
         return steps(self.stages(method), self.config.training.batch_size)

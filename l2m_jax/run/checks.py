@@ -202,7 +202,8 @@ def check_rows(config: Config, artefacts: Artefacts) -> None:
     for student in artefacts.students.values():
         of = student.inputs
         strata_N = strata_of(train, of.curriculum.stratify)
-        methods.stages(of.method, of.curriculum, np.arange(len(train)), of.seed, strata_N)
+        curriculum = of.curriculum.in_examples(train.lengths)
+        methods.stages(of.method, curriculum, np.arange(len(train)), of.seed, strata_N)
     _, student = _architectures(config, artefacts)
     room = longest_prompt(student, config.sampling, config.data.max_prompt_length)
     used: dict[data.Part, int] = {

@@ -43,7 +43,8 @@ class ValidationInputs:
     """Validations that affect the student (its best checkpoint, or early ends of stages).
 
     Attributes:
-        count: validations over the whole training, evenly spaced.
+        count: validations over the whole training, evenly spaced; ignored with `every`.
+        every: updates from one validation to the next; 0: by `count`.
         rows: the maximum number of rows of `corpus` (0: all).
     """
 
@@ -54,6 +55,7 @@ class ValidationInputs:
     rows: int
     max_prompt_length: int
     keep_best: bool
+    every: int = field(default=0, metadata={"absent_at_default": True})
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class StudentInputs:
 
 def relevant_curriculum(method: Method, curriculum: Curriculum) -> Curriculum:
     """`curriculum` with the settings that the method ignores at their defaults. The ranking is a separate artefact."""
-    kept = ["stages", "epochs_per_stage", "subsets", "patience", "weight"]
+    kept = ["stages", "epochs_per_stage", "examples", "tokens", "subsets", "patience", "weight"]
     ranked = method.ranking != "random" and (method.staged or curriculum.subsets)
     if ranked:
         kept += ["stratify"]
@@ -273,6 +275,7 @@ class Student:
             restart_optimizer=inputs.curriculum.restart_optimizer,
             patience=inputs.curriculum.patience,
             validations=self._monitored.count,
+            validate_every=self._monitored.every,
             keep_best=self._monitored.keep_best,
             skip_nonfinite=self._context.skip_nonfinite,
             name=lambda i: self._references.row(i).id,
@@ -388,4 +391,5 @@ def validation_inputs(
         rows=evaluation.validation_rows,
         max_prompt_length=max_prompt_length,
         keep_best=evaluation.select == "best",
+        every=evaluation.validation_steps,
     )

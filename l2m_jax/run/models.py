@@ -91,7 +91,7 @@ def model_inputs(
         pretrained = model.init == "pretrained"
         weights = data.given_model(model.path) if pretrained else data.given(model.path, ("config.json",))
     random = weights is None and not takes_layers
-    finetuned = finetune.relevant if finetune.epochs else None
+    finetuned = finetune.relevant if finetune.trains else None
     return ModelInputs(
         role=role,
         model=dataclasses.replace(
@@ -116,7 +116,7 @@ def continued(
     """The inputs of a model that continues a pretrained one."""
     start = pretrained.inputs.start
     changes = {"seed": None}
-    if finetune.epochs:
+    if finetune.trains:
         changes = {"finetune": finetune.relevant, "train": train, "seed": seed}
     return dataclasses.replace(
         start, model=Model(), weights=None, teacher=None, pretrained=pretrained, **changes
@@ -313,7 +313,7 @@ def _finetuned(
     task = Task(
         phase=name,
         settings=StepSettings(config, None, config.valid_vocab_size, context.chunk_size, finetune.part),
-        stages=single_stage(np.arange(len(train)), finetune.epochs * len(train), beta=0.0),
+        stages=single_stage(np.arange(len(train)), finetune.examples_of(len(train)), beta=0.0),
         shapes=context.shapes(train.lengths, finetune.batch_size),
         optimizer=finetune,
         batch_size=finetune.batch_size,

@@ -68,7 +68,9 @@ def make_pretrained(
     task = Task(
         phase=name,
         settings=StepSettings(trained, teacher_config, valid, context.chunk_size, pretrain.part),
-        stages=single_stage(np.arange(len(examples)), pretrain.epochs * len(examples), beta=objective.beta),
+        stages=single_stage(
+            np.arange(len(examples)), pretrain.examples_of(len(examples)), beta=objective.beta
+        ),
         shapes=context.shapes(examples.lengths, pretrain.batch_size),
         optimizer=pretrain,
         batch_size=pretrain.batch_size,

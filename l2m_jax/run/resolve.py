@@ -35,6 +35,7 @@ _STUDENT_SETTINGS = {
     "max_prompt_length": "data.max_prompt_length",
     "validation": "evaluation",
     "validation.count": "evaluation.validations",
+    "validation.every": "evaluation.validation_steps",
     "validation.rows": "evaluation.validation_rows",
     "validation.seed": "evaluation.seeds",
     "validation.sampling": "sampling",

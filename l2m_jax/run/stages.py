@@ -59,6 +59,7 @@ class Plan:
         Args:
             ranking: that of the training examples; None for a method that ignores difficulty.
         """
+        curriculum = curriculum.in_examples(train.lengths)
         order = np.arange(len(train)) if ranking is None else ranking.order
         strata_N = strata_of(train, curriculum.stratify)
         opening = methods.subsets(method, curriculum, order, seed, strata_N)

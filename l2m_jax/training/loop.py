@@ -80,6 +80,7 @@ class Task:
         restart_optimizer: start each stage with a new schedule and optimiser state.
         patience: end a stage after this many validations without a better Rouge-L; 0: never.
         validations: the number over the whole task, evenly spaced, the last one at its end.
+        validate_every: updates from one validation to the next instead, and one at the end; 0: by `validations`.
         keep_best: return the best parameters by validation instead of the last.
         skip_nonfinite: skip batches whose loss or gradient is not finite, instead of ending the run.
         name: of an example by its number, for messages.
@@ -97,6 +98,7 @@ class Task:
     restart_optimizer: bool = True
     patience: int = 0
     validations: int = 0
+    validate_every: int = 0
     keep_best: bool = False
     skip_nonfinite: bool = False
     name: Callable[[int], str] = str
@@ -374,8 +376,10 @@ class Trainer:
 
 
 def _validation_steps(task: Task) -> list[int]:
-    """The `task.validations` updates after which to validate, independent of the stages."""
+    """The updates after which to validate, independent of the stages."""
     total = steps(task.stages, task.batch_size)
+    if task.validate_every:
+        return [*range(task.validate_every, total, task.validate_every), total]
     return [max(1, round(total * k / task.validations)) for k in range(1, task.validations + 1)]
 
 

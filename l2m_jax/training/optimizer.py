@@ -132,10 +132,20 @@ class FineTuning(Training):
     """
 
     epochs: int = 10  # 0: none
+    # A budget instead of epochs, which may be less than one pass (0: by epochs).
+    examples: int = field(default=0, metadata={"absent_at_default": True})
 
     def __post_init__(self):
         super().__post_init__()
-        require_at_least(self, 0, "epochs")
+        require_at_least(self, 0, "epochs", "examples")
+
+    @property
+    def trains(self) -> bool:
+        return self.epochs > 0 or self.examples > 0
+
+    def examples_of(self, rows: int) -> int:
+        """The number of examples that are seen of `rows` rows, with repetitions."""
+        return self.examples or self.epochs * rows
 
 
 @dataclass(frozen=True)
@@ -163,3 +173,7 @@ class Pretraining(Training):
         require_at_least(self, -1, "seed")
         if self.text == "synthetic" and not self.tokens:
             raise InputError("tokens: 0 is for files; give the number of tokens of synthetic text")
+
+    def examples_of(self, sequences: int) -> int:
+        """The number of sequences that are seen, with repetitions."""
+        return self.epochs * sequences

@@ -95,6 +95,9 @@ def test_all_methods_are_validated_equally_often():
         task = Task("test", settings, stages, (), OptimizerSettings(), 10, 0, validations=20)
         due = _validation_steps(task)
         assert len(set(due)) == 20 and due[-1] == 400 and due[0] == 20
+        assert _validation_steps(dataclasses.replace(task, validate_every=150)) == [150, 300, 400]
+        assert _validation_steps(dataclasses.replace(task, validate_every=200)) == [200, 400]
+        assert _validation_steps(dataclasses.replace(task, validate_every=500)) == [400]
 
 
 @pytest.mark.parametrize("mapping", ["pmap", "fsdp"])
