@@ -26,6 +26,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--devices", type=int, default=1, help="the number of devices (default: %(default)s)")
     parser.add_argument(
+        "--programs", action="store_true", help="also show what each compiled program is made of"
+    )
+    parser.add_argument(
         "--json", type=output_file, metavar="FILE", help="also write all figures to this file"
     )
     return parser
@@ -56,6 +59,8 @@ def _plan(options: argparse.Namespace) -> None:
     if options.json is not None:
         files.write_json(options.json, document)
     report.show(document)
+    if options.programs:
+        report.show_programs(document)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """Attention over packed rows and over a KV cache, and rotary positions."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -153,24 +154,38 @@ def _in_blocks(
         allowed = allowed[None, None, None]
         if mask_Bx1xLxL is not None:
             allowed = allowed & mask_Bx1xLxL[:, :, None, start:end, :end]
-        scores = jnp.einsum(
-            "BKGQD,BKSD->BKGQS", query[..., start:end, :], key[:, :, :end], preferred_element_type=jnp.float32
-        )
+        scores = _product("BKGQD,BKSD->BKGQS", query[..., start:end, :], key[:, :, :end])
         scores = _scale(config) * scores + jnp.where(allowed, 0.0, _MASKED)
         exp_scores = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True)))
         normalizer = jnp.sum(exp_scores, -1, keepdims=True)
         if dropout is not None:
             exp_scores = dropout(exp_scores)
-        attended = jnp.einsum(
-            "BKGQS,BKSD->BKGQD",
-            exp_scores.astype(value.dtype),
-            value[:, :, :end],
-            preferred_element_type=jnp.float32,
-        )
+        attended = _product("BKGQS,BKSD->BKGQD", exp_scores.astype(value.dtype), value[:, :, :end])
         return (attended / normalizer).astype(value.dtype)
 
     blocks = [block(start, min(start + size, L)) for start in range(0, L, size)]
     return jnp.concatenate(blocks, -2).transpose(0, 3, 1, 2, 4).reshape(B, L, H, D)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """The float32 product of two arrays of one dtype, in which the backward pass multiplies as well.
+
+    JAX would transpose it into float32 products, at a fraction of the speed, because the gradient is float32.
+    """
+    return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
+
+
+def _product_forward(subscripts: str, left: jax.Array, right: jax.Array):
+    return _product(subscripts, left, right), (left, right)
+
+
+def _product_backward(subscripts: str, operands: tuple[jax.Array, jax.Array], gradient: jax.Array):
+    _, transpose = jax.vjp(functools.partial(jnp.einsum, subscripts), *operands)
+    return transpose(gradient.astype(operands[0].dtype))
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def cached(

@@ -164,24 +164,25 @@ class Embeddings(nn.Module):
     def __call__(self, tokens_BxL, positions_BxL, deterministic=True):
         c = self.config
 
-        def embed(rows, width, name):
-            return nn.Embed(
+        def embed(rows, width, name, indices):
+            """Cast after the lookup, so that the gradients of a row that occurs often are summed in its own dtype."""
+            table = nn.Embed(
                 rows,
                 width,
-                dtype=c.dtype,
                 param_dtype=jnp.dtype(c.param_dtype),
                 embedding_init=nn.initializers.normal(c.init_std),
                 name=name,
             )
+            return table(indices).astype(c.dtype)
 
-        x = embed(c.vocab_size, c.embed_size, "tokens")(tokens_BxL)
+        x = embed(c.vocab_size, c.embed_size, "tokens", tokens_BxL)
         if c.scale_embeddings:
             x = x * jnp.asarray(c.hidden_size**0.5, c.dtype)
         if c.embed_size != c.hidden_size:
             x = _dense(c, c.hidden_size, False, "project_in")(x)
         if c.rope is None:
             rows = c.max_positions + c.position_offset
-            x = x + embed(rows, c.hidden_size, "positions")(positions_BxL + c.position_offset)
+            x = x + embed(rows, c.hidden_size, "positions", positions_BxL + c.position_offset)
         return nn.Dropout(c.embedding_dropout, deterministic=deterministic)(x)
 
 

@@ -1,5 +1,6 @@
 """What the compiled programs of a plan show: attention kernels, large buffers, logits, collectives, compilations."""
 
+import collections
 from typing import Any
 
 from l2m_jax import methods
@@ -78,6 +79,27 @@ def buffers(program: Program) -> list[dict[str, Any]]:
     """The largest arrays that a program makes."""
     found = program.module.buffers()[:_LISTED_BUFFERS]
     return [{"shape": str(array), "bytes": array.bytes, "operation": name} for array, name in found]
+
+
+def kernels(program: Program) -> dict[str, Any]:
+    """What a program is made of: products by dtype, attention kernels, scatters, the largest array, collectives."""
+    module, by_dtype = program.module, collections.Counter()
+    for product in module.products:
+        by_dtype[product.dtype] += product.flops * product.count
+    total = sum(by_dtype.values())
+    return {
+        "products": {dtype: flops / total for dtype, flops in by_dtype.most_common()},
+        "attention_kernels": {name: n for name, n in module.custom_calls.items() if "fmha" in name},
+        "scatters": [
+            {"shape": str(array), "unique": unique, "operation": operation}
+            for array, unique, operation in module.scatters
+        ],
+        "largest_buffers": buffers(program),
+        "collectives": [
+            {"kind": c.kind, "bytes": c.bytes, "count": c.count, "overlaps": c.overlaps}
+            for c in module.collectives
+        ],
+    }
 
 
 def largest_logits(w: Workload, training: Training) -> dict[str, Any] | None:

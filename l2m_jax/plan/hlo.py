@@ -16,6 +16,7 @@ _ARRAY = re.compile(r"\b(pred|token|opaque|bf16|[a-z]\d+[a-z0-9]*)\[([\d,]*)\]")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONTRACTED = re.compile(r'"?lhs_contracting_dim(?:ension)?s"?[:=](?:\[([^\]]*)\]|\{([^}]*)\})')
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 # These move no memory of their own: they rename, or what they call is counted instead.
 _FREE = {
@@ -88,6 +89,32 @@ class Collective(NamedTuple):
     overlaps: bool
 
 
+class Product(NamedTuple):
+    """A matrix product.
+
+    Attributes:
+        dtype: of its operands, the wider one.
+        flops: of one.
+        count: how often a run of the program computes it.
+    """
+
+    dtype: str
+    flops: float
+    count: float
+
+
+class Scatter(NamedTuple):
+    """
+    Attributes:
+        unique: whether the compiler knows that no index occurs twice. If not, a GPU adds atomically.
+        operation: the name of the operation that it comes from.
+    """
+
+    array: Array
+    unique: bool
+    operation: str
+
+
 @dataclass(frozen=True)
 class Module:
     """A parsed program. `unknown_trips`: how often a loop runs whose count is not in the text."""
@@ -155,6 +182,38 @@ class Module:
         return found
 
     @cached_property
+    def products(self) -> list[Product]:
+        """Matrix products, also those within fusions. Fused attention kernels are `custom_calls`."""
+        found = []
+        for computation, instruction, times in self._with_fused():
+            contracted = _CONTRACTED.search(instruction.attributes)
+            if contracted is None or instruction.opcode not in ("dot", "custom-call"):
+                continue
+            left, right = (computation[name].result[0] for name in instruction.operands[:2])
+            dims = re.findall(r"\d+", contracted.group(1) or contracted.group(2) or "")
+            depth = math.prod(left.dims[int(d)] for d in dims)
+            dtype = max(left, right, key=lambda array: array.bytes / max(array.size, 1)).dtype
+            found.append(Product(dtype, 2.0 * instruction.result[0].size * depth, times))
+        return found
+
+    @cached_property
+    def scatters(self) -> list[Scatter]:
+        """Additions to, or writes into, rows of an array by their index; also those within fusions."""
+        return [
+            Scatter(i.result[0], "unique_indices=true" in i.attributes, _operation(i))
+            for _, i, _ in self._with_fused()
+            if i.opcode == "scatter"
+        ]
+
+    def _with_fused(self) -> Iterator[tuple[dict[str, Instruction], Instruction, float]]:
+        for computation, instruction, times in self.run():
+            yield computation, instruction, times
+            if instruction.opcode == "fusion":
+                (called,) = instruction.called("calls")
+                for inner in self.computations[called].values():
+                    yield self.computations[called], inner, times
+
+    @cached_property
     def custom_calls(self) -> dict[str, float]:
         """How often each custom call runs: the kernels of cuBLAS, cuDNN and the like."""
         calls: collections.Counter[str] = collections.Counter()
@@ -181,9 +240,8 @@ class Module:
         for _, instruction, _ in self.run():
             if instruction.opcode in _FREE:
                 continue
-            name = re.search(r'op_name="([^"]*)"', instruction.attributes)
             for array in instruction.result:
-                found.setdefault(array, name.group(1) if name else instruction.opcode)
+                found.setdefault(array, _operation(instruction))
         return sorted(found.items(), key=lambda item: -item[0].bytes)
 
     def _moved(self, computation: dict[str, Instruction], instruction: Instruction) -> float:
@@ -205,6 +263,11 @@ class Module:
         read = sum(_read(inside, i) for i in inside.values() if i.opcode == "parameter")
         updates = [inside[i.operands[_UPDATES[i.opcode]]] for i in inside.values() if i.opcode in _UPDATES]
         return read + (sum(update.bytes for update in updates) if updates else fusion.bytes)
+
+
+def _operation(instruction: Instruction) -> str:
+    name = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    return name.group(1) if name else instruction.opcode
 
 
 def _split(text: str) -> tuple[str, str]:

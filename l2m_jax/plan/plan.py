@@ -256,4 +256,4 @@ def _program(plan: Plan, p: Program) -> dict[str, Any]:
         "results": p.results,
         "roofline_seconds": seconds(p, plan.target, plan.devices),
         "custom_calls": p.module.custom_calls,
-    }
+    } | findings.kernels(p)

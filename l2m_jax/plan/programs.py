@@ -93,6 +93,14 @@ class Compiler:
             self._compiled[key] = self._compile(name, size, function, arguments, trips)
         return self._compiled[key]
 
+    def lower(self, function: Callable, arguments: Sequence[Any]) -> Any:
+        """The program before XLA optimises it."""
+        layout: Layout = function.layout  # pyright: ignore[reportFunctionMemberAccess]
+        names = list(inspect.signature(function).parameters)
+        placed = [self._placed(layout, *pair) for pair in zip(names, arguments, strict=False)]
+        mapped: Any = self.placement.map(function)
+        return mapped.lower(*placed)
+
     def weights(self, tree: Any) -> float:
         """Bytes on a device of parameters or state of these shapes."""
         return device_bytes(self.placement.abstract(tree))
@@ -101,11 +109,7 @@ class Compiler:
         self, name: str, size: str, function: Callable, arguments: Sequence[Any], trips: float
     ) -> Program:
         start = time.monotonic()
-        layout: Layout = function.layout  # pyright: ignore[reportFunctionMemberAccess]
-        names = list(inspect.signature(function).parameters)
-        placed = [self._placed(layout, *pair) for pair in zip(names, arguments, strict=False)]
-        mapped: Any = self.placement.map(function)
-        compiled = mapped.lower(*placed).compile(compiler_options=self._options)
+        compiled = self.lower(function, arguments).compile(compiler_options=self._options)
         seconds = time.monotonic() - start
         memory = compiled.memory_analysis()
         return Program(

@@ -45,6 +45,49 @@ def show(document: dict[str, Any]) -> None:
         shown.print(_change(change, d["devices"]))
 
 
+def show_programs(document: dict[str, Any]) -> None:
+    """Prints what each program of a `plan.document` is made of."""
+    table = Table(box=box.SIMPLE, title="The compiled programs")
+    for name in (
+        "program",
+        "size",
+        "products by dtype",
+        "attention",
+        "repeated indices",
+        "largest array",
+        "collectives",
+    ):
+        table.add_column(name)
+    programs = {
+        (program["name"], program["size"], phase["name"]): program
+        for phase in document["phases"]
+        for program in phase["programs"]
+    }
+    for (name, size, phase), p in programs.items():
+        largest = p["largest_buffers"][0] if p["largest_buffers"] else None
+        table.add_row(
+            f"{phase}: {name}",
+            size,
+            ", ".join(f"{100 * share:.0f}% {dtype}" for dtype, share in p["products"].items()) or "–",
+            ", ".join(p["attention_kernels"]) or "plain",
+            ", ".join(s["shape"] for s in p["scatters"] if not s["unique"]) or "–",
+            f"{largest['shape']} {largest['bytes'] / 2**20:,.0f} MiB" if largest else "–",
+            _collectives(p["collectives"]) or "–",
+        )
+    (console if console.is_terminal else Console(width=_WIDTH_IN_FILES, highlight=False)).print(table)
+
+
+def _collectives(found: list[dict[str, Any]]) -> str:
+    """Bytes by kind, and how much of them overlaps with other work."""
+    listed = []
+    for kind in dict.fromkeys(c["kind"] for c in found):
+        sizes = [(c["bytes"] * c["count"], c["overlaps"]) for c in found if c["kind"] == kind]
+        total = sum(size for size, _ in sizes)
+        beside = sum(size for size, overlaps in sizes if overlaps) / total if total else 0.0
+        listed.append(f"{kind} {total / 1e9:.3g} GB, {100 * beside:.0f}% overlapped")
+    return "; ".join(listed)
+
+
 def _parts(sizes: dict[str, float]) -> str:
     """The parts of a total, largest first."""
     parts = sorted(((n, s) for n, s in sizes.items() if n != "total" and s), key=lambda part: -part[1])

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,17 @@ def test_blocks_of_queries_are_one_attention(monkeypatch, dtype, block, max_bloc
     for actual, wanted in zip(jax.tree.leaves(ours(qkv)), jax.tree.leaves(expected(exact)), strict=True):
         error = np.abs(np.asarray(actual, np.float32) - wanted).max()
         assert error <= tolerance * np.abs(wanted).max()
+
+
+def test_the_backward_pass_multiplies_in_the_compute_dtype(qkv):
+    """All products, forward and backward, take bfloat16 operands: float32 ones would miss a GPU's fast units."""
+    low = [x.astype(jnp.bfloat16) for x in qkv]
+    gradient = jax.grad(
+        lambda *qkv: module.causal(CONFIG, None)(*qkv, None)[0].astype(jnp.float32).sum(), (0, 1, 2)
+    )
+    text = jax.jit(gradient).lower(*low).as_text()
+    products = re.findall(r"stablehlo.dot_general .* : \(tensor<[\dx]*(\w+)>, tensor<[\dx]*(\w+)>\)", text)
+    assert len(products) == 6 and {name for pair in products for name in pair} == {"bf16"}
 
 
 def test_dropout_falls_on_the_probabilities(qkv):

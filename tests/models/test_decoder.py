@@ -9,6 +9,7 @@ import pytest
 
 from l2m_jax import models
 from l2m_jax.errors import InputError
+from l2m_jax.models.layers import Embeddings
 
 _GPT2 = models.DecoderConfig(
     family="gpt2",
@@ -289,6 +290,25 @@ def test_bfloat16_compute_with_float32_parameters(tokens):
     assert jax.tree.all(
         jax.tree.map(lambda x: x.dtype == jnp.bfloat16, models.init(halved, jax.random.key(0)))
     )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_gradients_of_a_frequent_token_are_summed_in_float32(family):
+    """A sum in bfloat16 would stop at 256: adding 1 to it changes nothing any more."""
+    config = dataclasses.replace(FAMILIES[family], dtype="bfloat16")
+    params = models.init(config, jax.random.key(0))["embeddings"]
+    tokens = jnp.full((64, 8), 3)
+    positions = jnp.broadcast_to(jnp.arange(8), tokens.shape)
+
+    def total(params):
+        embedded = Embeddings(config).apply({"params": params}, tokens, positions)
+        assert embedded.dtype == jnp.bfloat16
+        return embedded.astype(jnp.float32).sum()
+
+    gradients = jax.grad(total)(params)
+    assert (gradients["tokens"]["embedding"][3] == 512).all()
+    if family == "gpt2":
+        assert (gradients["positions"]["embedding"][:8] == 64).all()
 
 
 def test_dropout(tokens):

@@ -72,6 +72,50 @@ def test_traffic_is_what_a_slice_takes_and_not_the_array_it_is_taken_from():
     assert Module.parse(KNOWN).traffic == 5 * (slice_bytes + gather + product) + reduce
 
 
+PRODUCTS = """HloModule jit_g
+
+%fused (p0: f32[4,8], p1: f32[8,2], p2: s32[4,1], p3: bf16[9,2]) -> bf16[9,2] {
+  %p0 = f32[4,8]{1,0} parameter(0)
+  %p1 = f32[8,2]{1,0} parameter(1)
+  %p2 = s32[4,1]{1,0} parameter(2)
+  %p3 = bf16[9,2]{1,0} parameter(3)
+  %dot = f32[4,2]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %low = bf16[4,2]{1,0} convert(%dot)
+  ROOT %scatter = bf16[9,2]{1,0} scatter(%p3, %p2, %low), to_apply=%sum, metadata={op_name="jit(g)/take/scatter-add"}
+}
+
+ENTRY %main (x: f32[4,8], y: f32[8,2], i: s32[4,1], z: bf16[9,2], a: bf16[3,5,6], b: bf16[3,7,6]) -> bf16[9,2] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %y = f32[8,2]{1,0} parameter(1)
+  %i = s32[4,1]{1,0} parameter(2)
+  %z = bf16[9,2]{1,0} parameter(3)
+  %a = bf16[3,5,6]{2,1,0} parameter(4)
+  %b = bf16[3,7,6]{2,1,0} parameter(5)
+  %gemm = (f32[3,5,7]{2,1,0}, s8[64]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"]}}}
+  %kept = bf16[9,2]{1,0} scatter(%z, %i, %z), unique_indices=true, to_apply=%sum
+  ROOT %out = bf16[9,2]{1,0} fusion(%x, %y, %i, %kept), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_products_and_scatters_also_within_fusions():
+    module = Module.parse(PRODUCTS)
+    assert module.products == [("bf16", 2 * 3 * 5 * 7 * 6, 1), ("f32", 2 * 4 * 2 * 8, 1)]
+    assert module.scatters == [
+        (Array("bf16", (9, 2)), True, "scatter"),
+        (Array("bf16", (9, 2)), False, "jit(g)/take/scatter-add"),
+    ]
+
+
+def test_products_of_a_compiled_program():
+    def f(x, y):
+        return jax.lax.scan(lambda c, _: (c @ y, None), x, length=5)[0]
+
+    text = jax.jit(f).lower(jnp.ones((64, 128)), jnp.ones((128, 128))).compile().as_text()
+    counted = sum(p.flops * p.count for p in Module.parse(text).products)
+    assert counted == 5 * 2 * 64 * 128 * 128
+
+
 def test_custom_calls_kernels_and_buffers():
     module = Module.parse(KNOWN)
     assert module.custom_calls == {"__cublas$gemm": 5}
