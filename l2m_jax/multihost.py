@@ -180,6 +180,35 @@ def first(work: Callable[[], T]) -> T:
     return json.loads(value)
 
 
+def every_process(work: Callable[[], None]) -> None:
+    """Runs `work()`, which is another part in each process, in all of them together. They wait for the last one.
+
+    If some raise, all processes raise: those that did, their own exception; the others, that of the first that did.
+
+    Args:
+        work: communicates with no other process.
+
+    Raises:
+        RuntimeError: as `first`.
+    """
+    error: Exception | None = None
+    try:
+        work()
+    except Exception as raised:
+        error = raised
+    if jax.process_count() > 1:
+        _wait()
+        said = None if error is None else [str(error) or repr(error), isinstance(error, InputError)]
+        for process, text in enumerate(_from_all(json.dumps(said))):
+            if error is None and (of_another := json.loads(text)) is not None:
+                message, is_input_error = of_another
+                error = (
+                    InputError(message) if is_input_error else RuntimeError(f"process {process}: {message}")
+                )
+    if error is not None:
+        raise error
+
+
 def _wait() -> None:
     """Waits until all processes are here. A device collective would time out after half a minute."""
     import orbax.checkpoint as ocp
@@ -195,3 +224,13 @@ def _from_first(text: str) -> str:
     padded = np.zeros(1 << (size - 1).bit_length(), np.uint8)  # few sizes, so few compilations
     padded[: len(data)] = data
     return multihost_utils.broadcast_one_to_all(padded)[:size].tobytes().decode()
+
+
+def _from_all(text: str) -> list[str]:
+    """The `text` of each process, in all processes."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = np.atleast_1d(multihost_utils.process_allgather(np.int32(len(data))))
+    padded = np.zeros(1 << (int(sizes.max()) - 1).bit_length(), np.uint8)  # few sizes, so few compilations
+    padded[: len(data)] = data
+    found = multihost_utils.process_allgather(padded)
+    return [found[process, :size].tobytes().decode() for process, size in enumerate(sizes)]

@@ -105,6 +105,11 @@ class Placement:
         return range(own[0], own[-1] + 1)
 
     @property
+    def own(self) -> "Placement":
+        """The same mapping over this process's devices alone, for work that processes share out."""
+        return Placement(self.mapping, tuple(self.devices[i] for i in self.local))
+
+    @property
     def _by_device(self) -> NamedSharding:
         """One entry of the first axis on each device (under "pmap": of this process)."""
         mesh = self.mesh.local_mesh if self.mapping == "pmap" else self.mesh
@@ -218,7 +223,9 @@ class Placement:
         )
 
     def gather(self, tree: Any) -> Any:
-        """Results as NumPy arrays with a leading axis of all devices, in every process. Waits for them."""
+        """Results as NumPy arrays with a leading axis of all devices, in every process that has some. Waits for them."""
+        if len(self.local) == self.num_devices:
+            return jax.device_get(tree)
         return multihost_utils.process_allgather(tree, tiled=True)
 
 

@@ -10,11 +10,16 @@ Arrays carry their shape in their name. The letters, everywhere in this package:
     S  length of a KV cache
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 Params = dict[str, Any]
+
+# What is stored of the teacher at the targets of an example, `[r_i, ...]`, by the fields of MicroBatch.
+TeacherRows = Mapping[str, np.ndarray]
 
 
 class MicroBatch(NamedTuple):

@@ -27,6 +27,7 @@ from l2m_jax.training import step
 from l2m_jax.training.optimizer import OptimizerSettings, make_optimizer
 from l2m_jax.training.step import StepSettings, Teacher, TrainState
 from l2m_jax.training.store import TeacherStore
+from l2m_jax.training.store_format import HiddenStates
 from l2m_jax.types import MicroBatch
 
 _DEVICES = 1  # as the peers have one
@@ -104,7 +105,8 @@ def _store(
     hidden = placement.map(step.hidden_pass)
 
     def build(name: str) -> TeacherStore:
-        store = TeacherStore(folder / name, corpus, key="bench", width=config.embed_size, dtype="float32")
+        form = HiddenStates(config.embed_size, "float32")
+        store = TeacherStore(folder / name, corpus, key="bench", form=form)
         store.fill(placement, lambda batch: hidden(config, params, batch))
         return store
 

@@ -12,7 +12,9 @@ import numpy as np
 from l2m_jax.bench.common import Spread
 from l2m_jax.losses import Objective, SkewKL, fused_token_losses
 from l2m_jax.parallel import Placement
+from l2m_jax.training.shards import bytes_per_target
 from l2m_jax.training.store import TeacherStore
+from l2m_jax.training.store_format import HiddenStates
 from l2m_jax.types import MicroBatch
 
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -67,15 +69,16 @@ def run(
         for _ in range(repeats):
             with tempfile.TemporaryDirectory() as folder:
                 start = time.perf_counter()
-                store = TeacherStore(Path(folder), corpus, key="random", width=width, dtype=dtype)
+                form = HiddenStates(width, dtype)
+                store = TeacherStore(Path(folder), corpus, key="random", form=form)
                 store.fill(placement, forward)
                 wrote.append(targets / (time.perf_counter() - start))
                 read.append(targets / _seconds_to_read(store, random.permutation(examples)))
-                compared = np.array(store.hidden_TxE[:_COMPARED])
+                compared = _first_targets(store)
         divergence = divergence_of(compared)
         exact = divergence if exact is None else exact
         difference = float(np.mean(np.abs(divergence - exact)))
-        size = width * compared.itemsize
+        size = bytes_per_target(form.tensors)
         rows.append(
             {
                 "dtype": dtype,
@@ -99,12 +102,19 @@ def _corpus(examples: int) -> _Examples:
 
 
 def _seconds_to_read(store: TeacherStore, order: np.ndarray) -> float:
-    rows = np.empty((int(np.diff(store.offsets).max()), store.hidden_TxE.shape[1]), store.hidden_TxE.dtype)
+    any_rows = store.read(0)["teacher_hidden_TxE"]
+    rows = np.empty((int(np.diff(store.offsets).max()), any_rows.shape[1]), any_rows.dtype)
     start = time.perf_counter()
     for example in order:
-        found = store.read(example)
+        found = store.read(example)["teacher_hidden_TxE"]
         rows[: len(found)] = found
     return time.perf_counter() - start
+
+
+def _first_targets(store: TeacherStore) -> np.ndarray:
+    """The hidden states of the first `_COMPARED` targets."""
+    examples = range(int(np.searchsorted(store.offsets, _COMPARED)))
+    return np.concatenate([store.read(i)["teacher_hidden_TxE"] for i in examples])[:_COMPARED]
 
 
 def _divergence(width: int, vocabulary: int):

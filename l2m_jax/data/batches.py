@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from l2m_jax.data.packing import PackedRows, Shape, pack, pack_rows
-from l2m_jax.types import MicroBatch
+from l2m_jax.types import MicroBatch, TeacherRows
 
 T = TypeVar("T")
 
@@ -142,7 +142,7 @@ def micro_batches(
     indices: Sequence[int] | np.ndarray,
     shapes: Sequence[Shape],
     num_devices: int = 1,
-    teacher_rows: Callable[[int], np.ndarray] | None = None,
+    teacher_rows: Callable[[int], TeacherRows] | None = None,
     *,
     filled: Container[int] | None = None,
     equal_examples: bool = False,
@@ -153,7 +153,7 @@ def micro_batches(
     Args:
         indices: the examples of the batch.
         shapes: the shapes that a micro-batch may have (`choose_shapes`).
-        teacher_rows: returns the teacher's final hidden states at the targets of an example, `[r_i, E]`.
+        teacher_rows: returns what is stored of the teacher at the targets of an example.
         filled: devices whose arrays are needed, for instance those of this process; the others stay 0. None: all.
         equal_examples: each target has weight 1/r_i, so that every example has weight 1.
         coefficients: "alpha", "beta" or "temperature" of the loss, where it is not the objective's, and "weight", a
@@ -204,7 +204,7 @@ def forward_batches(
     *,
     slots: int = FORWARD_SLOTS,
     row_length: int = FORWARD_ROW_LENGTH,
-    teacher_rows: Callable[[int], np.ndarray] | None = None,
+    teacher_rows: Callable[[int], TeacherRows] | None = None,
 ) -> Iterator[ForwardBatch]:
     """All of `indices`, tightly packed, for passes without gradients: teacher store, cross-entropy.
 
@@ -260,7 +260,7 @@ def _arrange(
     examples: Examples,
     indices: Sequence[int] | np.ndarray,
     packed: PackedRows,
-    teacher_rows: Callable[[int], np.ndarray] | None = None,
+    teacher_rows: Callable[[int], TeacherRows] | None = None,
     filled: Container[int] | None = None,
     equal_examples: bool = False,
 ) -> tuple[MicroBatch, np.ndarray, np.ndarray]:
@@ -272,10 +272,10 @@ def _arrange(
     target_index = np.tile(np.arange(rows * length, 2 * rows * length, dtype=np.int32), (num_devices, 1))
     owners = np.full((num_devices, rows * length), -1, np.int64)
     weights = np.zeros((num_devices, rows * length), np.float32)
-    teacher_hidden = None
+    of_teacher: dict[str, np.ndarray] = {}
     if teacher_rows is not None:
-        any_hidden = teacher_rows(int(indices[0]))
-        teacher_hidden = np.zeros((*labels.shape, any_hidden.shape[-1]), any_hidden.dtype)
+        any_rows = teacher_rows(int(indices[0]))
+        of_teacher = {name: np.zeros((*labels.shape, *x.shape[1:]), x.dtype) for name, x in any_rows.items()}
     for device, rows_R in enumerate(packed.rows_AxR):
         if filled is not None and device not in filled:
             continue
@@ -298,10 +298,11 @@ def _arrange(
                 weights[device, at] = 1 / responses if equal_examples else 1
                 owners[device, at] = example
                 targets[device, at] = np.arange(responses)
-                if teacher_rows is not None and teacher_hidden is not None:
-                    teacher_hidden[device, at] = teacher_rows(example)
+                if teacher_rows is not None:
+                    for name, stored in teacher_rows(example).items():
+                        of_teacher[name][device, at] = stored
                 start, done = end, done + responses
-    batch = MicroBatch(tokens, segment_ids, positions, target_index, labels, weights, teacher_hidden)  # type: ignore[arg-type]
+    batch = MicroBatch(tokens, segment_ids, positions, target_index, labels, weights, **of_teacher)  # type: ignore[arg-type]
     return batch, owners, targets
 
 

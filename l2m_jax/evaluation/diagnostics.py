@@ -12,7 +12,7 @@ from l2m_jax.losses import Agreement
 from l2m_jax.models import DecoderConfig
 from l2m_jax.parallel import Placement, over_devices
 from l2m_jax.training.step import target_hidden
-from l2m_jax.types import MicroBatch, Params
+from l2m_jax.types import MicroBatch, Params, TeacherRows
 
 MEASURES = Agreement._fields
 
@@ -45,12 +45,12 @@ class TeacherSide:
     """What the comparison needs of the teacher.
 
     Attributes:
-        rows: its final hidden states at the targets of an example, `[r_i, F]`.
+        rows: its final hidden states at the targets of an example, under "teacher_hidden_TxE".
         head_UxF: placed.
         valid_vocab_size: vocabulary entries that it shares with the student.
     """
 
-    rows: Callable[[int], np.ndarray]
+    rows: Callable[[int], TeacherRows]
     head_UxF: jax.Array
     valid_vocab_size: int
 

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -86,9 +86,13 @@ class Artefact(Generic[Inputs]):
         """Records that the unfinished work belongs to this artefact."""
         first(lambda: self._write_record(_record_of(self.progress or self.path), finished=False))
 
-    def finish(self) -> None:
-        """Records that what is at `path` is complete."""
-        self._write_record(_record_of(self.path), finished=True)
+    def finish(self, *, without: Collection[str] = ()) -> None:
+        """Records that what is at `path` is complete.
+
+        Args:
+            without: names of files in the folder that have checksums of their own.
+        """
+        self._write_record(_record_of(self.path), finished=True, without=without)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Path]:
@@ -103,13 +107,17 @@ class Artefact(Generic[Inputs]):
         if self.progress is not None:
             shutil.rmtree(self.progress, ignore_errors=True)
 
-    def _write_record(self, file: Path, *, finished: bool, place: Path | None = None) -> None:
+    def _write_record(
+        self, file: Path, *, finished: bool, place: Path | None = None, without: Collection[str] = ()
+    ) -> None:
         """Args: place: where the finished files are, if not at `path` yet."""
         record = {
             "key": self.key,
             "finished": finished,
             "inputs": described(self.inputs),
-            "files": files.checksums(place or self.path, without=_NOT_CHECKED) if finished else {},
+            "files": files.checksums(place or self.path, without={*_NOT_CHECKED, *without})
+            if finished
+            else {},
         }
         files.write_json(file, record)
 

@@ -31,6 +31,7 @@ from l2m_jax.run.models import load_frozen, read_config
 from l2m_jax.run.ranking import RankingInputs
 from l2m_jax.training.step import Teacher, hidden_pass
 from l2m_jax.training.store import TeacherStore
+from l2m_jax.training.store_format import HiddenStates
 from l2m_jax.types import Params
 
 SAMPLES = 4  # validation prompts whose answers are kept at each validation
@@ -62,11 +63,11 @@ def make_states(artefact: Artefact[DiagnosticsInputs], context: Context) -> None
     if artefact.is_finished:
         return
     artefact.begin()
-    inputs, placement = artefact.inputs, context.placement
-    config, params = load_frozen(inputs.teacher, context.teacher, inputs.tokenizer, placement)
-    forward = placement.map(hidden_pass)
-    _store(artefact, _rows(inputs), config).fill(placement, lambda batch: forward(config, params, batch))
-    first(artefact.finish)
+    inputs, own = artefact.inputs, context.placement.own
+    config, params = load_frozen(inputs.teacher, context.teacher, inputs.tokenizer, own)
+    forward, store = own.map(hidden_pass), _store(artefact, _rows(inputs), config)
+    store.fill(context.placement, lambda batch: forward(config, params, batch))
+    first(lambda: artefact.finish(without=store.files))
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ def _rows(inputs: DiagnosticsInputs) -> _Rows:
 
 
 def _store(artefact: Artefact[DiagnosticsInputs], rows: _Rows, teacher: DecoderConfig) -> TeacherStore:
-    width = teacher.embed_size
-    return TeacherStore(artefact.path, rows.examples, key=artefact.key, width=width, dtype=_DTYPE)
+    form = HiddenStates(teacher.embed_size, _DTYPE)
+    return TeacherStore(artefact.path, rows.examples, key=artefact.key, form=form)
 
 
 class Diagnostics:

@@ -22,7 +22,7 @@ from l2m_jax.models import DecoderConfig
 from l2m_jax.multihost import first
 from l2m_jax.parallel import Placement
 from l2m_jax.training.loop import Part, Term
-from l2m_jax.types import Params
+from l2m_jax.types import Params, TeacherRows
 
 _CHECKSUMS = "checksums.json"
 
@@ -73,7 +73,7 @@ def training_data(
     fixed: Mapping[str, Responses],
     rollouts: "Rollouts | None",
     limit: int,
-    teacher_rows: Callable[[int], np.ndarray] | None,
+    teacher_rows: Callable[[int], TeacherRows] | None,
 ) -> Callable[[Part, Params], list[Term]]:
     """What `method` trains on in each part of an epoch.
 
@@ -82,7 +82,7 @@ def training_data(
         rollouts: None unless the method is on-policy.
         limit: the maximum number of tokens of an example with a generated response. Longer ones are cut, and then
             have no end of sequence.
-        teacher_rows: reads the teacher's hidden states at the reference responses; None with a live teacher.
+        teacher_rows: reads what is stored of the teacher at the reference responses; None with a live teacher.
     """
     examples: Examples = references
     if method.responses == "teacher":

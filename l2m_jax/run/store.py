@@ -10,6 +10,7 @@ from l2m_jax.run.context import Context
 from l2m_jax.run.models import load_frozen, read_config
 from l2m_jax.training.step import hidden_pass
 from l2m_jax.training.store import TeacherStore
+from l2m_jax.training.store_format import HiddenStates
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ def open_store(artefact: Artefact[StoreInputs], context: Context) -> TeacherStor
     inputs = artefact.inputs
     config = read_config(inputs.teacher, context.teacher, inputs.tokenizer)
     train = data.open_corpus(inputs.train)
-    return TeacherStore(artefact.path, train, key=artefact.key, width=config.embed_size, dtype=inputs.dtype)
+    form = HiddenStates(config.embed_size, inputs.dtype)
+    return TeacherStore(artefact.path, train, key=artefact.key, form=form)
 
 
 def make_store(artefact: Artefact[StoreInputs], context: Context) -> TeacherStore:
@@ -42,9 +44,9 @@ def make_store(artefact: Artefact[StoreInputs], context: Context) -> TeacherStor
         console.print(f"  already there: {artefact.path}")
         return store
     artefact.begin()
-    inputs, placement = artefact.inputs, context.placement
-    config, params = load_frozen(inputs.teacher, context.teacher, inputs.tokenizer, placement, inputs.weights)
-    forward = placement.map(hidden_pass)
-    store.fill(placement, lambda batch: forward(config, params, batch))
-    first(artefact.finish)
+    inputs, own = artefact.inputs, context.placement.own
+    config, params = load_frozen(inputs.teacher, context.teacher, inputs.tokenizer, own, inputs.weights)
+    forward = own.map(hidden_pass)
+    store.fill(context.placement, lambda batch: forward(config, params, batch))
+    first(lambda: artefact.finish(without=store.files))
     return store

@@ -23,7 +23,7 @@ from l2m_jax.training.metrics import MetricsLog
 from l2m_jax.training.optimizer import OptimizerSettings, learning_rate_schedule, make_optimizer
 from l2m_jax.training.step import StepSettings, Teacher, TrainState
 from l2m_jax.training.step_log import Batch, StepLog
-from l2m_jax.types import MicroBatch, Params
+from l2m_jax.types import MicroBatch, Params, TeacherRows
 
 PREFETCHED_BATCHES = 4  # on the devices, ahead of the batch that is trained on
 
@@ -55,14 +55,14 @@ class Term:
 
     Attributes:
         examples: token arrays by example number.
-        teacher_rows: returns the stored hidden states of the teacher for an example, `[r_i, E]`; None if the teacher
-            runs live or is not needed.
+        teacher_rows: returns what is stored of the teacher for an example; None if the teacher runs live or is not
+            needed.
         equal_examples: average over the targets of each example first, then over examples.
     """
 
     objective: Objective
     examples: Examples
-    teacher_rows: Callable[[int], np.ndarray] | None = None
+    teacher_rows: Callable[[int], TeacherRows] | None = None
     equal_examples: bool = False
 
 

@@ -1,33 +1,34 @@
-"""The teacher's final hidden states at the response positions, computed once and read by example.
+"""The teacher's signal at the targets of a corpus, computed once and read by example.
 
-E numbers per token instead of V logits. Together with the teacher's head, which stays on the devices, they give its
-distribution. They are stored in one flat, memory-mapped array `[Σ r_i, E]`: the r_i targets of each example i in turn.
+A store is a folder of shards, each with the targets of 4,096 consecutive examples (`shards.py`); `store_format.py` says
+what is stored of a target. Processes share out the shards, and each packs its examples by themselves, so that neither
+the number of processes nor an interruption changes a byte.
 """
 
 import functools
-import hashlib
-import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import jax
-import ml_dtypes
 import numpy as np
 
-from l2m_jax import files, progress
+from l2m_jax import progress
 from l2m_jax.data.batches import Examples, ForwardBatch, forward_batches, prefetch
 from l2m_jax.errors import InputError
-from l2m_jax.multihost import first, is_first
+from l2m_jax.multihost import every_process, first
 from l2m_jax.parallel import Placement
-from l2m_jax.types import MicroBatch
+from l2m_jax.training.shards import Shard, bytes_per_target
+from l2m_jax.training.store_format import StoreFormat
+from l2m_jax.types import MicroBatch, TeacherRows
 
-_HIDDEN, _MARK = "hidden.bin", "store.json"
-_BLOCK = 4096  # examples between two records of progress
-_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+# Changing it changes how examples are packed, and so the rounding of what is stored.
+_SHARD_EXAMPLES = 4096
+# Shards that are mapped at a time: each is an open file, of which a process may have about a thousand.
+_MAPPED = 128
+_OF_ANOTHER_VERSION = "hidden.bin"
 
 
 class Corpus(Examples, Protocol):
@@ -47,190 +48,193 @@ class Corpus(Examples, Protocol):
 
 
 class TeacherStore:
-    """The store of one teacher's hidden states for the examples of one corpus, in `folder`.
+    """The store of one teacher's signal for the examples of one corpus, in `folder`.
 
     Attributes:
-        offsets: int64 [n + 1]; the rows of example i are offsets[i] to offsets[i + 1].
+        offsets: int64 [n + 1]; example i has the targets offsets[i] to offsets[i + 1] of the corpus.
+        shards: in the order of their examples.
 
     Args:
         key: identifies the teacher and the corpus.
-        width: E.
-        dtype: "float32", "bfloat16" or "float16".
 
     Raises:
-        InputError: `folder` contains a store with another key, width or dtype.
+        InputError: `folder` contains a store with another key or format, or one of an earlier version.
     """
 
-    def __init__(self, folder: Path, corpus: Corpus, *, key: str, width: int, dtype: str):
+    def __init__(self, folder: Path, corpus: Corpus, *, key: str, form: StoreFormat):
         self.offsets = np.concatenate([[0], np.cumsum(corpus.response_lengths, dtype=np.int64)])
-        self._folder, self._corpus, self._width, self._dtype = folder, corpus, width, dtype
-        self._made_from = {"key": key, "width": width, "dtype": dtype}
-        self._blocks: list[str] = []  # the hash of each finished block
-        self._done = first(self._examples_done)
+        self.shards = _shards(folder, self.offsets, form)
+        self._folder, self._corpus, self._form = folder, corpus, form
+        self._made_from = {"key": key, "dtype": form.dtype, "bytes": bytes_per_target(form.tensors)}
+        self._missing: set[int] = set(first(self._find_missing))
+        self._mapped = functools.lru_cache(_MAPPED)(lambda number: self.shards[number].arrays())
 
     @property
     def is_complete(self) -> bool:
-        return self._done == len(self._corpus)
+        return not self._missing
 
-    @functools.cached_property
-    def hidden_TxE(self) -> np.memmap:
-        """All targets of all examples, memory-mapped."""
-        return self._mapped("r")
+    @property
+    def files(self) -> list[str]:
+        """The names of its files, which it checks itself whenever it is opened."""
+        return [file.name for shard in self.shards for file in (shard.file, shard.note)]
 
-    def read(self, example: int) -> np.ndarray:
-        """`[r_i, E]` in the store's dtype, a view of the file: only what is used is read from the disk."""
-        return np.asarray(self.hidden_TxE[self.offsets[example] : self.offsets[example + 1]])
+    def read(self, example: int) -> TeacherRows:
+        """What a micro-batch has of the targets of an example, `[r_i, ...]`, by its fields.
 
-    def fill(self, placement: Placement, forward: Callable[[MicroBatch], jax.Array]) -> None:
+        Hidden states are views of the file: only what is used is read from the disk.
+        """
+        number = example // _SHARD_EXAMPLES
+        rows = slice(*self.offsets[example : example + 2] - self.offsets[self.shards[number].start])
+        return self._form.decode({name: array[rows] for name, array in self._mapped(number).items()})
+
+    def fill(self, placement: Placement, forward: Callable[[MicroBatch], Any]) -> None:
         """Computes what is missing. After an interruption, a second call resumes.
 
-        The devices compute one batch while the states of the previous one are written. With several processes, the
-        first one writes.
+        Each process computes every P-th shard on its own devices, and waits for the others at the end. The devices
+        compute one batch while the states of the previous one are written.
 
         Args:
-            forward: returns the teacher's hidden states at the targets of a micro-batch that is fed to the devices,
-                `[A, T, E]`.
+            placement: over the devices of all processes. Their number decides how examples are packed.
+            forward: returns what the format encodes of the targets of a micro-batch, `[A, T, ...]`, which is fed to
+                the devices of `placement.own`.
 
         Raises:
-            InputError: there is not enough room on the disk, or a hidden state is not finite in the store's dtype.
+            InputError: there is not enough room on the disk, or a number is not finite in the store's dtype.
         """
         if self.is_complete:
             return
         first(self._prepare)
-        # Network file systems write whole pages, so two hosts cannot write adjacent rows.
-        target = self._mapped("r+") if is_first() else None
-        count = len(self._corpus)
-        with progress.bar("teacher's hidden states", count) as bar:
-            bar.resume_at(self._done)
-            # By blocks: one number records the progress, and a resumed pass packs like an uninterrupted one.
-            for start in range(self._done, count, _BLOCK):
-                block = np.arange(start, min(start + _BLOCK, count))
-                self._fill_block(block, target, placement, forward, bar)
-                if target is not None:
-                    target.flush()
-                    end = int(block[-1]) + 1
-                    self._blocks.append(self._hash(target, start, end))
-                    self._note(end)
-        first(lambda: None)  # the others wait until it is complete
-        self._done = count
+        missing = [self.shards[number] for number in sorted(self._missing)]
+        every_process(
+            lambda: self._fill(missing[jax.process_index() :: jax.process_count()], placement, forward)
+        )
+        self._missing = set()
 
-    def _fill_block(
+    def _fill(
+        self, shards: Sequence[Shard], placement: Placement, forward: Callable[[MicroBatch], Any]
+    ) -> None:
+        done = len(self._corpus) - sum(shard.end - shard.start for shard in shards)
+        with progress.bar("teacher's hidden states", len(self._corpus)) as bar:
+            bar.resume_at(done)
+            for shard in shards:
+                with shard.writing(self._made_from) as arrays:
+                    self._fill_shard(shard, arrays, placement, forward, bar)
+
+    def _fill_shard(
         self,
-        block: np.ndarray,
-        target_TxE: np.ndarray | None,
+        shard: Shard,
+        arrays: dict[str, np.ndarray],
         placement: Placement,
-        forward: Callable[[MicroBatch], jax.Array],
+        forward: Callable[[MicroBatch], Any],
         bar: progress.Bar,
     ) -> None:
-        start, tokens = time.monotonic(), 0
+        start, tokens, own = time.monotonic(), 0, placement.own
 
-        def write(batch: ForwardBatch, hidden_AxTxE: jax.Array) -> None:
+        def write(batch: ForwardBatch, found: Any) -> None:
             nonlocal tokens
-            states = placement.gather(hidden_AxTxE)
-            if target_TxE is None:
-                return
             real = batch.example_AxT >= 0
-            rows = self.offsets[batch.example_AxT[real]] + batch.target_AxT[real]
-            with np.errstate(over="ignore"):
-                stored = states[real].astype(target_TxE.dtype)
-            if not np.isfinite(stored).all():
-                self._refuse(batch.example_AxT[real][~np.isfinite(stored).all(axis=1)][0])
-            target_TxE[rows] = stored
+            found = jax.tree.map(lambda x: x[real], own.gather(found))
+            self._put(arrays, shard, batch.example_AxT[real], batch.target_AxT[real], found)
             tokens += int(self._corpus.lengths[batch.indices].sum())
             rate = tokens / (time.monotonic() - start)
             bar.advance(len(batch.indices), **{"tokens/s": f"{rate:,.0f}"})
 
         unwritten = None
-        for batch in prefetch(forward_batches(self._corpus, block, placement.num_devices)):
-            started = (batch, forward(placement.feed(batch.micro_batch)))
+        batches = forward_batches(self._corpus, np.arange(shard.start, shard.end), placement.num_devices)
+        for batch in prefetch(_divided(batches, own.num_devices)):
+            started = (batch, forward(own.feed(batch.micro_batch)))
             if unwritten is not None:
                 write(*unwritten)
             unwritten = started
         if unwritten is not None:
             write(*unwritten)
 
-    def _mapped(self, mode: Any) -> np.memmap:
-        shape = (int(self.offsets[-1]), self._width)
-        return np.memmap(self._folder / _HIDDEN, _DTYPES[self._dtype], mode=mode, shape=shape)
+    def _put(
+        self,
+        arrays: dict[str, np.ndarray],
+        shard: Shard,
+        examples: np.ndarray,
+        targets: np.ndarray,
+        found: Any,
+    ) -> None:
+        """Writes what was found at targets, by the examples that they belong to and their numbers in these."""
+        rows = self.offsets[examples] - self.offsets[shard.start] + targets
+        for name, values in self._form.encode(found).items():
+            with np.errstate(over="ignore"):
+                stored = values.astype(arrays[name].dtype)
+            finite = np.isfinite(stored).reshape(len(stored), -1).all(axis=1)
+            if not finite.all():
+                self._refuse(examples[~finite][0])
+            arrays[name][rows] = stored
 
-    @property
-    def _bytes(self) -> int:
-        return int(self.offsets[-1]) * self._width * np.dtype(_DTYPES[self._dtype]).itemsize
+    def _find_missing(self) -> list[int]:
+        """The numbers of the shards that are absent, incomplete or damaged."""
+        if (self._folder / _OF_ANOTHER_VERSION).exists():
+            raise InputError(
+                f"{self._folder / _OF_ANOTHER_VERSION} is a teacher store of an earlier version, in one file; delete "
+                f"{self._folder} to make it again"
+            )
+        missing = []
+        for shard in self.shards:
+            noted = shard.noted()
+            if noted is not None:
+                self._require_same(noted)
+                if shard.damaged(noted):
+                    progress.console.print(
+                        f"  note: {shard.file} is damaged or missing; computing it again", markup=False
+                    )
+                    noted = None
+            if noted is None:
+                missing.append(shard.number)
+        return missing
 
-    def _examples_done(self) -> int:
-        mark, file = self._folder / _MARK, self._folder / _HIDDEN
-        if not mark.is_file():
-            return 0
-        try:
-            noted = json.loads(mark.read_text(encoding="utf-8"))
-            done, self._blocks = int(noted["examples"]), list(noted["blocks"])
-        except (ValueError, KeyError, TypeError):
-            return 0  # damaged: computed again
+    def _require_same(self, noted: dict[str, Any]) -> None:
         differing = [name for name, value in self._made_from.items() if noted.get(name) != value]
         if differing:
             raise InputError(
-                f"{self._folder}: contains hidden states made with another {' and '.join(differing)}; choose another "
+                f"{self._folder}: contains a teacher store made with another {' and '.join(differing)}; choose another "
                 "--workdir, or move this folder away"
             )
-        if not file.is_file() or file.stat().st_size != self._bytes:
-            self._blocks = []
-            return 0  # the data is incomplete or gone, whatever was recorded
-        if done == len(self._corpus):
-            return done  # the artefact has checksums of finished files
-        return self._intact(done)
-
-    def _intact(self, done: int) -> int:
-        """The number of examples in the first blocks that are still as they were written. Reads them."""
-        hidden_TxE = self._mapped("r")
-        for number, start in enumerate(range(0, done, _BLOCK)):
-            end = min(start + _BLOCK, done)
-            if number >= len(self._blocks) or self._hash(hidden_TxE, start, end) != self._blocks[number]:
-                progress.console.print(
-                    f"  note: {self._folder / _HIDDEN} is damaged from example {start} on; computing these again",
-                    markup=False,
-                )
-                self._blocks = self._blocks[:number]
-                return start
-        return done
-
-    def _hash(self, hidden_TxE: np.ndarray, start: int, end: int) -> str:
-        """The hash of the states of the examples from `start` to `end`."""
-        rows = hidden_TxE[self.offsets[start] : self.offsets[end]]
-        return hashlib.sha256(rows.view(np.uint8).data).hexdigest()
 
     def _refuse(self, example: int) -> NoReturn:
         raise InputError(
             f"{self._folder}: the teacher's hidden states of training example {self._corpus.ids[example]} are not "
-            f"finite in {self._dtype}; check the teacher's weights, or choose another teacher.store_dtype and "
+            f"finite in {self._form.dtype}; check the teacher's weights, or choose another teacher.store_dtype and "
             "teacher.compute.dtype, such as bfloat16"
         )
 
     def _prepare(self) -> None:
-        _reserve(self._folder / _HIDDEN, self._bytes)
-        self._note(self._done)
+        """Checks that there is room for all that is missing."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self._folder.glob(".*.unfinished"):
+            leftover.unlink()
+        size = sum(self.shards[number].size for number in self._missing)
+        there = sum(shard.file.stat().st_size for shard in self.shards if shard.file.is_file())
+        free = shutil.disk_usage(self._folder).free
+        progress.console.print(f"  takes {(size + there) / 1e9:.3f} GB on disk ({free / 1e9:.1f} GB free)")
+        if size > free:
+            raise InputError(
+                f"{self._folder}: needs {size / 1e9:.1f} GB more and {free / 1e9:.1f} GB are free; make room, choose a "
+                "smaller teacher.store_dtype, or set teacher.signal to 'live'"
+            )
 
-    def _note(self, examples: int) -> None:
-        files.write_json(
-            self._folder / _MARK, self._made_from | {"examples": examples, "blocks": self._blocks}
-        )
+
+def _shards(folder: Path, offsets: np.ndarray, form: StoreFormat) -> list[Shard]:
+    examples = len(offsets) - 1
+    found = []
+    for number, start in enumerate(range(0, examples, _SHARD_EXAMPLES)):
+        end = min(start + _SHARD_EXAMPLES, examples)
+        found.append(Shard(folder, number, start, end, int(offsets[end] - offsets[start]), form.tensors))
+    return found
 
 
-def _reserve(file: Path, size: int) -> None:
-    """Reserves the disk space: if the disk ran full later, the process would get a signal and no exception."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    taken = file.stat().st_blocks * 512 if file.is_file() else 0
-    free = shutil.disk_usage(file.parent).free
-    progress.console.print(f"  takes {size / 1e9:.3f} GB on disk ({free / 1e9:.1f} GB free)")
-    if size - taken > free:
-        raise InputError(
-            f"{file}: needs {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make room, choose a smaller "
-            "teacher.store_dtype, or set teacher.signal to 'live'"
-        )
-    with file.open("ab") as opened:
-        opened.truncate(size)
-        # macOS lacks this call, and some network file systems refuse it.
-        try:
-            os.posix_fallocate(opened.fileno(), 0, size)
-        except (AttributeError, OSError) as error:
-            if files.disk_is_full(error):
-                raise
+def _divided(batches: Iterator[ForwardBatch], num_devices: int) -> Iterator[ForwardBatch]:
+    """Micro-batches for all devices as several for `num_devices` each; those without an example are left out."""
+    for batch in batches:
+        for start in range(0, len(batch.example_AxT), num_devices):
+            part: ForwardBatch = jax.tree.map(
+                lambda x, start=start: x[start : start + num_devices], batch._replace(indices=None)
+            )
+            examples = np.unique(part.example_AxT)
+            if examples[-1] >= 0:
+                yield part._replace(indices=examples[examples >= 0])

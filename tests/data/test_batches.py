@@ -83,7 +83,7 @@ def test_teacher_rows_lie_beside_their_targets():
     examples = make_examples(6)
     # What the store would hold: the example and the number of the target, to tell them apart.
     stored = [
-        np.array([[i, j, 1] for j in range(r)], np.float16)
+        {"teacher_hidden_TxE": np.array([[i, j, 1] for j in range(r)], np.float16)}
         for i, r in enumerate(examples.lengths - examples.prompt_lengths)
     ]
     for batch in micro_batches(examples, np.arange(6), [Shape(1, 48)], 2, teacher_rows=stored.__getitem__):

@@ -15,6 +15,7 @@ from l2m_jax.run import data, pipeline
 from l2m_jax.run.models import read_config
 from l2m_jax.run.resolve import resolve
 from l2m_jax.training.store import TeacherStore
+from l2m_jax.training.store_format import HiddenStates
 
 COUNT = 24
 
@@ -88,13 +89,14 @@ def test_the_store_has_a_state_for_each_of_these_tokens(finished, masks):
     assert artefact is not None
     teacher, params = models.load(str(folder / "run" / "teacher"))
     corpus = Corpus.open(folder / "run" / "data" / "train")
-    facts = json.loads((folder / "run" / "teacher_store" / "store.json").read_text())
-    store = TeacherStore(artefact.path, corpus, key=facts["key"], width=teacher.embed_size, dtype="bfloat16")
+    form = HiddenStates(teacher.embed_size, "bfloat16")
+    store = TeacherStore(artefact.path, corpus, key=artefact.key, form=form)
     assert store.is_complete and store.offsets[-1] == sum(map(np.sum, masks))
     tokens = corpus.example_tokens(2)[None]
     hidden = models.hidden_states(teacher, params, tokens)[0]
     expected = np.asarray(hidden)[np.flatnonzero(masks[2]) - 1]
-    np.testing.assert_allclose(store.read(2).astype(np.float32), expected, rtol=0.02, atol=0.02)
+    found = store.read(2)["teacher_hidden_TxE"].astype(np.float32)
+    np.testing.assert_allclose(found, expected, rtol=0.02, atol=0.02)
 
 
 def test_answers_end_with_the_assistants_turn(finished):

@@ -1,16 +1,22 @@
 """The teacher store: the same signal as a live teacher, whatever happens while it is written."""
 
 import functools
-import json
+import os
+import socket
+import subprocess
+import sys
 from collections import namedtuple
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from l2m_jax import models
-from l2m_jax.data.batches import ListedExamples, micro_batches
+from l2m_jax.data.batches import ListedExamples, forward_batches, micro_batches
 from l2m_jax.data.packing import Shape
 from l2m_jax.errors import InputError
 from l2m_jax.losses import Objective, SkewKL
@@ -19,6 +25,7 @@ from l2m_jax.parallel import Placement
 from l2m_jax.training import step, store
 from l2m_jax.training.step import StepSettings, Teacher
 from l2m_jax.training.store import TeacherStore
+from l2m_jax.training.store_format import HiddenStates
 
 STUDENT, TEACHER = (
     DecoderConfig(
@@ -84,20 +91,31 @@ class Forward:
         return hidden(TEACHER, placed_teacher(self.num_devices), batch)
 
 
+def opened(folder, *, key="key", dtype="float32") -> TeacherStore:
+    return TeacherStore(folder, corpus(), key=key, form=HiddenStates(24, dtype))
+
+
 def build(folder, forward=None, *, key="key", dtype="float32", num_devices=1) -> TeacherStore:
-    found = TeacherStore(folder, corpus(), key=key, width=24, dtype=dtype)
+    found = opened(folder, key=key, dtype=dtype)
     found.fill(placement(num_devices), forward or Forward(num_devices=num_devices))
     assert found.is_complete
     return found
 
 
+def hidden(stored: TeacherStore) -> np.ndarray:
+    """All targets of all examples, [T, E]."""
+    return np.concatenate([stored.read(i)["teacher_hidden_TxE"] for i in range(COUNT)])
+
+
 def content(folder) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    """Without the notes, which have modification times."""
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.suffix != ".json"}
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(store, "_BLOCK", 8)
+def small_shards(monkeypatch):
+    """Four shards, of 8, 8, 8 and 6 examples."""
+    monkeypatch.setattr(store, "_SHARD_EXAMPLES", 8)
 
 
 @pytest.mark.parametrize(("dtype", "least", "most"), [("float32", 0, 1e-6), ("bfloat16", 1e-7, 1e-3)])
@@ -127,14 +145,33 @@ def test_losses_equal_the_live_teachers(tmp_path, dtype, least, most):
 def test_rows_are_in_the_stores_dtype(tmp_path):
     for dtype in ("float32", "float16", "bfloat16"):
         stored = build(tmp_path / dtype, dtype=dtype)
-        rows = stored.read(7)
+        rows = stored.read(7)["teacher_hidden_TxE"]
         assert rows.shape == (corpus().response_lengths[7], 24) and str(rows.dtype) == dtype
-        assert stored.hidden_TxE.shape == (corpus().response_lengths.sum(), 24)
+        assert hidden(stored).shape == (corpus().response_lengths.sum(), 24)
 
 
 def test_devices_share_the_pass(tmp_path):
     one, four = build(tmp_path / "1"), build(tmp_path / "4", num_devices=4)
-    np.testing.assert_allclose(four.hidden_TxE, one.hidden_TxE, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(hidden(four), hidden(one), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shards_together_are_the_flat_array_of_all_targets(tmp_path, dtype):
+    """Each shard is packed by itself, and another library reads it."""
+    stored = build(tmp_path, dtype=dtype)
+    flat = np.zeros((int(stored.offsets[-1]), 24), jnp.dtype(dtype))
+    for start in range(0, COUNT, 8):
+        for batch in forward_batches(corpus(), np.arange(start, min(start + 8, COUNT))):
+            found = np.asarray(Forward()(placement(1).feed(batch.micro_batch)))
+            for a, t in zip(*np.nonzero(batch.example_AxT >= 0), strict=True):
+                flat[stored.offsets[batch.example_AxT[a, t]] + batch.target_AxT[a, t]] = found[a, t]
+    assert hidden(stored).tobytes() == flat.tobytes()
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert [file.name for file in files] == [f"{number:05}.safetensors" for number in range(4)]
+    for shard, rows in zip(files, np.split(flat, stored.offsets[[8, 16, 24]]), strict=True):
+        with safe_open(shard, framework="flax") as file:
+            read = np.asarray(file.get_tensor("hidden_states"))
+        assert read.dtype == rows.dtype and read.tobytes() == rows.tobytes()
 
 
 def test_interrupted_equals_uninterrupted(tmp_path):
@@ -143,15 +180,13 @@ def test_interrupted_equals_uninterrupted(tmp_path):
     resumed = tmp_path / "resumed"
     with pytest.raises(KeyboardInterrupt):
         build(resumed, Forward(fail_at=whole.calls // 2))
-    done = json.loads((resumed / "store.json").read_text())["examples"]
-    assert 0 < done < COUNT
-    # What lies behind the last note of progress may be half-written.
-    hidden = np.memmap(resumed / "hidden.bin", np.float32, mode="r+")
-    hidden[24 * corpus().response_lengths[:done].sum() :] = np.nan
-    hidden.flush()
+    assert 0 < len(content(resumed)) < 4
+    # What a kill leaves of a shard, and a shard that it left without a note.
+    (resumed / ".00002.safetensors.unfinished").write_bytes(b"half of it")
+    (resumed / "00003.safetensors").write_bytes(b"of unknown origin")
     rest = Forward()
     build(resumed, rest)
-    assert rest.calls < whole.calls
+    assert 0 < rest.calls < whole.calls
     assert content(resumed) == content(tmp_path / "whole")
 
     again = Forward()
@@ -159,25 +194,104 @@ def test_interrupted_equals_uninterrupted(tmp_path):
     assert again.calls == 0
 
 
-@pytest.mark.parametrize("size", [0, 1000, None])
-def test_data_cut_short_or_gone_is_computed_again(tmp_path, size):
-    build(tmp_path)
+_PROCESS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import jax
+rank, folder = int(sys.argv[3]), sys.argv[4]
+jax.distributed.initialize("127.0.0.1:" + sys.argv[2], 2, rank)
+import test_store
+from pathlib import Path
+print(*test_store.fill_as_one_of_several(Path(folder)), sep="|")
+"""
+
+
+def fill_as_one_of_several(folder) -> tuple[int, str]:
+    """How often this process ran the teacher, and the error of a second store, in which its last shard has a NaN."""
+    store._SHARD_EXAMPLES = 8
+    everywhere = Placement("pmap", tuple(jax.devices()))
+    own, calls = everywhere.own, 0
+    hidden_pass, teacher = own.map(step.hidden_pass), own.place(params()[1])
+
+    def forward(batch):
+        nonlocal calls
+        calls += 1
+        return hidden_pass(TEACHER, teacher, batch)
+
+    opened(folder / "two").fill(everywhere, forward)
+    broken = opened(folder / "broken")
+    first_call = calls
+
+    def broken_forward(batch):
+        found = forward(batch)
+        return found * np.float32(np.nan) if jax.process_index() == 1 and calls > first_call + 1 else found
+
+    try:
+        broken.fill(everywhere, broken_forward)
+    except InputError as error:
+        return first_call, str(error)
+    return first_call, "no error"
+
+
+def test_two_processes_write_what_one_writes_and_end_together(tmp_path):
+    one = build(tmp_path / "one", Forward(num_devices=4), num_devices=4)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    tests = Path(__file__).parent
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PROCESS, tests, str(port), str(rank), tmp_path],
+            env=os.environ | flags,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=300) for process in processes]
+    ended = [out.splitlines()[-1].split("|") if out else errors for out, errors in said]
+    assert [len(each) for each in ended] == [2, 2], said
+    assert all(int(calls) > 0 for calls, _ in ended)
+    assert ended[0][1] == ended[1][1] and "not finite" in ended[0][1]
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+    assert opened(tmp_path / "two").is_complete and one.is_complete
+    # What the others finished stays; the shard with the NaN is not there.
+    assert 0 < len(content(tmp_path / "broken")) < 4
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut off", "gone", "without a note"])
+def test_a_damaged_shard_is_computed_again_and_no_other(tmp_path, damage, capsys):
+    whole = Forward()
+    build(tmp_path, whole)
     expected = content(tmp_path)
-    if size is None:
-        (tmp_path / "hidden.bin").unlink()
+    shard = tmp_path / "00001.safetensors"
+    if damage == "changed":
+        data = bytearray(expected[shard.name])
+        data[-1] ^= 1
+        shard.write_bytes(data)
+    elif damage == "cut off":
+        shard.write_bytes(expected[shard.name][:1000])
+    elif damage == "gone":
+        shard.unlink()
     else:
-        with (tmp_path / "hidden.bin").open("r+b") as file:
-            file.truncate(size)
-    build(tmp_path)
+        shard.with_suffix(".json").unlink()
+    rest = Forward()
+    build(tmp_path, rest)
+    assert 0 < rest.calls <= whole.calls - 3
     assert content(tmp_path) == expected
+    assert ("00001.safetensors is damaged or missing" in capsys.readouterr().out) == (
+        damage != "without a note"
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "what"),
     [
         ({"key": "other"}, "another key;"),
-        ({"dtype": "float16"}, "another dtype;"),
-        ({"key": "other", "dtype": "bfloat16"}, "another key and dtype;"),
+        ({"dtype": "float16"}, "another dtype and bytes;"),
+        ({"key": "other", "dtype": "bfloat16"}, "another key and dtype and bytes;"),
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])
@@ -186,7 +300,7 @@ def test_a_store_of_something_else_is_refused(tmp_path, options, what, finished)
         build(tmp_path)
     else:
         with pytest.raises(KeyboardInterrupt):
-            build(tmp_path, Forward(fail_at=0))
+            build(tmp_path, Forward(fail_at=2))
     expected = content(tmp_path)
     with pytest.raises(InputError, match=what):
         build(tmp_path, **options)
@@ -218,7 +332,7 @@ def test_devices_compute_a_batch_while_the_one_before_is_written(tmp_path, monke
         happened.append("gathered")
         return gather(self, tree)
 
-    monkeypatch.setattr(store, "_BLOCK", COUNT)
+    monkeypatch.setattr(store, "_SHARD_EXAMPLES", COUNT)
     monkeypatch.setattr(Placement, "gather", gathered)
     # Small batches, so that there are several.
     small = functools.partial(store.forward_batches, slots=64, row_length=64)
@@ -228,27 +342,20 @@ def test_devices_compute_a_batch_while_the_one_before_is_written(tmp_path, monke
     assert count > 2 and happened == ["dispatched", *["dispatched", "gathered"] * (count - 1), "gathered"]
 
 
-def test_a_damaged_block_and_those_after_it_are_computed_again(tmp_path):
-    build(tmp_path / "whole")
-    whole = Forward()
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "rotten", Forward(fail_at=3))
-    assert json.loads((tmp_path / "rotten" / "store.json").read_text())["examples"] == 24
-    hidden = np.memmap(tmp_path / "rotten" / "hidden.bin", np.float32, mode="r+")
-    hidden[24 * corpus().response_lengths[:10].sum()] += 1  # in the second of three blocks
-    hidden.flush()
-    build(tmp_path / "rotten", whole)
-    assert whole.calls == 3
-    assert content(tmp_path / "rotten") == content(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("damaged", [b"", b"{", b"[]", b'{"examples": 8}', b"\xff\x00"])
-def test_a_damaged_note_of_progress_starts_again(tmp_path, damaged):
+@pytest.mark.parametrize("damaged", [b"", b"{", b"[]", b'{"examples": [8, 16]}', b"\xff\x00"])
+def test_a_shard_with_a_damaged_note_is_computed_again(tmp_path, damaged):
     build(tmp_path)
     expected = content(tmp_path)
-    (tmp_path / "store.json").write_bytes(damaged)
-    build(tmp_path)
-    assert content(tmp_path) == expected
+    (tmp_path / "00001.json").write_bytes(damaged)
+    forward = Forward()
+    build(tmp_path, forward)
+    assert forward.calls > 0 and content(tmp_path) == expected
+
+
+def test_a_store_of_an_earlier_version_is_refused(tmp_path):
+    (tmp_path / "hidden.bin").touch()
+    with pytest.raises(InputError, match=r"earlier version.*delete"):
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize(("dtype", "value"), [("float32", np.nan), ("float16", 1e5)])

@@ -62,7 +62,7 @@ _SCENARIOS = ("run", "on-policy")
 _RESULTS = ("*/model.safetensors", "difficulty.parquet", "*_responses.jsonl", "evaluation/*/*.jsonl")
 _SCORES = "evaluation/*/results.json"
 _ALONE = "--config.devices.num_processes=1"  # JAX has started already
-_BLOCK = 16  # examples of a block of the teacher store, so that a tiny one has several
+_SHARD_EXAMPLES = 16  # of the teacher store, so that a tiny one has several shards
 
 
 def results_of(workdir: Path) -> dict[str, bytes]:
@@ -94,12 +94,12 @@ def train(flags: Sequence[str], workdir: Path) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
-def small_blocks() -> Iterator[None]:
-    before, store._BLOCK = store._BLOCK, _BLOCK
+def small_shards() -> Iterator[None]:
+    before, store._SHARD_EXAMPLES = store._SHARD_EXAMPLES, _SHARD_EXAMPLES
     try:
         yield
     finally:
-        store._BLOCK = before
+        store._SHARD_EXAMPLES = before
 
 
 @contextlib.contextmanager
@@ -176,7 +176,7 @@ def reference(setting: Setting, scenario: str) -> tuple[Path, dict[str, bytes]]:
     folder = setting.folder / "damage" / scenario
     if not (folder / "finished").is_file():
         shutil.rmtree(folder, ignore_errors=True)
-        with small_blocks(), copied_at(MOMENTS, folder / "run", folder / "copies"):
+        with small_shards(), copied_at(MOMENTS, folder / "run", folder / "copies"):
             status, said = train(flags_of(setting, scenario), folder / "run")
         if status:
             raise RuntimeError(f"an undamaged {scenario} ended with {status}: {said}")
@@ -206,6 +206,6 @@ def damaged(setting: Setting, outcomes: Sequence[Outcome]) -> Iterator[Trial]:
 
 def _try(setting: Setting, scenario: str, place: Path, name: str, damage: str, folder: Path) -> Outcome:
     _, expected = reference(setting, scenario)
-    with small_blocks():
+    with small_shards():
         found = trial(flags_of(setting, scenario), place, name, damage, folder / "run", expected)
     return Outcome(1, () if found in ("equal", "refused") else (found,), {"outcome": found[:7]})

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from l2m_jax import files, progress
 from l2m_jax.bench.faults.common import Outcome, Setting, Trial
-from l2m_jax.bench.faults.damage import MOMENTS, flags_of, reference, results_of, small_blocks, train
+from l2m_jax.bench.faults.damage import MOMENTS, flags_of, reference, results_of, small_shards, train
 from l2m_jax.progress import console
 
 _SIZE = "256m"
@@ -93,7 +93,7 @@ def full_disk(setting: Setting, outcomes: Sequence[Outcome]) -> Iterator[Trial]:
 def _try(setting: Setting, scenario: str, title: str, at: int, left: int, folder: Path) -> Outcome:
     flags = flags_of(setting, scenario)
     _, expected = reference(setting, scenario)
-    with small_disk(folder / "disk"), small_blocks():
+    with small_disk(folder / "disk"), small_shards():
         workdir, ballast = folder / "disk" / "run", folder / "disk" / "ballast"
         with filled_at(title, at, ballast, left):
             status, said = train(flags, workdir)
