@@ -24,7 +24,9 @@ class SyntheticData:
 
 @dataclass(frozen=True)
 class Data:
-    source: str = "files"  # "files" (JSON lines or hub names in train, validation, test) or "synthetic"
+    source: str = (
+        "files"  # "files" (files, folders, hub names or mixtures in train, validation, test) or "synthetic"
+    )
     train: str = "databricks/databricks-dolly-15k"
     validation: str = ""  # empty: split off the training rows
     test: str = ""  # empty: split off the training rows
@@ -87,7 +89,7 @@ class Data:
                 )
             return
         if not self.train:
-            raise InputError("train: empty; give a JSON-lines file or the name of a data set on the hub")
+            raise InputError("train: empty; give a file, a folder or the name of a data set on the hub")
         for part in ("validation", "test"):
             if not getattr(self, part) and not getattr(self, f"{part}_rows"):
                 raise InputError(

@@ -14,6 +14,7 @@ from l2m_jax import files
 from l2m_jax.data.chat import ChatTemplate
 from l2m_jax.data.corpus import Corpus, write_corpus
 from l2m_jax.data.encoding import Counts, TokenLimits, encode_rows
+from l2m_jax.data.mixtures import is_mixture, parse_mixture
 from l2m_jax.data.settings import Data, SyntheticData
 from l2m_jax.data.sources import read_rows
 from l2m_jax.data.splits import Part, part_rows, token_limits
@@ -287,9 +288,15 @@ def _bos(data: Data, part: Part) -> str:
 
 
 def given(path: str, patterns: tuple[str, ...] | None = None) -> Source:
-    """A file, a folder (of files that match `patterns`) or a hub name, by its content."""
+    """A file, a folder (of files that match `patterns`), a hub name or a mixture of them, by its content."""
 
     def content() -> str:
+        if is_mixture(path):
+            shares = parse_mixture(path)
+            return files.fingerprint([(share.weight, content_of(share.source)) for share in shares])
+        return content_of(path)
+
+    def content_of(path: str) -> str:
         there = Path(path)
         return files.content_hash(there, patterns=patterns) if there.exists() else f"hub:{path}"
 

@@ -9,7 +9,7 @@ from l2m_jax.data import corpus as corpus_module
 from l2m_jax.data.corpus import Corpus, build_corpus, write_corpus
 from l2m_jax.data.encoding import Counts, TokenLimits
 from l2m_jax.data.prompts import format_prompt
-from l2m_jax.data.sources import Row, read_jsonl
+from l2m_jax.data.sources import Row, read_file
 from l2m_jax.data.tokenizer import train_tokenizer
 from l2m_jax.errors import InputError
 
@@ -123,7 +123,7 @@ def test_failing_rows_leave_the_old_corpus(corpus, tokenizer, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"instruction": "Sort.", "output": "a"}\nnot json\n')
     with pytest.raises(InputError, match=r"bad\.jsonl, line 2"):
-        build_corpus(read_jsonl(path), tokenizer, corpus.folder, LIMITS)
+        build_corpus(read_file(path), tokenizer, corpus.folder, LIMITS)
     assert Corpus.open(corpus.folder).ids == ["a", "b", "d"]
 
 
