@@ -34,6 +34,8 @@ class Data:
     test_rows: int = 500
     train_rows: int = 0  # training rows used (0: all)
     split_seed: int = 42
+    # Processes that tokenise; 0: one for each core that the run may use, at most 16. Costs time and memory only.
+    processes: int = field(default=0, metadata={"absent_at_default": True})
     tokenizer: str = ""  # folder or hub name; empty: the teacher's
     # Keep the tokens that occur at least so often in what the run reads, and few others (0: the whole vocabulary).
     trim_vocabulary: int = field(default=0, metadata={"absent_at_default": True})
@@ -72,6 +74,7 @@ class Data:
             "test_rows",
             "train_rows",
             "split_seed",
+            "processes",
             "trim_vocabulary",
             "max_prompt_length",
         )
