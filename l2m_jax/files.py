@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -11,13 +12,14 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from l2m_jax.errors import InputError, reason
 
 _DIGITS = 16
 # No row of text is longer; a file without line ends must not be read into memory as one line.
 _LONGEST_LINE = 1 << 26
+COMPRESSED = (".gz", ".zst")  # JSON lines that are decompressed as they are read
 
 
 def _plain(value: Any) -> Any:
@@ -176,13 +178,13 @@ def read_json(file: Path, way_out: str = "fetch it again") -> Any:
 
 
 def json_lines(file: Path) -> Iterator[tuple[str, Any]]:
-    """The value of each line that is not blank, with its place ("FILE, line 3"). Read lazily.
+    """The value of each line that is not blank, with its place ("FILE, line 3"). Read lazily, also if compressed.
 
     Raises:
         InputError: the file cannot be read, or a line is not JSON; the place is named.
     """
     try:
-        with file.open("rb") as lines:
+        with _opened(file) as lines:
             for number in itertools.count(1):
                 line, place = lines.readline(_LONGEST_LINE), f"{file}, line {number}"
                 if not line:
@@ -204,6 +206,15 @@ def json_lines(file: Path) -> Iterator[tuple[str, Any]]:
         raise InputError(
             f"{file} cannot be read ({reason(error)}); check the file and its permissions"
         ) from error
+
+
+def _opened(file: Path) -> IO[bytes]:
+    if file.suffix not in COMPRESSED:
+        return file.open("rb")
+    import pyarrow
+
+    stream: Any = pyarrow.input_stream(str(file), compression="detect")  # by the suffix
+    return io.BufferedReader(stream)
 
 
 def write_text(path: Path, text: str) -> None:

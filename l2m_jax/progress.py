@@ -20,9 +20,9 @@ _SECONDS_BETWEEN_LINES = 20.0
 
 
 class Bar:
-    """Counts up to `total`; `fields` such as loss="1.234" are shown beside it."""
+    """Counts up to `total`, if it is known; `fields` such as loss="1.234" are shown beside it."""
 
-    def __init__(self, title: str, total: int, bar: Progress | None):
+    def __init__(self, title: str, total: int | None, bar: Progress | None):
         self._title, self._total, self._bar = title, total, bar
         self._task = bar.add_task(title, total=total, fields="") if bar else None
         self._done = self._start_done = 0
@@ -41,16 +41,20 @@ class Bar:
             self._bar.update(self._task, advance=steps, fields=text)
             return
         now = time.monotonic()
-        if now - self._last_line < _SECONDS_BETWEEN_LINES and self._done < self._total:
+        is_last = self._total is not None and self._done >= self._total
+        if now - self._last_line < _SECONDS_BETWEEN_LINES and not is_last:
             return
         self._last_line = now
+        if self._total is None:
+            console.print(f"  {self._title}  {self._done}  {text}".rstrip())
+            return
         rate = (self._done - self._start_done) / max(now - self._start, 1e-9)
         left = (self._total - self._done) / max(rate, 1e-9)
         console.print(f"  {self._title}  {self._done}/{self._total}  {text}  {left:.0f} s left")
 
 
 @contextlib.contextmanager
-def bar(title: str, total: int) -> Iterator[Bar]:
+def bar(title: str, total: int | None) -> Iterator[Bar]:
     """`with bar("stage 1", steps) as b: b.advance(loss="1.23")`."""
     if not console.is_terminal:
         yield Bar(title, total, None)

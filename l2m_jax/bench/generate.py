@@ -20,7 +20,7 @@ import numpy as np
 
 from l2m_jax import models
 from l2m_jax.data.prompts import format_prompt
-from l2m_jax.data.sources import read_jsonl
+from l2m_jax.data.sources import read_file
 from l2m_jax.data.tokenizer import load_tokenizer
 from l2m_jax.errors import InputError
 from l2m_jax.generation import Engine, Generator, SamplingRules
@@ -105,7 +105,7 @@ def run(
 def _read(data: Path, tokenizer_folder: Path, count: int) -> tuple[list[list[int]], int, float]:
     """(prompts as tokens, end of sequence, mean tokens of the reference answers cut at the most new tokens)."""
     tokenizer = load_tokenizer(tokenizer_folder)
-    rows = list(read_jsonl(data))[:count]
+    rows = list(read_file(data))[:count]
     prompts = [
         tokenizer.encode(format_prompt(r.instruction, r.input), add_special_tokens=False) for r in rows
     ]

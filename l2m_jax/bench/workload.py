@@ -13,7 +13,7 @@ from l2m_jax import models
 from l2m_jax.data.batches import Examples
 from l2m_jax.data.order import order_of_examples
 from l2m_jax.data.prompts import format_prompt
-from l2m_jax.data.sources import read_jsonl
+from l2m_jax.data.sources import read_file
 from l2m_jax.data.tokenizer import load_tokenizer
 from l2m_jax.errors import InputError
 from l2m_jax.models import DecoderConfig
@@ -74,7 +74,7 @@ def make_request(
     tokenizer = load_tokenizer(tokenizer_folder)
     eos: Any = tokenizer.eos_token_id
     tokens, prompt_lengths = [], []
-    for row in read_jsonl(data):
+    for row in read_file(data):
         prompt = format_prompt(row.instruction, row.input)
         ids = tokenizer.encode(prompt, add_special_tokens=False)
         whole = tokenizer.encode(prompt + row.references[0], add_special_tokens=False)

@@ -147,16 +147,17 @@ class Built(NamedTuple):
     counts: Counts
 
 
-def write_corpus(
-    folder: Path, rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", limits: TokenLimits
-) -> Counts:
-    """Tokenises `rows` into an existing, empty folder, in chunks; rows without a response or out of `limits` are dropped.
+def write_corpus(folder: Path, examples: Iterable[Encoded], limits: TokenLimits, counts: Counts) -> Counts:
+    """Writes encoded rows into an existing, empty folder, in chunks.
+
+    Args:
+        examples: rows within `limits`.
+        counts: those of `examples` once all of these are read.
 
     Raises:
-        InputError: from reading `rows`; or none of them is kept.
+        InputError: from reading `examples`; or there are none.
     """
-    counts = Counts()
-    digest = _write(folder, encode_rows(rows, tokenizer, limits, counts), chats=limits.prompt == "chat")
+    digest = _write(folder, examples, chats=limits.prompt == "chat")
     if counts.kept == 0:
         raise InputError(f"no example is left: {counts}" if counts.dropped else "there are no rows")
     write_json(folder / _FACTS, {"fingerprint": digest, "counts": asdict(counts), "limits": limits})
@@ -169,15 +170,18 @@ def build_corpus(
     folder: str | Path,
     limits: TokenLimits,
 ) -> Built:
-    """Writes a corpus that replaces `folder` once it is complete (see `write_corpus`).
+    """Tokenises rows into a corpus that replaces `folder` once it is complete.
+
+    Rows without a response or out of `limits` are dropped.
 
     Raises:
-        InputError: as in `write_corpus`, naming the folder. Its old content is then unchanged.
+        InputError: from reading `rows`, or none of them is kept; names the folder. Its old content is then unchanged.
     """
     folder = Path(folder)
     try:
         with writing(folder) as unfinished:
-            counts = write_corpus(unfinished, rows, tokenizer, limits)
+            counts = Counts()
+            write_corpus(unfinished, encode_rows(rows, tokenizer, limits, counts), limits, counts)
     except InputError as error:
         raise InputError(f"{folder.name}: {error}") from error
     return Built(Corpus.open(folder), counts)
@@ -204,7 +208,7 @@ def _write(folder: Path, examples: Iterable[Encoded], chats: bool) -> str:
         if chats:
             opened[4].write(span_end.tobytes())
         for chunk in _chunks(examples):
-            flat = np.concatenate([np.asarray(example.tokens, np.int32) for example in chunk])
+            flat = np.concatenate([example.tokens for example in chunk])
             ends = end + np.cumsum([len(example.tokens) for example in chunk], dtype=np.int64)
             prompts = np.array([example.prompt_length for example in chunk], np.int32)
             parts = [flat, ends, prompts]
@@ -217,7 +221,7 @@ def _write(folder: Path, examples: Iterable[Encoded], chats: bool) -> str:
                 file.write(array.tobytes())
             columns = {name: [getattr(example.row, name) for example in chunk] for name in _COLUMNS}
             if chats:
-                columns["prompt"] = [example.conversation.prompt for example in chunk if example.conversation]
+                columns["prompt"] = [example.prompt for example in chunk]
             texts.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
             for part in (*(array.tobytes() for array in parts), json.dumps(columns).encode()):
                 digest.update(part)

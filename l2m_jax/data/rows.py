@@ -17,6 +17,11 @@ FORMATS = {
     "messages": "messages (each with role and content)",
     "prompt": "prompt, completion",
 }
+# All columns that a row is made of.
+COLUMNS = (
+    *("id", "category", "topic", "instruction", "input", "context", "output", "response"),
+    *("messages", "prompt", "completion", "tools"),
+)
 _ROLES = ("system", "user", "assistant")
 # Without these, the text would be another than the model was meant to learn.
 _UNSUPPORTED = {

@@ -24,7 +24,9 @@ class SyntheticData:
 
 @dataclass(frozen=True)
 class Data:
-    source: str = "files"  # "files" (JSON lines or hub names in train, validation, test) or "synthetic"
+    source: str = (
+        "files"  # "files" (files, folders, hub names or mixtures in train, validation, test) or "synthetic"
+    )
     train: str = "databricks/databricks-dolly-15k"
     validation: str = ""  # empty: split off the training rows
     test: str = ""  # empty: split off the training rows
@@ -32,6 +34,8 @@ class Data:
     test_rows: int = 500
     train_rows: int = 0  # training rows used (0: all)
     split_seed: int = 42
+    # Processes that tokenise; 0: one for each core that the run may use, at most 16. Costs time and memory only.
+    processes: int = field(default=0, metadata={"absent_at_default": True})
     tokenizer: str = ""  # folder or hub name; empty: the teacher's
     # Keep the tokens that occur at least so often in what the run reads, and few others (0: the whole vocabulary).
     trim_vocabulary: int = field(default=0, metadata={"absent_at_default": True})
@@ -70,6 +74,7 @@ class Data:
             "test_rows",
             "train_rows",
             "split_seed",
+            "processes",
             "trim_vocabulary",
             "max_prompt_length",
         )
@@ -87,7 +92,7 @@ class Data:
                 )
             return
         if not self.train:
-            raise InputError("train: empty; give a JSON-lines file or the name of a data set on the hub")
+            raise InputError("train: empty; give a file, a folder or the name of a data set on the hub")
         for part in ("validation", "test"):
             if not getattr(self, part) and not getattr(self, f"{part}_rows"):
                 raise InputError(

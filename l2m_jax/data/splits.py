@@ -8,22 +8,24 @@ World 0 trains on the first `train_rows` rows that are left, world 1 on the next
 worlds have no row in common, and all worlds have the same validation and test rows.
 """
 
+import heapq
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from operator import itemgetter
+from typing import Literal
 
 import numpy as np
 
-from l2m_jax.data.encoding import Counts, TokenLimits, encode_rows
+from l2m_jax import files
+from l2m_jax.data.encoding import Counts, Encoded, Fitter, TokenLimits
 from l2m_jax.data.settings import Data
-from l2m_jax.data.sources import Row, check_rows, read_rows
+from l2m_jax.data.shards import Numbered, Shards, Tokeniser
+from l2m_jax.data.sources import check_rows, read_rows
 from l2m_jax.data.synthetic import synthetic_rows
 from l2m_jax.errors import InputError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 Part = Literal["train", "validation", "test"]
+_SIZE = "rows.json"
 
 
 def token_limits(data: Data, part: Part) -> TokenLimits:
@@ -48,29 +50,42 @@ def check_sources(data: Data) -> None:
                 raise InputError(f"data.{name}: {error}") from error
 
 
-def part_rows(data: Data, part: Part, tokenizer: "PreTrainedTokenizerBase", world: int = 0) -> Iterator[Row]:
-    """The rows of one part, read lazily. The three parts have no rows in common.
+def part_examples(
+    data: Data, part: Part, tokeniser: Tokeniser, counts: Counts, world: int = 0
+) -> Iterator[Encoded]:
+    """The tokenised rows of one part that fit into its limits, in order. The three parts have no rows in common.
 
     Rows that are split off fit into the limits, with a beginning-of-sequence token if any part has one, so that the
-    parts have the requested sizes whatever their own limits are. Other rows are not filtered: `write_corpus`
-    drops and counts those that are too long.
+    parts have the requested sizes whatever their own limits are. Of other rows, those that do not fit are dropped and
+    counted. Parts of one source share the tokens that `tokeniser` keeps, so each row is tokenised once.
 
     Args:
+        counts: updated along the way.
         world: of the training rows; another than 0 needs `train_rows`, unless the rows are synthetic.
 
     Raises:
         InputError: from reading the source, or it has fewer fitting rows than the parts need.
     """
+    fitter = Fitter(token_limits(data, part), tokeniser.tokenizer)
+    return fitter.fitted(_part(data, part, tokeniser, world), counts)
+
+
+def _part(data: Data, part: Part, tokeniser: Tokeniser, world: int) -> Iterator[Encoded]:
+    start, stop = 0, getattr(data, f"{part}_rows")
     if data.source == "synthetic":
         s = data.synthetic
-        yield from getattr(synthetic_rows(s.seed, s.train, s.validation, s.test, world), part)
+        rows, stop = iter(getattr(synthetic_rows(s.seed, s.train, s.validation, s.test, world), part)), 0
     elif part != "train" and (source := getattr(data, part)):
-        yield from islice(read_rows(source, "evaluation"), getattr(data, f"{part}_rows") or None)
+        rows = read_rows(source, "evaluation")
     elif data.validation and data.test:
-        first = world * data.train_rows
-        yield from islice(read_rows(data.train), first, first + data.train_rows if data.train_rows else None)
+        start, stop = world * data.train_rows, (world + 1) * data.train_rows
+        rows = read_rows(data.train)
     else:
-        yield from _split_rows(data, part, tokenizer, world)
+        yield from _split(data, part, tokeniser, world)
+        return
+    chosen = (Numbered(number, row) for number, row in islice(enumerate(rows), start, stop or None))
+    shards = tokeniser.shards(f"{part}-{start}-{stop}", chosen)
+    yield from (example for _, example in shards.examples())
 
 
 def _limits(data: Data, bos: bool) -> TokenLimits:
@@ -85,58 +100,95 @@ def _limits(data: Data, bos: bool) -> TokenLimits:
     )
 
 
-def _split_rows(data: Data, part: Part, tokenizer: Any, world: int) -> Iterator[Row]:
-    """Validation and test rows in the order of the draw; training rows in the order of the source.
-
-    The source is read several times: only row numbers, and the chosen validation or test rows, are kept in memory.
-    """
-    size = sum(1 for _ in read_rows(data.train))
-    # numpy guarantees the same raw random bits in every version, but not the same permutations.
-    keys = np.random.PCG64(np.random.SeedSequence(data.split_seed)).random_raw(size)
-    order = np.argsort(keys, kind="stable")
+def _split(data: Data, part: Part, tokeniser: Tokeniser, world: int) -> Iterator[Encoded]:
+    """Validation and test rows in the order of the draw; training rows in the order of the source."""
+    limits = _limits(data, bos=data.bos != "none")
+    draw = _Draw(data, tokeniser, Fitter(limits, tokeniser.tokenizer))
     num_test = 0 if data.test else data.test_rows
     num_held_out = num_test + (0 if data.validation else data.validation_rows)
     if part != "train":
         start, end = (0, num_test) if part == "test" else (num_test, num_held_out)
-        places = {i: place for place, i in enumerate(_fitting(data, tokenizer, order, end)[start:])}
-        chosen = ((places[i], row) for i, row in enumerate(read_rows(data.train)) if i in places)
-        yield from (row for _, row in sorted(chosen))
+        numbers = draw.fitting(end)[start:]
+        places = {number: place for place, number in enumerate(numbers.tolist())}
+        found = [(places[number], example) for number, example in draw.examples(numbers)]
+        yield from (example for _, example in sorted(found, key=itemgetter(0)))
         return
-    fitting = _fitting(data, tokenizer, order, num_held_out + ((world + 1) * data.train_rows or 1))
-    wanted = np.full(size, not data.train_rows)
-    wanted[fitting[num_held_out + world * data.train_rows :]] = True
-    wanted[fitting[:num_held_out]] = False
-    rows = (row for row, is_wanted in zip(read_rows(data.train), wanted, strict=True) if is_wanted)
-    limits = _split_limits(data)
-    if data.train_rows or limits == token_limits(data, part):
-        yield from rows
+    if data.train_rows:
+        first = num_held_out + world * data.train_rows
+        wanted = draw.fitting(first + data.train_rows)[first:]
     else:
-        yield from (encoded.row for encoded in encode_rows(rows, tokenizer, limits, Counts()))
+        draw.tokenise_all()
+        held_out = draw.fitting(num_held_out + 1)[:num_held_out]  # and something to train on
+        # Rows that do not fit are counted where the part itself drops them.
+        same = limits == token_limits(data, part)
+        wanted = np.setdiff1d(np.arange(draw.size) if same else draw.tokenised_and_fitting(), held_out)
+    yield from (example for _, example in draw.examples(wanted))
 
 
-def _split_limits(data: Data) -> TokenLimits:
-    return _limits(data, bos=data.bos != "none")
+class _Draw:
+    """The rows of the training source in the order in which they are drawn, tokenised as far as they are needed."""
 
+    def __init__(self, data: Data, tokeniser: Tokeniser, fitter: Fitter):
+        self._data, self._tokeniser, self._fitter = data, tokeniser, fitter
+        self.size = self._count()
+        # numpy guarantees the same raw random bits in every version, but not the same permutations.
+        keys = np.random.PCG64(np.random.SeedSequence(data.split_seed)).random_raw(self.size)
+        self._order = np.argsort(keys, kind="stable")
+        self._rank = np.empty(self.size, np.int32)
+        self._rank[self._order] = np.arange(self.size, dtype=np.int32)
+        self._rounds: list[Shards] = []
+        self._drawn = 0
+        while ends := tokeniser.finished(f"{self._prefix}{self._drawn}-"):  # for another part
+            self._tokenise(max(ends))
 
-def _fitting(data: Data, tokenizer: Any, order: np.ndarray, count: int) -> list[int]:
-    """The first `count` row numbers in `order` whose rows fit into the limits. Tokenises few other rows."""
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    found: list[int] = []
-    start, step = 0, count + count // 4 + 64  # most rows fit
-    while len(found) < count and start < len(order):
-        # The rank goes along as the category: messages name a row by its id.
-        drawn = (
-            row._replace(category=str(r))
-            for r, row in zip(rank, read_rows(data.train), strict=True)
-            if start <= r < start + step
+    @property
+    def _prefix(self) -> str:
+        return f"draw{self._data.split_seed}-"
+
+    def _count(self) -> int:
+        """The number of rows. Counting them checks them all before any is tokenised."""
+        file = self._tokeniser.folder / _SIZE
+        if not file.is_file():
+            files.write_json(file, sum(1 for _ in read_rows(self._data.train)))
+        return files.read_json(file, f"delete {self._tokeniser.folder}")
+
+    def _tokenise(self, end: int) -> None:
+        """Tokenises the rows that are drawn up to the place `end`."""
+        start, self._drawn = self._drawn, end
+        is_drawn = (start <= self._rank) & (self._rank < end)
+        rows = (
+            Numbered(number, row)
+            for number, (row, chosen) in enumerate(zip(read_rows(self._data.train), is_drawn, strict=True))
+            if chosen
         )
-        encoded = encode_rows(drawn, tokenizer, _split_limits(data), Counts())
-        found += sorted(int(e.row.category) for e in encoded)
-        start += step
-    if len(found) < count:
-        raise InputError(
-            f"data.train: '{data.train}' has {len(found)} rows within the token limits, but the split needs at least "
-            f"{count}; lower data.validation_rows, data.test_rows or data.train_rows, or raise data.max_length"
-        )
-    return order[found[:count]].tolist()
+        self._rounds.append(self._tokeniser.shards(f"{self._prefix}{start}-{end}", rows, end - start))
+
+    def tokenise_all(self) -> None:
+        if self._drawn < self.size:
+            self._tokenise(self.size)
+
+    def fitting(self, count: int) -> np.ndarray:
+        """The numbers of the first `count` rows that fit into the limits, as drawn. Tokenises few other rows."""
+        while len(found := self.tokenised_and_fitting()) < count and self._drawn < self.size:
+            # Most rows fit.
+            self._tokenise(min(self.size, self._drawn + count + count // 4 + 64))
+        if len(found) < count:
+            raise InputError(
+                f"data.train: '{self._data.train}' has {len(found)} rows within the token limits, but the split needs at "
+                f"least {count}; lower data.validation_rows, data.test_rows or data.train_rows, or raise data.max_length"
+            )
+        return found[:count]
+
+    def tokenised_and_fitting(self) -> np.ndarray:
+        """The numbers of the rows tokenised so far that fit into the limits, as drawn."""
+        ranks = [np.zeros(0, np.int32)]
+        for shards in self._rounds:
+            numbers, lengths, prompt_lengths = shards.lengths()
+            ranks.append(self._rank[numbers[self._fitter.keeps(lengths, prompt_lengths)]])
+        return self._order[np.sort(np.concatenate(ranks))]
+
+    def examples(self, numbers: np.ndarray) -> Iterator[tuple[int, Encoded]]:
+        """The tokenised rows with these numbers, in the order of the source."""
+        is_wanted = np.zeros(self.size, bool)
+        is_wanted[numbers] = True
+        yield from heapq.merge(*(shards.examples(is_wanted) for shards in self._rounds), key=itemgetter(0))

@@ -9,7 +9,7 @@ import numpy as np
 
 from l2m_jax.data.corpus import Corpus, build_corpus
 from l2m_jax.data.encoding import Counts, TokenLimits, encode_rows
-from l2m_jax.data.sources import is_hub_name, read_jsonl
+from l2m_jax.data.sources import is_hub_name, read_file
 from l2m_jax.errors import InputError
 from l2m_jax.evaluation.sources import EVALUATION_SETS, parse_set, read_evaluation_set, require_set
 from l2m_jax.multihost import first
@@ -109,7 +109,7 @@ def check_set(source: str) -> None:
     require_set(source)
     _, path = parse_set(source)
     if path and not is_hub_name(path):
-        for _ in read_jsonl(path):  # all rows: a run reads them only after the training
+        for _ in read_file(path):  # all rows: a run reads them only after the training
             pass
 
 

@@ -215,9 +215,8 @@ def _data(config: Config, folder: Path) -> tuple[_Lengths, Any, tuple[str, ...]]
     data = config.data
     tokenizer = _tokenizer(config, folder)
     if tokenizer is not None and (data.source == "synthetic" or Path(data.train).is_file()):
-        train = run_data.make_corpus(
-            Artefact(run_data.corpus_inputs(data, "train", tokenizer), folder / "train")
-        )
+        rows = Artefact(run_data.corpus_inputs(data, "train", tokenizer), folder / "train")
+        (train,) = run_data.make_corpora([rows], data.processes)
         # Copied, because the files are deleted with the folder.
         lengths = (np.array(train.lengths), np.array(train.prompt_lengths), np.array(train.response_lengths))
         return lengths, run_data.load(tokenizer), ()

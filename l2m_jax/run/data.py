@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from l2m_jax import files
 from l2m_jax.data.chat import ChatTemplate
 from l2m_jax.data.corpus import Corpus, write_corpus
 from l2m_jax.data.encoding import Counts, TokenLimits, encode_rows
+from l2m_jax.data.mixtures import is_mixture, parse_mixture
 from l2m_jax.data.settings import Data, SyntheticData
+from l2m_jax.data.shards import Tokeniser
 from l2m_jax.data.sources import read_rows
-from l2m_jax.data.splits import Part, part_rows, token_limits
+from l2m_jax.data.splits import Part, part_examples, token_limits
 from l2m_jax.data.synthetic import synthetic_rows
 from l2m_jax.data.text import encode_text, read_documents
 from l2m_jax.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
@@ -26,12 +29,13 @@ from l2m_jax.evaluation.sources import parse_set, read_evaluation_set
 from l2m_jax.models.hf.gguf import GgufFile
 from l2m_jax.multihost import first
 from l2m_jax.progress import console
-from l2m_jax.run.artefacts import Artefact, Source
+from l2m_jax.run.artefacts import Artefact, Source, described
 
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
 # Kept besides the tokens of the data: others with the lowest ids, the commonest where the tokenizer was trained.
 EXTRA_TOKENS = 1000
 _KEPT = "kept_tokens.json"
+_TOKENISED = ".tokenised"
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,7 @@ def _tokens_read(inputs: TrimmedInputs, tokenizer: Any) -> Iterable[Iterable[int
     # References of sets are compared as text, but a student should be able to write them.
     rows += [(read_evaluation_set(s.path), unlimited) for s in inputs.sets]
     for chosen, limits in rows:
-        yield from (row.tokens for row in encode_rows(chosen, tokenizer, limits, Counts()))
+        yield from (row.tokens.tolist() for row in encode_rows(chosen, tokenizer, limits, Counts()))
     for text, limit in inputs.texts:
         yield encode_text(read_documents(text.path), tokenizer, limit).tolist()
 
@@ -287,9 +291,15 @@ def _bos(data: Data, part: Part) -> str:
 
 
 def given(path: str, patterns: tuple[str, ...] | None = None) -> Source:
-    """A file, a folder (of files that match `patterns`) or a hub name, by its content."""
+    """A file, a folder (of files that match `patterns`), a hub name or a mixture of them, by its content."""
 
     def content() -> str:
+        if is_mixture(path):
+            shares = parse_mixture(path)
+            return files.fingerprint([(share.weight, content_of(share.source)) for share in shares])
+        return content_of(path)
+
+    def content_of(path: str) -> str:
         there = Path(path)
         return files.content_hash(there, patterns=patterns) if there.exists() else f"hub:{path}"
 
@@ -315,20 +325,35 @@ def relevant_synthetic(data: Data) -> SyntheticData:
     return SyntheticData(train=s.train, seed=s.seed, tokenizer_size=s.tokenizer_size)
 
 
-def make_corpus(artefact: Artefact[CorpusInputs]) -> Corpus:
-    """The tokenised rows of a part. Prints how many were kept, and why others were dropped."""
+def make_corpora(artefacts: Iterable[Artefact[CorpusInputs]], processes: int = 0) -> list[Corpus]:
+    """The tokenised rows of parts. Prints how many were kept of each, and why others were dropped.
+
+    Parts in one folder that are split off the same source are tokenised once.
+
+    Args:
+        processes: as `data.processes`.
+    """
+    artefacts = list(artefacts)
+    corpora = [_make_corpus(artefact, processes) for artefact in artefacts]
+    for folder in {artefact.path.parent / _TOKENISED for artefact in artefacts}:
+        first(functools.partial(shutil.rmtree, folder, ignore_errors=True))
+    return corpora
+
+
+def _make_corpus(artefact: Artefact[CorpusInputs], processes: int) -> Corpus:
     inputs = artefact.inputs
 
     def make() -> None:
-        data, tokenizer = inputs.data, load(inputs.tokenizer)
+        data, counts = inputs.data, Counts()
         if inputs.source is not None:
             field = "train" if inputs.split else inputs.part
             data = dataclasses.replace(data, **{field: inputs.source.path})
-        rows = part_rows(data, inputs.part, tokenizer, inputs.world)
-        limits = token_limits(data, inputs.part)
+        kept = artefact.path.parent / _TOKENISED / _tokenised_from(artefact)
+        tokeniser = Tokeniser(load(inputs.tokenizer), data.prompt, kept, processes)
         try:
             with artefact.writing() as folder:
-                write_corpus(folder, rows, tokenizer, limits)
+                examples = part_examples(data, inputs.part, tokeniser, counts, inputs.world)
+                write_corpus(folder, examples, token_limits(data, inputs.part), counts)
         except InputError as error:
             raise InputError(f"config.data, {inputs.part} rows: {error}") from error
 
@@ -337,6 +362,14 @@ def make_corpus(artefact: Artefact[CorpusInputs]) -> Corpus:
     corpus = Corpus.open(artefact.path)
     console.print(f"  {inputs.part}: {corpus.counts}, {len(corpus.tokens):,} tokens")
     return corpus
+
+
+def _tokenised_from(artefact: Artefact[CorpusInputs]) -> str:
+    """Changes with what tokens are made from. Parts that are split off one source share it."""
+    inputs = artefact.inputs
+    if inputs.source is None:
+        return artefact.key
+    return files.fingerprint(inputs.source.content, described(inputs.tokenizer), inputs.data.prompt)
 
 
 @functools.cache

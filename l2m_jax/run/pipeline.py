@@ -154,8 +154,7 @@ def _resolve(config: Config, workdir: Path, shared: Path, context: Context) -> A
             data.make_tokenizer(artefacts.tokenizer)
         checks.check_models(config, artefacts)
         with context.phase("data"):
-            for corpus in artefacts.all_corpora:
-                data.make_corpus(corpus)
+            data.make_corpora(artefacts.all_corpora, config.data.processes)
         checks.check_rows(config, artefacts)
     return artefacts
 

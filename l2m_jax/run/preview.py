@@ -74,11 +74,11 @@ def preview(config: Config) -> Iterator[Preview]:
             )
             data.make_tokenizer(trained)
             tokenizer = trained
-        corpora: dict[data.Part, Corpus] = {
-            part: data.make_corpus(
-                Artefact(data.corpus_inputs(config.data, part, tokenizer, config.world), folder / part)
-            )
+        parts = [
+            Artefact(data.corpus_inputs(config.data, part, tokenizer, config.world), folder / part)
             for part in data.PARTS
-        }
+        ]
+        made = data.make_corpora(parts, config.data.processes)
+        corpora: dict[data.Part, Corpus] = dict(zip(data.PARTS, made, strict=True))
         end = data.load(tokenizer).decode([data.end_of_response(tokenizer)])
         yield Preview(corpora, end, tokenizer)

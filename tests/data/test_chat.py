@@ -183,7 +183,7 @@ def test_limits_and_counts(chat_tokenizer):
         return list(encode_rows([row], tokenizer, TokenLimits(prompt="chat", **limits), counts)), counts
 
     (found,), _ = kept(max_length=len(whole.tokens))
-    assert (found.tokens, found.prompt_length, found.spans) == (
+    assert (found.tokens.tolist(), found.prompt_length, found.spans) == (
         whole.tokens,
         whole.prompt_length,
         whole.spans,

@@ -7,9 +7,9 @@ import pytest
 
 from l2m_jax.data import corpus as corpus_module
 from l2m_jax.data.corpus import Corpus, build_corpus, write_corpus
-from l2m_jax.data.encoding import Counts, TokenLimits
+from l2m_jax.data.encoding import Counts, TokenLimits, encode_rows
 from l2m_jax.data.prompts import format_prompt
-from l2m_jax.data.sources import Row, read_jsonl
+from l2m_jax.data.sources import Row, read_file
 from l2m_jax.data.tokenizer import train_tokenizer
 from l2m_jax.errors import InputError
 
@@ -114,7 +114,9 @@ def test_fingerprint_follows_the_tokens(corpus, tokenizer, tmp_path):
 def test_writing_into_a_folder(corpus, tokenizer, tmp_path):
     folder = tmp_path / "written"
     folder.mkdir()
-    assert write_corpus(folder, ROWS, tokenizer, LIMITS) == corpus.counts
+    counts = Counts()
+    examples = encode_rows(ROWS, tokenizer, LIMITS, counts)
+    assert write_corpus(folder, examples, LIMITS, counts) == corpus.counts
     assert {file.name for file in folder.iterdir()} == {file.name for file in corpus.folder.iterdir()}
     assert Corpus.open(folder).fingerprint == corpus.fingerprint
 
@@ -123,7 +125,7 @@ def test_failing_rows_leave_the_old_corpus(corpus, tokenizer, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"instruction": "Sort.", "output": "a"}\nnot json\n')
     with pytest.raises(InputError, match=r"bad\.jsonl, line 2"):
-        build_corpus(read_jsonl(path), tokenizer, corpus.folder, LIMITS)
+        build_corpus(read_file(path), tokenizer, corpus.folder, LIMITS)
     assert Corpus.open(corpus.folder).ids == ["a", "b", "d"]
 
 

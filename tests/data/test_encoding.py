@@ -17,7 +17,9 @@ def tokenizer():
 
 def encode(tokenizer, *rows, **limits):
     counts = Counts()
-    return list(encode_rows(rows, tokenizer, TokenLimits(**limits), counts)), counts
+    found = encode_rows(rows, tokenizer, TokenLimits(**limits), counts)
+    # Lists of tokens compare as a whole.
+    return [one._replace(tokens=one.tokens.tolist()) for one in found], counts
 
 
 def row(response="blue green red", instruction="Sort the words.", input="red blue green"):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from l2m_jax.data.packing import Shape, choose_shapes, pack, pack_rows
-from l2m_jax.data.sources import read_jsonl
+from l2m_jax.data.sources import read_file
 from l2m_jax.data.tokenizer import load_tokenizer
 
 LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=40)
@@ -97,7 +97,7 @@ def dolly_lengths(shared) -> np.ndarray:
     backend: Tokenizer = load_tokenizer(shared / "tokenizers" / "gpt2").backend_tokenizer  # type: ignore
     from l2m_jax.data.prompts import format_prompt
 
-    rows = list(read_jsonl(shared / "data" / "dolly" / "train.jsonl"))[:4000]
+    rows = list(read_file(shared / "data" / "dolly" / "train.jsonl"))[:4000]
     texts = [format_prompt(row.instruction, row.input) + row.references[0] for row in rows]
     lengths = np.array([len(found.ids) + 1 for found in backend.encode_batch_fast(texts)])
     return lengths[lengths <= 1024]

@@ -1,11 +1,15 @@
+import gzip
 import json
 
 import datasets
 import huggingface_hub.constants
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
 import pytest
 
 from l2m_jax.data import sources
-from l2m_jax.data.sources import Row, check_rows, is_hub_name, read_jsonl, read_rows
+from l2m_jax.data.sources import Row, check_rows, is_hub_name, read_file, read_rows
 from l2m_jax.errors import InputError
 
 ALPACA = {"instruction": "Sort.", "input": "b a", "output": "a b"}
@@ -26,7 +30,7 @@ def written(tmp_path):
 
 
 def test_both_forms_give_the_same_row(written):
-    rows = list(read_jsonl(written(ALPACA, DOLLY)))
+    rows = list(read_file(written(ALPACA, DOLLY)))
     assert rows == [
         Row("rows/1", "Sort.", "b a", ("a b",), ""),
         Row("rows/2", "Sort.", "b a", ("a b",), "sorting"),
@@ -41,16 +45,16 @@ def test_several_references_topic_and_id(written):
         "output": ["Ann", " ", "Bea"],
         "prompt": "ignored",
     }
-    assert list(read_jsonl(written(value))) == [Row("7", "Who?", "", ("Ann", "Bea"), "qa")]
+    assert list(read_file(written(value))) == [Row("7", "Who?", "", ("Ann", "Bea"), "qa")]
 
 
 def test_blank_lines_count_but_hold_nothing(written):
-    rows = list(read_jsonl(written("", ALPACA, "  ", ALPACA)))
+    rows = list(read_file(written("", ALPACA, "  ", ALPACA)))
     assert [row.id for row in rows] == ["rows/2", "rows/4"]
 
 
 def test_empty_answer_is_no_reference(written):
-    assert next(read_jsonl(written(ALPACA | {"output": "\n"}))).references == ()
+    assert next(read_file(written(ALPACA | {"output": "\n"}))).references == ()
 
 
 def test_missing_file_at_once(tmp_path):
@@ -73,7 +77,7 @@ def test_missing_file_at_once(tmp_path):
 )
 def test_bad_line_is_named_with_its_file(written, line, message):
     with pytest.raises(InputError, match=rf"rows\.jsonl, line 2: {message}") as caught:
-        list(read_jsonl(written(ALPACA, line)))
+        list(read_file(written(ALPACA, line)))
     assert "\n" not in str(caught.value)
 
 
@@ -81,18 +85,18 @@ def test_bytes_that_are_no_text(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"instruction": "\xff\xff"}\n')
     with pytest.raises(InputError, match=r"rows\.jsonl, line 1: not JSON"):
-        list(read_jsonl(path))
+        list(read_file(path))
 
 
 def test_empty_file(written):
     with pytest.raises(InputError, match=r"rows\.jsonl has no rows"):
-        list(read_jsonl(written("", "")))
+        list(read_file(written("", "")))
 
 
 def test_hub_rows_by_split(monkeypatch):
     parts = {"train": [DOLLY, DOLLY], "validation": [ALPACA]}
     monkeypatch.setattr(sources, "require_hub", lambda *_: None)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: parts)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, streaming: parts)
     assert [row.id for row in read_rows("somebody/something")] == ["train/1", "train/2"]
     assert [row.id for row in read_rows("somebody/something", "evaluation")] == ["validation/1"]
 
@@ -128,7 +132,9 @@ def test_a_check_reads_the_first_row_alone(written):
 def test_a_hub_data_set_is_loaded_once(monkeypatch):
     loaded = []
     monkeypatch.setattr(sources, "require_hub", lambda *_: None)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: loaded.append(name) or {"train": [DOLLY]})
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, streaming: loaded.append(name) or {"train": [DOLLY]}
+    )
     assert list(read_rows("read/twice")) == list(read_rows("read/twice"))
     assert loaded == ["read/twice"]
 
@@ -140,10 +146,118 @@ def test_hub_offline_says_what_to_pass(monkeypatch):
 
 
 def test_hub_errors_in_one_sentence(monkeypatch):
-    def fail(name):
+    def fail(name, streaming):
         raise RuntimeError("first line\nsecond line")
 
     monkeypatch.setattr(sources, "require_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(InputError, match=r"^cannot load 'a/b' \(first line\): pass a file \(.*\)$"):
         list(read_rows("a/b"))
+
+
+def test_a_lost_connection_is_one_sentence(monkeypatch):
+    def rows():
+        yield DOLLY
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(sources, "require_hub", lambda *_: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, streaming: {"train": rows()})
+    with pytest.raises(
+        InputError, match=r"^'lost/rows' cannot be read on \(reset by peer\): run the command"
+    ):
+        list(read_rows("lost/rows"))
+
+
+CHAT = {
+    "messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ann"}],
+    "extra": {"embedding": [1.0, 2.0]},
+}
+
+
+def _written_as(kind: str, path, values):
+    table = pa.Table.from_pylist(values)
+    if kind == "parquet":
+        pq.write_table(table, path, row_group_size=700)
+    elif kind == "feather":
+        pyarrow.feather.write_feather(table, path)
+    elif kind == "arrow":  # a stream
+        with pa.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress("".join(json.dumps(value) + "\n" for value in values).encode()))
+    elif kind == "jsonl.zst":
+        with pa.output_stream(path, compression="zstd") as file:
+            file.write("".join(json.dumps(value) + "\n" for value in values).encode())
+    return path
+
+
+KINDS = ("parquet", "feather", "arrow", "jsonl.gz", "jsonl.zst")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [ALPACA, CHAT], ids=["alpaca", "chat"])
+def test_all_files_give_the_rows_of_json_lines(written, tmp_path, kind, value):
+    """More rows than are read at once; the default ids count them."""
+    values = [value | {"category": str(i)} for i in range(2500)]
+    expected = list(read_file(written(*values)))
+    assert list(read_rows(_written_as(kind, tmp_path / f"rows.{kind}", values))) == expected
+    assert expected[-1].id == "rows/2500"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "feather", "arrow"])
+def test_a_bad_row_of_a_columnar_file_is_named(tmp_path, kind):
+    path = _written_as(kind, tmp_path / f"rows.{kind}", [ALPACA] * 1500 + [ALPACA | {"output": None}])
+    with pytest.raises(InputError, match=rf"rows\.{kind}, row 1501: no field 'output'"):
+        list(read_rows(path))
+
+
+def test_a_table_of_other_columns_lists_them(tmp_path):
+    path = _written_as("parquet", tmp_path / "rows.parquet", [{"question": "a", "answer": "b"}])
+    with pytest.raises(InputError, match=r"row 1: columns question, answer are of no known format"):
+        list(read_rows(path))
+
+
+def test_a_folder_is_read_by_splits_and_in_order(tmp_path):
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    for name, answers in (("train-00001-of-00002", "bc"), ("train-00000-of-00002", "a"), ("test", "z")):
+        _written_as(
+            "parquet", folder / f"{name}.parquet", [ALPACA | {"output": answer} for answer in answers]
+        )
+    (folder / "README.md").write_text("# Chats")
+    assert [row.references for row in read_rows(folder)] == [("a",), ("b",), ("c",)]
+    assert [row.references for row in read_rows(folder, "evaluation")] == [("z",)]
+    _written_as("parquet", folder / "train-00001-of-00002.parquet", [ALPACA, {"instruction": "x"}])
+    with pytest.raises(InputError, match=r"train-00001-of-00002\.parquet, row 2: no field 'output'"):
+        list(read_rows(folder))
+
+
+def test_a_folder_that_datasets_has_saved(tmp_path):
+    datasets.Dataset.from_list([ALPACA, ALPACA]).save_to_disk(tmp_path / "saved")
+    assert [row.instruction for row in read_rows(tmp_path / "saved")] == ["Sort.", "Sort."]
+
+
+def test_a_folder_without_rows(tmp_path):
+    with pytest.raises(InputError, match=r"is a folder without files of rows .*; or a file \(JSON lines"):
+        read_rows(tmp_path)
+
+
+def test_a_hub_data_set_is_streamed(written, tmp_path, monkeypatch):
+    """With a local folder in place of the hub's."""
+    load, folder = datasets.load_dataset, tmp_path / "name"
+    folder.mkdir()
+    written(*[DOLLY | {"id": i} for i in range(5)], name="name/train.jsonl")
+    monkeypatch.setattr(sources, "require_hub", lambda *_: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: load(str(folder), **options))
+    assert isinstance(sources._load_hub("streamed/rows")["train"], datasets.IterableDataset)
+    assert [row.id for row in read_rows("streamed/rows")] == list("01234")
+
+
+def test_a_mixture_of_files_of_several_kinds(written, tmp_path):
+    chats = _written_as("parquet", tmp_path / "chats.parquet", [CHAT | {"id": f"c{i}"} for i in range(9)])
+    sorting = written(*[ALPACA | {"id": f"s{i}"} for i in range(3)])
+    found = [row.id for row in read_rows(f"2*{chats} + 1*{sorting}")]
+    assert found == ["c0", "s0", "c1", "c2", "s1", "c3", "c4", "s2", "c5", "c6"]
+    check_rows(f"2*{chats} + 1*{sorting}")
+    with pytest.raises(InputError, match="no such file 'gone'"):
+        check_rows(f"2*{chats} + 1*gone")

@@ -1,14 +1,16 @@
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 
-from l2m_jax.data import splits
-from l2m_jax.data.corpus import build_corpus
+from l2m_jax.data import shards
+from l2m_jax.data.encoding import Counts, Encoder
 from l2m_jax.data.prompts import format_prompt
 from l2m_jax.data.settings import Data, SyntheticData
-from l2m_jax.data.splits import check_sources, part_rows, token_limits
+from l2m_jax.data.shards import Tokeniser
+from l2m_jax.data.splits import check_sources, part_examples, token_limits
 from l2m_jax.data.synthetic import synthetic_rows
 from l2m_jax.data.tokenizer import train_tokenizer
 from l2m_jax.errors import InputError
@@ -45,75 +47,81 @@ def others(tmp_path) -> dict[str, str]:
     return {name: str(tmp_path / f"{name}.jsonl") for name in ("validation", "test")}
 
 
-def ids(data, part, tokenizer) -> list[str]:
-    return [row.id for row in part_rows(data, part, tokenizer)]
+@pytest.fixture
+def tokeniser(tokenizer, tmp_path):
+    """A new folder for each call: nothing is known from another split."""
+    numbers = itertools.count()
+    return lambda: Tokeniser(tokenizer, "alpaca", tmp_path / f"tokenised{next(numbers)}", processes=1)
 
 
-def kept(data, part, tokenizer, tmp_path) -> list[str]:
-    rows = part_rows(data, part, tokenizer)
-    return build_corpus(rows, tokenizer, tmp_path / part, token_limits(data, part)).corpus.ids
+@pytest.fixture
+def ids(tokeniser):
+    """The ids of a part's rows."""
+
+    def of_part(data, part, world=0) -> list[str]:
+        return [example.row.id for example in part_examples(data, part, tokeniser(), Counts(), world)]
+
+    return of_part
 
 
-def test_parts_share_no_row_and_leave_none_out(data, tokenizer, tmp_path):
-    found = {part: kept(data, part, tokenizer, tmp_path) for part in PARTS}
+def test_parts_share_no_row_and_leave_none_out(data, ids):
+    found = {part: ids(data, part) for part in PARTS}
     assert {part: len(rows) for part, rows in found.items()} == {"train": 21, "validation": 4, "test": 5}
     together = [row for rows in found.values() for row in rows]
     assert len(set(together)) == 30 and set(together) == {f"r{i}" for i in range(40)} - LONG
 
 
 @pytest.mark.parametrize("train_rows", [1, 7, 21])
-def test_the_split_does_not_depend_on_how_many_rows_are_trained_on(data, tokenizer, tmp_path, train_rows):
+def test_the_split_does_not_depend_on_how_many_rows_are_trained_on(data, ids, train_rows):
     fewer = dataclasses.replace(data, train_rows=train_rows)
     for part in ("validation", "test"):
-        assert ids(fewer, part, tokenizer) == ids(data, part, tokenizer)
-    chosen, all_rows = ids(fewer, "train", tokenizer), kept(data, "train", tokenizer, tmp_path)
+        assert ids(fewer, part) == ids(data, part)
+    chosen, all_rows = ids(fewer, "train"), ids(data, "train")
     assert len(chosen) == train_rows and set(chosen) <= set(all_rows)
-    more = ids(dataclasses.replace(data, train_rows=min(train_rows + 5, 21)), "train", tokenizer)
+    more = ids(dataclasses.replace(data, train_rows=min(train_rows + 5, 21)), "train")
     assert set(chosen) <= set(more)
 
 
-def test_a_part_does_not_depend_on_later_sizes(data, tokenizer):
+def test_a_part_does_not_depend_on_later_sizes(data, ids):
     larger = dataclasses.replace(data, validation_rows=8)
-    assert ids(larger, "test", tokenizer) == ids(data, "test", tokenizer)
-    assert ids(larger, "validation", tokenizer)[:4] == ids(data, "validation", tokenizer)
-    assert set(ids(data, "train", tokenizer)) - set(ids(larger, "train", tokenizer)) == set(
-        ids(larger, "validation", tokenizer)[4:]
-    )
+    assert ids(larger, "test") == ids(data, "test")
+    assert ids(larger, "validation")[:4] == ids(data, "validation")
+    assert set(ids(data, "train")) - set(ids(larger, "train")) == set(ids(larger, "validation")[4:])
 
 
-def test_the_draw_follows_its_seed(data, tokenizer):
+def test_the_draw_follows_its_seed(data, ids):
     other = dataclasses.replace(data, split_seed=7)
-    assert ids(data, "test", tokenizer) == ids(data, "test", tokenizer)
-    assert set(ids(other, "test", tokenizer)) != set(ids(data, "test", tokenizer))
+    assert ids(data, "test") == ids(data, "test")
+    assert set(ids(other, "test")) != set(ids(data, "test"))
     # The first rows of a part are a random sample too: an evaluation may use only these.
-    assert ids(data, "test", tokenizer) != sorted(ids(data, "test", tokenizer), key=lambda i: int(i[1:]))
+    assert ids(data, "test") != sorted(ids(data, "test"), key=lambda i: int(i[1:]))
 
 
-def test_training_rows_keep_the_order_of_the_source(data, tokenizer):
-    found = ids(dataclasses.replace(data, train_rows=12), "train", tokenizer)
+def test_training_rows_keep_the_order_of_the_source(data, ids):
+    found = ids(dataclasses.replace(data, train_rows=12), "train")
     assert found == sorted(found, key=lambda i: int(i[1:]))
 
 
-def test_many_rounds_draw_the_same_rows(data, tokenizer, tmp_path):
+def test_many_rounds_draw_the_same_rows(data, ids, tmp_path):
     """Rows are tokenised in rounds until enough of them fit."""
     path = tmp_path / "rows.jsonl"
     names = [f"r{i}" for i in range(400)]
     write(path, names, long=LONG | set(names[20:]))
     scarce = dataclasses.replace(data, train=str(path))
-    found = [set(kept(scarce, part, tokenizer, tmp_path)) for part in PARTS]
+    found = [set(ids(scarce, part)) for part in PARTS]
     assert [len(rows) for rows in found] == [6, 4, 5]
     assert set.union(*found) == set(names[:20]) - LONG
 
 
 @pytest.mark.parametrize("bos", ["none", "training", "evaluation", "both"])
-def test_parts_have_their_sizes_whichever_of_them_gets_a_bos(data, tokenizer, tmp_path, bos):
+def test_parts_have_their_sizes_whichever_of_them_gets_a_bos(data, ids, tokenizer, tmp_path, bos):
     """A row that fits only without the token goes into no part where any part has the token."""
     path = tmp_path / "rows.jsonl"
     lines = [{"id": f"r{n}", "instruction": "say", "output": "it " * n} for n in range(1, 21)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     longest = len(tokenizer(format_prompt("say", "") + "it " * 20)["input_ids"]) + 1
     data = dataclasses.replace(data, train=str(path), max_length=longest, bos=bos)
-    found = {part: kept(data, part, tokenizer, tmp_path) for part in PARTS}
+    found = {part: ids(data, part) for part in PARTS}
     num_fitting = 20 if bos == "none" else 19
     assert [len(found[part]) for part in PARTS] == [num_fitting - 9, 4, 5]
     assert ("r20" in {row for rows in found.values() for row in rows}) == (bos == "none")
@@ -141,23 +149,23 @@ def test_limits_of_the_settings(data):
     assert token_limits(data, "test").long_prompt == "drop"
 
 
-def test_separate_files_and_training_rows_do_not_depend_on_each_other(data, others, tokenizer, tmp_path):
+def test_separate_files_and_training_rows_do_not_depend_on_each_other(data, ids, others, tmp_path):
     separate = dataclasses.replace(data, **others, train_rows=10)
-    assert ids(separate, "train", tokenizer) == [f"r{i}" for i in range(10)]
-    assert ids(separate, "validation", tokenizer) == ["v0", "v1", "v2", "v3"]
-    assert ids(separate, "test", tokenizer) == ["t0", "t1", "t2", "t3", "t4"]
+    assert ids(separate, "train") == [f"r{i}" for i in range(10) if f"r{i}" not in LONG]
+    assert ids(separate, "validation") == ["v0", "v1", "v2", "v3"]
+    assert ids(separate, "test") == ["t0", "t1", "t2", "t3", "t4"]
     gone = {"validation": str(tmp_path / "gone.jsonl"), "test": str(tmp_path / "gone.jsonl")}
-    assert len(ids(dataclasses.replace(separate, **gone), "train", tokenizer)) == 10
+    assert len(ids(dataclasses.replace(separate, **gone), "train")) == 7
     without = dataclasses.replace(separate, train=str(tmp_path / "gone.jsonl"))
-    assert len(ids(without, "test", tokenizer)) == 5
+    assert len(ids(without, "test")) == 5
 
 
-def test_one_separate_file(data, others, tokenizer, tmp_path):
+def test_one_separate_file(data, ids, others):
     """Only the other part is split off: its rows are those that it would have had, and the rest is trained on."""
     one = dataclasses.replace(data, validation=others["validation"])
-    assert ids(one, "validation", tokenizer) == ["v0", "v1", "v2", "v3"]
-    assert ids(one, "test", tokenizer) == ids(data, "test", tokenizer)
-    assert len(kept(one, "train", tokenizer, tmp_path)) == 25
+    assert ids(one, "validation") == ["v0", "v1", "v2", "v3"]
+    assert ids(one, "test") == ids(data, "test")
+    assert len(ids(one, "train")) == 25
 
 
 @pytest.mark.parametrize(
@@ -168,42 +176,63 @@ def test_one_separate_file(data, others, tokenizer, tmp_path):
         ({"test_rows": 31}, "test", 31),
     ],
 )
-def test_too_few_rows(data, tokenizer, changes, part, needed):
+def test_too_few_rows(data, ids, changes, part, needed):
     with pytest.raises(InputError, match=rf"data\.train: .* has 30 rows .* needs at least {needed};"):
-        ids(dataclasses.replace(data, **changes), part, tokenizer)
+        ids(dataclasses.replace(data, **changes), part)
 
 
-def test_a_bad_row_is_refused_before_any_is_tokenised(data, tokenizer, tmp_path, monkeypatch):
-    def tokenised(*_):
-        raise AssertionError("tokenised")
+@pytest.fixture
+def seen(monkeypatch) -> list[str]:
+    """The ids of all rows that are tokenised."""
+    found: list[str] = []
 
-    monkeypatch.setattr(splits, "encode_rows", tokenised)
+    class Counting(Encoder):
+        def __call__(self, rows):
+            found.extend(row.id for row in rows)
+            return super().__call__(rows)
+
+    monkeypatch.setattr(shards, "Encoder", Counting)
+    return found
+
+
+def test_a_bad_row_is_refused_before_any_is_tokenised(data, ids, tmp_path, seen):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"instruction": "a", "output": "b"}\nnot json\n')
     for part in PARTS:
         with pytest.raises(InputError, match="line 2: not JSON"):
-            ids(dataclasses.replace(data, train=str(path)), part, tokenizer)
+            ids(dataclasses.replace(data, train=str(path)), part)
+    assert not seen
 
 
-def test_few_rows_are_tokenised_for_a_small_part(data, tokenizer, tmp_path, monkeypatch):
-    path, seen, encode = tmp_path / "rows.jsonl", [], splits.encode_rows
+def test_few_rows_are_tokenised_for_a_small_part(data, ids, tmp_path, seen):
+    path = tmp_path / "rows.jsonl"
     write(path, [f"s{i}" for i in range(1_000)])
-
-    def counting(rows, *args):
-        return encode((seen.append(row.id) or row for row in rows), *args)
-
-    monkeypatch.setattr(splits, "encode_rows", counting)
     large = dataclasses.replace(data, train=str(path))
-    assert len(ids(large, "test", tokenizer)) == 5
+    assert len(ids(large, "test")) == 5
     assert len(seen) < 100
-    assert len(ids(large, "train", tokenizer)) == 991
-    assert len(seen) < 200
+    assert len(ids(dataclasses.replace(large, train_rows=20), "train")) == 20
+    assert len(seen) < 250
 
 
-def test_synthetic_parts(tokenizer):
+@pytest.mark.parametrize("order", list(itertools.permutations(PARTS)))
+@pytest.mark.parametrize("changes", [{}, {"train_rows": 9}, {"bos": "training"}, {"bos": "evaluation"}])
+def test_parts_share_their_tokens(data, ids, tokeniser, seen, order, changes):
+    """Each row is tokenised at most once for all parts, which are those of parts made by themselves."""
+    data = dataclasses.replace(data, **changes)
+    alone = {part: ids(data, part) for part in PARTS}
+    seen.clear()
+    shared = tokeniser()
+    together = {
+        part: [example.row.id for example in part_examples(data, part, shared, Counts())] for part in order
+    }
+    assert together == alone
+    assert len(seen) == len(set(seen)) and set(seen) >= set(itertools.chain(*alone.values()))
+
+
+def test_synthetic_parts(ids):
     data = Data(source="synthetic", synthetic=SyntheticData(train=30, validation=5, test=7, seed=3))
     expected = synthetic_rows(3, 30, 5, 7)
-    assert tuple(list(part_rows(data, part, tokenizer)) for part in PARTS) == expected
+    assert [ids(data, part) for part in PARTS] == [[row.id for row in rows] for rows in expected]
 
 
 def test_sources_are_checked_by_their_first_row(data, others, tmp_path):
@@ -221,22 +250,20 @@ def test_sources_are_checked_by_their_first_row(data, others, tmp_path):
 
 
 @pytest.mark.parametrize("separate", [False, True])
-def test_worlds_train_on_rows_of_their_own_and_share_the_others(data, tokenizer, others, separate):
-    limited = dataclasses.replace(data, train_rows=6, **(others if separate else {}))
-
-    def rows(part, world):
-        return [row.id for row in part_rows(limited, part, tokenizer, world)]
-
-    trained = [rows("train", world) for world in range(3)]
-    assert trained[0] == ids(limited, "train", tokenizer)  # world 0 is the data without worlds
+def test_worlds_train_on_rows_of_their_own_and_share_the_others(data, ids, others, separate):
+    limited = dataclasses.replace(data, train_rows=6)
+    if separate:  # where long rows are dropped after the worlds have theirs
+        limited = dataclasses.replace(limited, max_length=400, **others)
+    trained = [ids(limited, "train", world) for world in range(3)]
+    assert trained[0] == ids(limited, "train")  # world 0 is the data without worlds
     assert [len(found) for found in trained] == [6, 6, 6]
     assert len({row for found in trained for row in found}) == 18
     for part in ("validation", "test"):
-        assert rows(part, 2) == ids(limited, part, tokenizer)
-        assert not {row for found in trained for row in found} & set(rows(part, 0))
+        assert ids(limited, part, 2) == ids(limited, part)
+        assert not {row for found in trained for row in found} & set(ids(limited, part))
 
 
-def test_a_world_beyond_the_rows_is_refused(data, tokenizer):
+def test_a_world_beyond_the_rows_is_refused(data, ids):
     limited = dataclasses.replace(data, train_rows=6)
     with pytest.raises(InputError, match=r"data\.train: .* the split needs at least 33"):
-        list(part_rows(limited, "train", tokenizer, 3))
+        ids(limited, "train", 3)

@@ -4,7 +4,7 @@ import pytest
 
 from l2m_jax.data.corpus import build_corpus
 from l2m_jax.data.encoding import TokenLimits
-from l2m_jax.data.sources import Row, read_jsonl
+from l2m_jax.data.sources import Row, read_file
 from l2m_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from l2m_jax.errors import InputError
 from l2m_jax.evaluation.sets import from_corpus, read_set
@@ -115,6 +115,6 @@ def test_the_real_sets(shared, tmp_path):
         f"s_ni={shared}/data/s_ni/test.jsonl", tokenizer, tmp_path, max_prompt_length=512, rows=200
     )
     assert not s_ni.unreportable and max(map(len, s_ni.references)) > 1
-    rows = list(read_jsonl(shared / "data/vicuna/test.jsonl"))
+    rows = list(read_file(shared / "data/vicuna/test.jsonl"))
     vicuna = read_set(f"vicuna={shared}/data/vicuna/test.jsonl", tokenizer, tmp_path, max_prompt_length=256)
     assert len(vicuna) == 80 and vicuna.references[3] == rows[3].references

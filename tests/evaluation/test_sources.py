@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from l2m_jax.data.sources import Row, read_jsonl
+from l2m_jax.data.sources import Row, read_file
 from l2m_jax.data.tokenizer import load_tokenizer
 from l2m_jax.errors import InputError
 from l2m_jax.evaluation import sources
@@ -79,7 +79,7 @@ def test_evaluation_sets_from_files(shared, name, file, rows):
 
 def test_rule_for_short_references(shared):
     tokenizer = load_tokenizer(shared / "tokenizers" / "gpt2")
-    long = list(read_jsonl(shared / "data" / "s_ni" / "test.jsonl"))
+    long = list(read_file(shared / "data" / "s_ni" / "test.jsonl"))
     # The published subset was selected by this rule, and one token more would leave some of it out.
     assert list(long_references(long, tokenizer, 11)) == long
     assert len(list(long_references(long, tokenizer, 12))) < len(long)

@@ -5,6 +5,8 @@ sentence must contain: the place, and the way out. Cases with `tolerated=True` m
 """
 
 import dataclasses
+import gzip
+import io
 import json
 import os
 import struct
@@ -14,6 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
 from l2m_jax import models
@@ -40,6 +44,12 @@ _CONFIG = models.DecoderConfig(
 
 def json_lines(rows: list[Any]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    written = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), written)
+    return written.getvalue()
 
 
 @dataclasses.dataclass
@@ -230,15 +240,66 @@ for _name, (_content, _says) in READ.items():
     case(f"rows: {_name}", lambda w, c=_content: w.train_on(w.file("rows.jsonl", c)), _says, tolerated=True)
 
 case(
+    "rows: Parquet", lambda w: w.train_on(w.file("rows.parquet", parquet(ROWS))), "Name fruit", tolerated=True
+)
+case(
+    "rows: compressed",
+    lambda w: w.train_on(w.file("rows.jsonl.gz", gzip.compress(json_lines(ROWS)))),
+    "Name fruit",
+    tolerated=True,
+)
+
+case(
     "rows: no file",
     lambda w: w.train_on(w.own / "none.jsonl"),
     "config.data.train: no such file .*none.jsonl.*JSON lines",
 )
 case(
-    "rows: a folder",
-    lambda w: w.train_on(w.good),
-    "config.data.train: .*is a folder; give a file .JSON lines",
+    "rows: a folder without files",
+    lambda w: w.train_on(w.own),
+    "config.data.train: .*is a folder without files of rows .*; or a file .JSON lines",
 )
+case(
+    "rows: no Parquet",
+    lambda w: w.train_on(w.file("rows.parquet", GOOD)),
+    "config.data.train: .*rows.parquet cannot be read as Parquet .*check the file",
+)
+case(
+    "rows: a cut Parquet file",
+    lambda w: w.train_on(w.file("rows.parquet", parquet(ROWS)[:-40])),
+    "config.data.train: .*rows.parquet cannot be read as Parquet .*check the file",
+)
+case(
+    "rows: Parquet with numbers for answers",
+    lambda w: w.train_on(w.file("rows.parquet", parquet([{"instruction": "a", "output": 3}]))),
+    "config.data.train: .*rows.parquet, row 1: 'output' must be a string or a list of strings, not 3",
+)
+case(
+    "rows: no Arrow",
+    lambda w: w.train_on(w.file("rows.arrow", GOOD)),
+    "config.data.train: .*rows.arrow cannot be read as Arrow .*check the file",
+)
+case(
+    "rows: no gzip",
+    lambda w: w.train_on(w.file("rows.jsonl.gz", GOOD)),
+    "config.data.train: .*rows.jsonl.gz cannot be read .*check the file",
+)
+case(
+    "rows: cut gzip",
+    lambda w: w.train_on(w.file("rows.jsonl.gz", gzip.compress(json_lines(ROWS * 2000))[:-900])),
+    "config.data.*: .*rows.jsonl.gz cannot be read .*check the file",
+)
+for _name, (_mixture, _says) in {
+    "one source": ("0.5*{good}", "config.data.train: the mixture .* has one source; add another"),
+    "no weight": ("0.5*{good} + {good}", "config.data.train: .*rows.jsonl' in the mixture .* is not WEIGHT.SOURCE"),
+    "weight 0": ("0*{good} + 1*{good}", "config.data.train: weight: 0.0 must be greater than 0"),
+    "no file": ("1*{good} + 1*none.jsonl", "config.data.train: no such file 'none.jsonl'"),
+}.items():  # fmt: skip
+    case(
+        f"rows: mixture, {_name}",
+        lambda w, m=_mixture: w.train_on(m.format(good=w.good / "rows.jsonl")),
+        _says,
+    )
 case(
     "rows: a hub name offline",
     lambda w: w.train_on("owner/name"),

@@ -172,7 +172,7 @@ def _write(path: Path, data: bytes) -> Path:
 
 
 def _rows(folder: Path) -> Parser:
-    from l2m_jax.data.sources import read_jsonl
+    from l2m_jax.data.sources import read_file
 
     rows = [
         {"id": "1", "instruction": "Name a fruit.", "input": "", "output": "an apple", "category": "x"},
@@ -189,7 +189,7 @@ def _rows(folder: Path) -> Parser:
     file = folder / "rows.jsonl"
 
     def read(data: bytes) -> None:
-        for row in read_jsonl(_write(file, data)):
+        for row in read_file(_write(file, data)):
             "".join((row.id, row.instruction, row.input, *row.references, row.category)).encode()
 
     return Parser(seeds, read, lines_mutation)

@@ -41,8 +41,7 @@ def test_the_student_is_the_base_and_its_adapter(tiny, tmp_path):
     artefacts = resolve(config, tmp_path, tmp_path)
     data.make_tokenizer(artefacts.tokenizer)
     checks.check_models(config, artefacts)
-    for corpus in artefacts.all_corpora:
-        data.make_corpus(corpus)
+    data.make_corpora(artefacts.all_corpora)
     context = start(config, tmp_path)
     make_model(artefacts.teacher, "teacher", context.teacher, context)
     make_model(artefacts.initial_student, "initial student", context.student, context)
@@ -70,7 +69,7 @@ def test_checkpoints_hold_the_adapters_alone(tiny, tmp_path):
     for config in (whole, adapted):
         artefacts = resolve(config, tmp_path, tmp_path)
         data.make_tokenizer(artefacts.tokenizer)
-        data.make_corpus(artefacts.corpora["train"])
+        data.make_corpora([artefacts.corpora["train"]])
         found[config.student.lora.rank] = checks.bytes_needed(config, artefacts)
     name = f"kld{checks.CHECKPOINTS}"
     numbers = 2 * (16 + 16 + 16 + 64)  # rank · (inputs + outputs)

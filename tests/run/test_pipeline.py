@@ -146,7 +146,7 @@ def test_a_student_is_trained_with_the_dropout_that_is_asked_for(tmp_path, famil
     context = start(config, tmp_path)
     artefacts = resolve(config, tmp_path, tmp_path)
     data.make_tokenizer(artefacts.tokenizer)
-    data.make_corpus(artefacts.corpora["train"])
+    data.make_corpora([artefacts.corpora["train"]])
     make_model(artefacts.initial_student, "initial student", config.student.compute, context)
     inputs = artefacts.students["l2m"].inputs
     student = Student(artefacts.students["l2m"], "student", inputs.validation, context)

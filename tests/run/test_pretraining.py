@@ -33,8 +33,7 @@ def _config(tiny, **changes):
 def _start(config, folder):
     context, artefacts = start(config, folder), resolve(config, folder, folder)
     data.make_tokenizer(artefacts.tokenizer)
-    for corpus in artefacts.corpora.values():
-        data.make_corpus(corpus)
+    data.make_corpora(artefacts.corpora.values())
     return context, artefacts
 
 

@@ -87,8 +87,9 @@ def test_a_teacher_with_rows_of_several_worlds(tmp_path):
     for world in (0, 1, 2):
         found = of_world(tmp_path, world, **values)
         assert found.teacher.inputs.train in found.all_corpora
-        seen.append({row.id for row in map(data.make_corpus(found.corpora["train"]).row, range(10))})
-    teachers = data.make_corpus(found.teacher.inputs.train)
+        (train,) = data.make_corpora([found.corpora["train"]])
+        seen.append({row.id for row in map(train.row, range(10))})
+    (teachers,) = data.make_corpora([found.teacher.inputs.train])
     assert {teachers.row(i).id for i in range(len(teachers))} == seen[0] | seen[1]
     with pytest.raises(InputError, match=r"config\.teacher\.train_rows: 20 is for rows from files"):
         of_world(tmp_path, 1, **{"teacher.train_rows": 20})
