@@ -89,14 +89,14 @@ class Difficulty:
     """The difficulty of each training example. Arrays have one entry per example, in the order of the corpus.
 
     Attributes:
-        ids: the examples' ids.
+        ids: the examples' ids, Arrow strings.
         rouge_l: float64 in [0, 1], of the student's own output against the reference.
         cross_entropy: float64, mean over the response's tokens, in nats.
         rank: int64, 0 for the easiest example.
         subset: int64, 1 for the easiest subset (that of stage 1).
     """
 
-    ids: tuple[str, ...]
+    ids: pa.ChunkedArray
     rouge_l: np.ndarray
     cross_entropy: np.ndarray
     rank: np.ndarray
@@ -105,7 +105,7 @@ class Difficulty:
     @classmethod
     def of(
         cls,
-        ids: Sequence[str],
+        ids: Sequence[str] | pa.ChunkedArray,
         rouge_l_N: np.ndarray,
         cross_entropy_N: np.ndarray,
         *,
@@ -119,9 +119,9 @@ class Difficulty:
         rank_N[order] = np.arange(len(order))
         for number, indices in enumerate(partition(order, subsets), start=1):
             subset_N[indices] = number
-        return cls(
-            tuple(ids), np.asarray(rouge_l_N, float), np.asarray(cross_entropy_N, float), rank_N, subset_N
-        )
+        if not isinstance(ids, pa.ChunkedArray):
+            ids = pa.chunked_array([pa.array(ids, pa.string())])
+        return cls(ids, np.asarray(rouge_l_N, float), np.asarray(cross_entropy_N, float), rank_N, subset_N)
 
     @property
     def order(self) -> np.ndarray:
@@ -138,7 +138,7 @@ class Difficulty:
         """Writes one row per example, in the order of the corpus. A reader never sees an incomplete file."""
         table = pa.table(
             {
-                "id": pa.array(self.ids, pa.string()),
+                "id": self.ids.combine_chunks(),  # one chunk, because their number changes the bytes of the file
                 "rouge_l": self.rouge_l,
                 "cross_entropy": self.cross_entropy,
                 "rank": self.rank,
@@ -158,7 +158,7 @@ class Difficulty:
         names = ("rouge_l", "cross_entropy", "rank", "subset")
         try:
             table = pq.read_table(path, columns=["id", *names])
-            return cls(tuple(table["id"].to_pylist()), *(table[name].to_numpy() for name in names))
+            return cls(table["id"], *(table[name].to_numpy() for name in names))
         except (OSError, pa.ArrowException, KeyError) as error:
             raise InputError(
                 f"{path}: cannot be read as a difficulty file ({error}); delete it and rank the examples again"
