@@ -13,6 +13,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from l2m_jax.errors import InputError, reason
 
 _DIGITS = 16
@@ -29,11 +31,13 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, np.ndarray):
+        return value.tolist()
     return value
 
 
 def fingerprint(*values: Any) -> str:
-    """16 hexadecimal digits that change with any of `values` (dataclasses, dicts, sequences, numbers, strings).
+    """16 hexadecimal digits that change with any of `values` (dataclasses, dicts, sequences, arrays, numbers, strings).
 
     Dataclass fields declared with `compare=False` do not count. An iterator counts as the list of its items, and holds
     one of them at a time.

@@ -375,8 +375,8 @@ def _missing(
 def _keyed(
     generator: Generator, prompts: Prompts, rules: SamplingRules, output: ResponseFile
 ) -> ResponseFile:
-    plain = (np.asarray(prompt).tolist() for prompt in prompts)
-    return ResponseFile(output.path, generator.fingerprint(output.key, rules, plain))
+    each = (np.asarray(prompt) for prompt in prompts)
+    return ResponseFile(output.path, generator.fingerprint(output.key, rules, each))
 
 
 def _text(tokenizer: Any, tokens: tuple[int, ...]) -> str:

@@ -1,12 +1,13 @@
 """The phase that generates a model's responses to the training prompts, for the ranking and for some methods."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import overload
 
 import numpy as np
 
 from l2m_jax.data.corpus import Corpus
+from l2m_jax.data.order import shuffled
 from l2m_jax.generation import Answer, Generator, ResponseFile, SamplingRules, generate_file
 from l2m_jax.models import DecoderConfig
 from l2m_jax.models.settings import Compute
@@ -24,6 +25,7 @@ class ResponsesInputs:
     Attributes:
         max_prompt_length: longer prompts get no response; 0: limited only by the model's positions.
         seed: for sampling; independent of the run's own seed, so that runs can share the responses.
+        rows: the maximum number of prompts to answer, drawn at random; 0: all.
     """
 
     model: Artefact | Source
@@ -32,6 +34,7 @@ class ResponsesInputs:
     sampling: SamplingRules
     seed: int
     max_prompt_length: int
+    rows: int = field(default=0, metadata={"absent_at_default": True})
 
 
 def longest_prompt(config: DecoderConfig, sampling: SamplingRules, max_prompt_length: int) -> int:
@@ -143,6 +146,8 @@ def make_responses(
     examples_P = np.flatnonzero(train.prompt_lengths <= room)
     if left := len(train) - len(examples_P):
         console.print(f"  {left:,} prompts leave no room for an answer")
+    if inputs.rows:
+        examples_P = np.sort(shuffled(examples_P, inputs.seed)[: inputs.rows])
     if not artefact.is_finished:
         artefact.begin()
         config, params = load_frozen(inputs.model, compute, inputs.tokenizer, context.placement)
