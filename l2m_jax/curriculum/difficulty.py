@@ -74,6 +74,26 @@ def rank(
     return np.lexsort((cross_entropy_N, -rouge_l_N)).astype(np.int64)
 
 
+def matched_rouge_l(
+    rouge_l_N: np.ndarray, cross_entropy_N: np.ndarray, is_measured_N: np.ndarray
+) -> np.ndarray:
+    """Rouge-L of all examples, where it was measured on a random sample: the others are matched to it by rank.
+
+    The lower an example's cross-entropy, the higher its Rouge-L, such that the examples that were not measured have the
+    sample's distribution (quantile matching). A regression would give them less extreme values, and the sample would
+    fill the easiest and the hardest subset.
+
+    Args:
+        rouge_l_N: counts where `is_measured_N`. Unchanged if that is nowhere.
+        cross_entropy_N: of all examples.
+    """
+    found_N, others = np.array(rouge_l_N, np.float64), ~is_measured_N
+    if others.any() and is_measured_N.any():
+        hardness = (_standing(cross_entropy_N[others]) - 0.5) / others.sum()
+        found_N[others] = np.quantile(found_N[is_measured_N], 1 - hardness, method="inverted_cdf")
+    return found_N
+
+
 def sample_weights(rouge_l_N: np.ndarray) -> np.ndarray:
     """float32 [N], p(1−p) as in PACED, where p is the Rouge-L of the student's own answer: smallest for what
     the student can do already, and for what it cannot do at all.

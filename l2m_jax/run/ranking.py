@@ -6,6 +6,7 @@ from itertools import islice
 import numpy as np
 
 from l2m_jax.curriculum import Difficulty
+from l2m_jax.curriculum.difficulty import matched_rouge_l
 from l2m_jax.data.corpus import Corpus
 from l2m_jax.evaluation import rouge
 from l2m_jax.evaluation.cross_entropy import cross_entropy_by_example
@@ -24,7 +25,7 @@ class RankingInputs:
     """
     Attributes:
         model: the student whose answers and cross-entropy measure difficulty.
-        answers: its answers to the training prompts.
+        answers: its answers to the training prompts, or to a random sample of them.
         ranking: one of `curriculum.RANKINGS`.
         stages: the number of subsets.
         seed: for a random ranking; None for the others.
@@ -52,9 +53,12 @@ def make_ranking(artefact: Artefact[RankingInputs], context: Context) -> Difficu
         )
 
         def write() -> None:
+            rouge_l_N = _rouge_l(answers, train)
+            if inputs.answers.inputs.rows:
+                rouge_l_N = _matched(rouge_l_N, cross_entropy_N, answers.examples_P)
             difficulty = Difficulty.of(
                 train.rows.data["id"],
-                _rouge_l(answers, train),
+                rouge_l_N,
                 cross_entropy_N,
                 subsets=inputs.stages,
                 method=inputs.ranking,
@@ -80,7 +84,7 @@ def _answers(inputs: RankingInputs, context: Context) -> responses.Responses:
 
 
 def _rouge_l(answers: responses.Responses, train: Corpus) -> np.ndarray:
-    """Of each training example, float64 in [0, 1]; 0 for prompts without room for an answer."""
+    """Of each answered training example, float64 in [0, 1]; 0 for the others."""
     rouge_l_N, remaining = np.zeros(len(train)), iter(answers)
     with rouge.Pool(rouge.worthwhile_processes(answers.size)) as pool:
         while batch := list(islice(remaining, _SCORED_TOGETHER)):
@@ -88,3 +92,12 @@ def _rouge_l(answers: responses.Responses, train: Corpus) -> np.ndarray:
             texts = [answer.text for _, answer in batch]
             rouge_l_N[examples] = pool.rouge_l(texts, train.references_of(examples))
     return rouge_l_N
+
+
+def _matched(rouge_l_N: np.ndarray, cross_entropy_N: np.ndarray, examples: np.ndarray) -> np.ndarray:
+    """Rouge-L of all examples, from that of the sample `examples`."""
+    is_measured_N = np.isin(np.arange(len(rouge_l_N)), examples)
+    console.print(
+        f"  Rouge-L is that of {len(examples):,} random examples; the others' is matched to their cross-entropy"
+    )
+    return matched_rouge_l(rouge_l_N, cross_entropy_N, is_measured_N)
