@@ -10,9 +10,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 from l2m_jax.errors import InputError, reason
 
@@ -31,16 +33,34 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, np.ndarray):
+        return value.tolist()
     return value
 
 
 def fingerprint(*values: Any) -> str:
-    """16 hexadecimal digits that change with any of `values` (dataclasses, dicts, sequences, numbers, strings).
+    """16 hexadecimal digits that change with any of `values` (dataclasses, dicts, sequences, arrays, numbers, strings).
 
-    Dataclass fields declared with `compare=False` do not count.
+    Dataclass fields declared with `compare=False` do not count. An iterator counts as the list of its items, and holds
+    one of them at a time.
     """
-    text = json.dumps([_plain(v) for v in values], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+    found = hashlib.sha256()
+    for piece in _json_pieces(values):
+        found.update(piece.encode())
+    return found.hexdigest()[:_DIGITS]
+
+
+def _json_pieces(values: Iterable[Any]) -> Iterator[str]:
+    """The JSON of a list, piece by piece."""
+    yield "["
+    for i, value in enumerate(values):
+        if i:
+            yield ", "
+        if isinstance(value, Iterator):
+            yield from _json_pieces(value)
+        else:
+            yield json.dumps(_plain(value), sort_keys=True, ensure_ascii=False)
+    yield "]"
 
 
 def content_hash(path: Path, *, patterns: Sequence[str] | None = None) -> str:

@@ -74,6 +74,26 @@ def rank(
     return np.lexsort((cross_entropy_N, -rouge_l_N)).astype(np.int64)
 
 
+def matched_rouge_l(
+    rouge_l_N: np.ndarray, cross_entropy_N: np.ndarray, is_measured_N: np.ndarray
+) -> np.ndarray:
+    """Rouge-L of all examples, where it was measured on a random sample: the others are matched to it by rank.
+
+    The lower an example's cross-entropy, the higher its Rouge-L, such that the examples that were not measured have the
+    sample's distribution (quantile matching). A regression would give them less extreme values, and the sample would
+    fill the easiest and the hardest subset.
+
+    Args:
+        rouge_l_N: counts where `is_measured_N`. Unchanged if that is nowhere.
+        cross_entropy_N: of all examples.
+    """
+    found_N, others = np.array(rouge_l_N, np.float64), ~is_measured_N
+    if others.any() and is_measured_N.any():
+        hardness = (_standing(cross_entropy_N[others]) - 0.5) / others.sum()
+        found_N[others] = np.quantile(found_N[is_measured_N], 1 - hardness, method="inverted_cdf")
+    return found_N
+
+
 def sample_weights(rouge_l_N: np.ndarray) -> np.ndarray:
     """float32 [N], p(1−p) as in PACED, where p is the Rouge-L of the student's own answer: smallest for what
     the student can do already, and for what it cannot do at all.
@@ -89,14 +109,14 @@ class Difficulty:
     """The difficulty of each training example. Arrays have one entry per example, in the order of the corpus.
 
     Attributes:
-        ids: the examples' ids.
+        ids: the examples' ids, Arrow strings.
         rouge_l: float64 in [0, 1], of the student's own output against the reference.
         cross_entropy: float64, mean over the response's tokens, in nats.
         rank: int64, 0 for the easiest example.
         subset: int64, 1 for the easiest subset (that of stage 1).
     """
 
-    ids: tuple[str, ...]
+    ids: pa.ChunkedArray
     rouge_l: np.ndarray
     cross_entropy: np.ndarray
     rank: np.ndarray
@@ -105,7 +125,7 @@ class Difficulty:
     @classmethod
     def of(
         cls,
-        ids: Sequence[str],
+        ids: Sequence[str] | pa.ChunkedArray,
         rouge_l_N: np.ndarray,
         cross_entropy_N: np.ndarray,
         *,
@@ -119,9 +139,9 @@ class Difficulty:
         rank_N[order] = np.arange(len(order))
         for number, indices in enumerate(partition(order, subsets), start=1):
             subset_N[indices] = number
-        return cls(
-            tuple(ids), np.asarray(rouge_l_N, float), np.asarray(cross_entropy_N, float), rank_N, subset_N
-        )
+        if not isinstance(ids, pa.ChunkedArray):
+            ids = pa.chunked_array([pa.array(ids, pa.string())])
+        return cls(ids, np.asarray(rouge_l_N, float), np.asarray(cross_entropy_N, float), rank_N, subset_N)
 
     @property
     def order(self) -> np.ndarray:
@@ -138,7 +158,7 @@ class Difficulty:
         """Writes one row per example, in the order of the corpus. A reader never sees an incomplete file."""
         table = pa.table(
             {
-                "id": pa.array(self.ids, pa.string()),
+                "id": self.ids.combine_chunks(),  # one chunk, because their number changes the bytes of the file
                 "rouge_l": self.rouge_l,
                 "cross_entropy": self.cross_entropy,
                 "rank": self.rank,
@@ -158,7 +178,7 @@ class Difficulty:
         names = ("rouge_l", "cross_entropy", "rank", "subset")
         try:
             table = pq.read_table(path, columns=["id", *names])
-            return cls(tuple(table["id"].to_pylist()), *(table[name].to_numpy() for name in names))
+            return cls(table["id"], *(table[name].to_numpy() for name in names))
         except (OSError, pa.ArrowException, KeyError) as error:
             raise InputError(
                 f"{path}: cannot be read as a difficulty file ({error}); delete it and rank the examples again"

@@ -41,6 +41,9 @@ class Curriculum:
     ranking_temperature: float = (
         -1.0
     )  # of the ranking student's answers; 0: greedy (-1: as sampling.temperature)
+    # Examples, drawn at random, whose prompts the ranking student answers; the Rouge-L of the others is fitted to their
+    # cross-entropy (0: all are answered).
+    ranking_rows: int = field(default=0, metadata={"absent_at_default": True})
     rerank: bool = False  # at each stage's start, what is not open yet, by the student's cross-entropy
     stratify: str = ""  # rank within strata: "category", or "length" (quarters of the references' lengths)
     subsets: tuple[int, ...] = ()  # the subsets to train on; 1 is the easiest (empty: all)
@@ -68,7 +71,7 @@ class Curriculum:
         require_choice(self, "weight", WEIGHTS)
         require_fraction(self, "alpha", "beta_first", "beta_last")
         require_fraction(self, "mix", "open_by", below_one=True)
-        require_at_least(self, 0, "patience", "examples", "tokens")
+        require_at_least(self, 0, "patience", "ranking_rows", "examples", "tokens")
         if self.examples and self.tokens:
             raise InputError(
                 f"tokens: {self.tokens} and examples {self.examples} both set the budget; leave one at 0"

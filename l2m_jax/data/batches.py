@@ -95,10 +95,12 @@ class AnsweredExamples:
     Attributes:
         answered: maps the index of each replaced example to its tokens, prompt and response. Only the response is a
             target then, and no earlier turn of a chat.
+        answered_lengths: the lengths of `answered`, in its order; None: counted.
     """
 
     examples: Examples
     answered: Mapping[int, np.ndarray]
+    answered_lengths: np.ndarray | None = None
 
     @property
     def prompt_lengths(self) -> np.ndarray:
@@ -110,10 +112,15 @@ class AnsweredExamples:
 
     @cached_property
     def _lengths(self) -> np.ndarray:
-        lengths = self.examples.lengths.copy()
-        for i, tokens in self.answered.items():
-            lengths[i] = len(tokens)
+        lengths, found = self.examples.lengths.copy(), self.answered_lengths
+        if found is None:
+            found = [len(tokens) for tokens in self.answered.values()]
+        lengths[self._indices] = found
         return lengths
+
+    @cached_property
+    def _indices(self) -> np.ndarray:
+        return np.fromiter(self.answered, np.int64, len(self.answered))
 
     @property
     def response_lengths(self) -> np.ndarray:
@@ -121,9 +128,8 @@ class AnsweredExamples:
 
     @cached_property
     def _response_lengths(self) -> np.ndarray:
-        lengths = self.examples.response_lengths.copy()
-        for i, tokens in self.answered.items():
-            lengths[i] = len(tokens) - self.prompt_lengths[i]
+        lengths, answered = self.examples.response_lengths.copy(), self._indices
+        lengths[answered] = self.lengths[answered] - self.prompt_lengths[answered]
         return lengths
 
     def example_tokens(self, i: int) -> np.ndarray:
@@ -131,10 +137,9 @@ class AnsweredExamples:
         return self.examples.example_tokens(i) if tokens is None else tokens
 
     def target_positions(self, i: int) -> np.ndarray:
-        tokens = self.answered.get(i)
-        if tokens is None:
+        if i not in self.answered:
             return self.examples.target_positions(i)
-        return np.arange(self.prompt_lengths[i], len(tokens))
+        return np.arange(self.prompt_lengths[i], self.lengths[i])
 
 
 def micro_batches(

@@ -88,19 +88,48 @@ def rouge_l_many(
         references: a text, or several, for each prediction.
         processes: None for all cores if there is enough text to be worth starting them, otherwise one.
     """
-    pairs = list(zip(predictions, references, strict=True))
     if processes is None:
-        size = sum(len(text) + sum(map(len, _all_of(expected))) for text, expected in pairs)
-        processes = cores() if size > _CHARACTERS_WORTH_A_POOL else 1
-    processes = min(processes, len(pairs))
-    if processes <= 1:
-        return [rouge_l(*pair) for pair in pairs]
-    scores = [0.0] * len(pairs)
-    with concurrent.futures.ThreadPoolExecutor(processes) as pool:
-        shares = pool.map(_in_another_process, (pairs[k::processes] for k in range(processes)))
-        for k, share in enumerate(shares):
-            scores[k::processes] = share
-    return scores
+        size = sum(map(len, predictions)) + sum(len(text) for some in references for text in _all_of(some))
+        processes = worthwhile_processes(size)
+    with Pool(min(processes, len(predictions))) as pool:
+        return pool.rouge_l(predictions, references)
+
+
+def worthwhile_processes(characters: int) -> int:
+    """All cores if there is enough text to be worth starting them, otherwise one."""
+    return cores() if characters > _CHARACTERS_WORTH_A_POOL else 1
+
+
+class Pool:
+    """Processes that score one batch of pairs after another. Use it in a `with` statement, which ends them.
+
+    Args:
+        processes: with fewer than two, this process scores.
+    """
+
+    def __init__(self, processes: int):
+        self._processes = processes
+
+    def __enter__(self) -> "Pool":
+        self._workers = [_Worker() for _ in range(self._processes)] if self._processes > 1 else []
+        self._threads = concurrent.futures.ThreadPoolExecutor(max(self._processes, 1))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown()
+        for worker in self._workers:
+            worker.close()
+
+    def rouge_l(self, predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> list[float]:
+        """`rouge_l` of each pair, in order."""
+        pairs = list(zip(predictions, references, strict=True))
+        if not self._workers:
+            return [rouge_l(*pair) for pair in pairs]
+        scores, step = [0.0] * len(pairs), len(self._workers)
+        asked = [self._threads.submit(w.rouge_l, pairs[k::step]) for k, w in enumerate(self._workers)]
+        for k, share in enumerate(asked):
+            scores[k::step] = share.result()
+        return scores
 
 
 def cores() -> int:
@@ -108,23 +137,38 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _in_another_process(pairs: list[tuple[str, str | Sequence[str]]]) -> list[float]:
+class _Worker:
+    """Another process that scores pairs: a line of JSON each way."""
+
     # Not multiprocessing: forking a process with JAX's threads can hang, and a spawned worker would run the caller's
     # script again unless the script guards against it.
-    done = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import _answer_parent; _answer_parent()"],
-        input=json.dumps(pairs).encode(),
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=True,
-    )
-    return json.loads(done.stdout)
+
+    def __init__(self):
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import _answer_parent; _answer_parent()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+
+    def rouge_l(self, pairs: list[tuple[str, str | Sequence[str]]]) -> list[float]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(pairs).encode() + b"\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line.endswith(b"\n"):
+            raise RuntimeError(f"a process that computes Rouge-L ended with status {self._process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._process.communicate()
 
 
 def _answer_parent() -> None:
     # nltk would spend seconds on importing SciPy, which stemming does not need.
     sys.modules.setdefault("scipy", None)  # pyright: ignore[reportArgumentType]
-    json.dump([rouge_l(*pair) for pair in json.load(sys.stdin.buffer)], sys.stdout)
+    for line in sys.stdin.buffer:
+        print(json.dumps([rouge_l(*pair) for pair in json.loads(line)]), flush=True)
 
 
 def exact_match(prediction: str, references: str | Sequence[str]) -> bool:

@@ -15,7 +15,7 @@ from l2m_jax.files import fingerprint
 from l2m_jax.generation import programs
 from l2m_jax.generation.programs import Moves, Prefilled, Slots
 from l2m_jax.generation.responses import Answer, ResponseFile
-from l2m_jax.generation.sampling import SamplingRules, answer_keys
+from l2m_jax.generation.sampling import Prompts, SamplingRules, answer_keys
 from l2m_jax.generation.schedule import Move, PrefillBatch, Schedule, bucket
 from l2m_jax.models import DecoderConfig
 from l2m_jax.multihost import first, is_first
@@ -26,6 +26,7 @@ _MIN_CACHE, _CACHE_SIZES_PER_OCTAVE = 64, 4
 _CACHE_BYTES = 8 * 2**30
 _MIN_SLOTS, _MAX_SLOTS = 8, 64
 PREFILL_TOKENS = 2048
+_SCHEDULED_TOGETHER = 1 << 16  # prompts; slots fall idle only at the end of each such share
 
 # Fields of a config that affect only cost, rounding or training: changing them does not discard answers.
 _NOT_IDENTITY = (
@@ -110,7 +111,7 @@ class Engine:
         self.utilisation = 0.0
 
     def run(
-        self, prompts: Sequence[Sequence[int]], wanted: Iterable[tuple[int, int]]
+        self, prompts: Prompts, wanted: Iterable[tuple[int, int]]
     ) -> Iterator[list[tuple[int, int, tuple[int, ...]]]]:
         """Generates the answer for each wanted (prompt index, seed).
 
@@ -189,7 +190,7 @@ class Engine:
         tokens = tuple(now.tokens_BxS[device, slot, start:stop].tolist())
         return tokens[:-1] if tokens[-1] in self._config.eos_token_ids else tokens
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], batch: PrefillBatch) -> Prefilled:
+    def _prefill(self, prompts: Prompts, batch: PrefillBatch) -> Prefilled:
         devices, length = self._placement.num_devices, min(batch.length, self._config.max_positions)
         tokens_AxPxL = np.zeros((devices, batch.rows, length), np.int32)
         lengths_AxP = np.ones((devices, batch.rows), np.int32)
@@ -224,7 +225,13 @@ def _arrays(moves: list[list[Move]], slots: int, keys: np.ndarray, columns: dict
     return arrays
 
 
-def _check(config: DecoderConfig, rules: SamplingRules, prompts: Sequence[Sequence[int]]) -> None:
+def _check_all(generator: Generator, prompts: Prompts, rules: SamplingRules, seeds: Sequence[int]) -> None:
+    if len(set(seeds)) != len(seeds) or not all(0 <= seed < 2**32 for seed in seeds):
+        raise InputError(f"seeds: {tuple(seeds)} must differ from each other and lie between 0 and 2^32 - 1")
+    _check(generator.config, rules, prompts)
+
+
+def _check(config: DecoderConfig, rules: SamplingRules, prompts: Prompts) -> None:
     room = config.max_positions - rules.max_new_tokens
     if room < 1:
         raise InputError(
@@ -239,23 +246,24 @@ def _check(config: DecoderConfig, rules: SamplingRules, prompts: Sequence[Sequen
                 f"prompt {i} has {len(prompt)} tokens and {rules.max_new_tokens} new ones may follow, but the model "
                 f"has {config.max_positions} positions: cut prompts to {room} tokens or lower max_new_tokens"
             )
-        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+        least, most = int(np.min(prompt)), int(np.max(prompt))
+        if not 0 <= least <= most < config.vocab_size:
             raise InputError(
-                f"prompt {i} has token {max(prompt) if min(prompt) >= 0 else min(prompt)}, but the model's vocabulary "
+                f"prompt {i} has token {most if least >= 0 else least}, but the model's vocabulary "
                 f"has {config.vocab_size} entries: its tokenizer belongs to another model"
             )
 
 
 def generate(
     generator: Generator,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     rules: SamplingRules,
     seeds: Sequence[int],
     *,
     output: ResponseFile | None = None,
     title: str = "answers",
 ) -> list[Answer]:
-    """Answers every prompt once with each seed.
+    """Answers every prompt once with each seed. Holds all answers; for many, see `generate_file`.
 
     An answer depends only on the parameters, prompt, seed and rules: its random numbers come from the seed, the
     prompt's tokens and the position. Batch shapes can still change a logit in its last bits. Equal prompts with
@@ -278,49 +286,97 @@ def generate(
         InputError: a prompt is empty, has a token outside the model's vocabulary, or leaves no room for
             `max_new_tokens` more; seeds are out of range or repeated; `output` holds other answers.
     """
-    if len(set(seeds)) != len(seeds) or not all(0 <= seed < 2**32 for seed in seeds):
-        raise InputError(f"seeds: {tuple(seeds)} must differ from each other and lie between 0 and 2^32 - 1")
-    _check(generator.config, rules, prompts)
-    wanted = [(prompt, seed) for prompt in range(len(prompts)) for seed in seeds]
-    file = None if output is None else _keyed(generator, prompts, rules, output)
-    answers = {} if output is None else kept_answers(generator, prompts, rules, output)
-    missing = [work for work in wanted if work not in answers]
-
-    with contextlib.ExitStack() as stack:
-        writes = file is not None and is_first() and missing
-        append = stack.enter_context(file.appending()) if file is not None and writes else None
-        bar = stack.enter_context(progress.bar(title, len(wanted)))
-        bar.resume_at(len(wanted) - len(missing))
-        start, new_tokens = time.monotonic(), 0
-        for ended in Engine(generator, rules).run(prompts, missing) if missing else ():
-            new = [Answer(p, seed, tokens, _text(generator.tokenizer, tokens)) for p, seed, tokens in ended]
-            answers.update({(answer.prompt, answer.seed): answer for answer in new})
-            if append is not None:
-                append(new)
-            new_tokens += sum(len(answer.tokens) for answer in new)
-            rate = new_tokens / max(time.monotonic() - start, 1e-9)
-            bar.advance(len(new), **{"tokens/s": f"{rate:,.0f}"})
-    return [answers[work] for work in wanted]
+    _check_all(generator, prompts, rules, seeds)
+    answers: dict[tuple[int, int], Answer] = {}
+    if output is not None:
+        output = _keyed(generator, prompts, rules, output)
+        found = first(lambda: [(a.prompt, a.seed, a.tokens, a.text) for a in output.read()])
+        answers = {(p, seed): Answer(p, seed, tuple(tokens), text) for p, seed, tokens, text in found}
+    known_PxS = _known(answers, len(prompts), seeds)
+    for made in _missing(generator, prompts, rules, seeds, known_PxS, output, title):
+        answers.update({(answer.prompt, answer.seed): answer for answer in made})
+    return [answers[prompt, seed] for prompt in range(len(prompts)) for seed in seeds]
 
 
-def kept_answers(
-    generator: Generator, prompts: Sequence[Sequence[int]], rules: SamplingRules, output: ResponseFile
-) -> dict[tuple[int, int], Answer]:
-    """The answers that `output` holds already, by prompt and seed; `generate` makes the others.
+def generate_file(
+    generator: Generator,
+    prompts: Prompts,
+    rules: SamplingRules,
+    seeds: Sequence[int],
+    output: ResponseFile,
+    *,
+    title: str = "answers",
+) -> None:
+    """As `generate`, but the answers are in `output` alone, in the order in which they ended.
 
-    Raises:
-        InputError: `output` holds other answers.
+    Prompts are read a few at a time, so `prompts` may be a view of a file. What is held for all of them is one bit
+    for each answer.
     """
+    _check_all(generator, prompts, rules, seeds)
     output = _keyed(generator, prompts, rules, output)
-    found = first(lambda: [(a.prompt, a.seed, a.tokens, a.text) for a in output.read()])
-    return {(p, seed): Answer(p, seed, tuple(tokens), text) for p, seed, tokens, text in found}
+
+    def look() -> str:
+        works = ((answer.prompt, answer.seed) for _, answer in output.lines())
+        return np.packbits(_known(works, len(prompts), seeds)).tobytes().hex()
+
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(first(look)), np.uint8))
+    known_PxS = bits[: len(prompts) * len(seeds)].astype(bool).reshape(len(prompts), len(seeds))
+    for _ in _missing(generator, prompts, rules, seeds, known_PxS, output, title):
+        pass
+
+
+def _known(works: Iterable[tuple[int, int]], prompts: int, seeds: Sequence[int]) -> np.ndarray:
+    """bool [prompts, seeds]: which answers are among `works`, (prompt, seed) each."""
+    known_PxS = np.zeros((prompts, len(seeds)), bool)
+    columns = {seed: s for s, seed in enumerate(seeds)}
+    for prompt, seed in works:
+        if 0 <= prompt < prompts and seed in columns:
+            known_PxS[prompt, columns[seed]] = True
+    return known_PxS
+
+
+def _missing(
+    generator: Generator,
+    prompts: Prompts,
+    rules: SamplingRules,
+    seeds: Sequence[int],
+    known_PxS: np.ndarray,
+    output: ResponseFile | None,
+    title: str,
+) -> Iterator[list[Answer]]:
+    """Generates the answers that are not known, and appends them to `output` as they end."""
+    if known_PxS.all():
+        return
+    # The same number of slots, and so the same programs, for all prompts that are scheduled together.
+    longest = max(map(len, prompts)) + rules.max_new_tokens
+    slots = generator.slots or default_slots(generator.config, longest)
+    engine = Engine(dataclasses.replace(generator, slots=slots), rules)
+    with contextlib.ExitStack() as stack:
+        append = stack.enter_context(output.appending()) if output is not None and is_first() else None
+        bar = stack.enter_context(progress.bar(title, known_PxS.size))
+        bar.resume_at(int(known_PxS.sum()))
+        start, new_tokens = time.monotonic(), 0
+        for begin in range(0, len(prompts), _SCHEDULED_TOGETHER):
+            chosen = slice(begin, begin + _SCHEDULED_TOGETHER)
+            wanted = [(int(p), seeds[s]) for p, s in np.argwhere(~known_PxS[chosen])]
+            for ended in engine.run(prompts[chosen], wanted):
+                new = [
+                    Answer(begin + p, seed, tokens, _text(generator.tokenizer, tokens))
+                    for p, seed, tokens in ended
+                ]
+                if append is not None:
+                    append(new)
+                new_tokens += sum(len(answer.tokens) for answer in new)
+                rate = new_tokens / max(time.monotonic() - start, 1e-9)
+                bar.advance(len(new), **{"tokens/s": f"{rate:,.0f}"})
+                yield new
 
 
 def _keyed(
-    generator: Generator, prompts: Sequence[Sequence[int]], rules: SamplingRules, output: ResponseFile
+    generator: Generator, prompts: Prompts, rules: SamplingRules, output: ResponseFile
 ) -> ResponseFile:
-    plain = [list(map(int, prompt)) for prompt in prompts]
-    return ResponseFile(output.path, generator.fingerprint(output.key, rules, plain))
+    each = (np.asarray(prompt) for prompt in prompts)
+    return ResponseFile(output.path, generator.fingerprint(output.key, rules, each))
 
 
 def _text(tokenizer: Any, tokens: tuple[int, ...]) -> str:

@@ -17,6 +17,8 @@ import numpy as np
 
 from l2m_jax.errors import InputError, require_at_least
 
+Prompts = Sequence[Sequence[int] | np.ndarray]  # the tokens of each; may be read from a file when asked for
+
 _PRNG = "threefry2x32"  # named, because answers must not depend on the configurable default
 _CHUNK = 256
 _KEYS = 1024  # keys that are made at once: one shape, which is compiled once
@@ -81,7 +83,7 @@ class SamplingRules:
         return ", ".join([*words, f"at most {self.max_new_tokens} new tokens"])
 
 
-def answer_keys(prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> np.ndarray:
+def answer_keys(prompts: Prompts, seeds: Sequence[int]) -> np.ndarray:
     """uint32 [prompts, seeds, 2]: the key of each answer, from its seed and a hash of its prompt's tokens."""
     digests = [hashlib.sha256(np.asarray(prompt, "<i4").tobytes()).digest()[:8] for prompt in prompts]
     words_Px2 = np.frombuffer(b"".join(digests), "<u4").reshape(len(prompts), 2).astype(np.uint32)

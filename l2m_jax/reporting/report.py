@@ -254,7 +254,7 @@ def _difficulty(graded: Difficulty, rows: Mapping[int, Row]) -> str:
                 f"{graded.rank[i] + 1:,}",
                 f"{100 * graded.rouge_l[i]:.1f}",
                 f"{graded.cross_entropy[i]:.2f}",
-                markdown.short(graded.ids[i]),
+                markdown.short(rows[i].id),
                 markdown.short(rows[i].instruction),
                 markdown.short(rows[i].input),
                 markdown.short(rows[i].references[0] if rows[i].references else ""),

@@ -302,8 +302,7 @@ class Student:
         for name, generated in inputs.generated:
             compute = context.teacher if name == "teacher" else context.student
             answers = responses.make_responses(generated, compute, context, f"responses of the {name}")
-            rules = generated.inputs.sampling
-            fixed[name] = {i: rollouts.response(a, rules, end) for i, a in answers.items()}
+            fixed[name] = answers.tokens(generated.inputs.sampling, end)
         rows = None if inputs.store is None else open_store(inputs.store, context).read
         return rollouts.training_data(
             inputs.method, references, fixed, self._rollouts(), self._longest_example, rows

@@ -1,14 +1,15 @@
 """The phase that ranks the training examples by difficulty, from a student's own answers and cross-entropy."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
 from l2m_jax.curriculum import Difficulty
+from l2m_jax.curriculum.difficulty import matched_rouge_l
+from l2m_jax.data.corpus import Corpus
+from l2m_jax.evaluation import rouge
 from l2m_jax.evaluation.cross_entropy import cross_entropy_by_example
-from l2m_jax.evaluation.rouge import rouge_l_many
-from l2m_jax.generation import Answer
 from l2m_jax.multihost import first
 from l2m_jax.progress import console
 from l2m_jax.run import data, responses
@@ -16,13 +17,15 @@ from l2m_jax.run.artefacts import Artefact, Source
 from l2m_jax.run.context import Context
 from l2m_jax.run.models import load_frozen
 
+_SCORED_TOGETHER = 1 << 13  # answers
+
 
 @dataclass(frozen=True)
 class RankingInputs:
     """
     Attributes:
         model: the student whose answers and cross-entropy measure difficulty.
-        answers: its answers to the training prompts.
+        answers: its answers to the training prompts, or to a random sample of them.
         ranking: one of `curriculum.RANKINGS`.
         stages: the number of subsets.
         seed: for a random ranking; None for the others.
@@ -43,17 +46,24 @@ def make_ranking(artefact: Artefact[RankingInputs], context: Context) -> Difficu
     if not artefact.is_finished:
         artefact.begin()
         train = data.open_corpus(inputs.train)
-        rouge_l, cross_entropy = _scores(artefact, context)
-        difficulty = Difficulty.of(
-            train.ids,
-            rouge_l,
-            cross_entropy,
-            subsets=inputs.stages,
-            method=inputs.ranking,
-            seed=inputs.seed or 0,
+        answers = _answers(inputs, context)
+        config, params = load_frozen(inputs.model, context.student, inputs.tokenizer, context.placement)
+        cross_entropy_N = cross_entropy_by_example(
+            config, params, train, context.placement, chunk_size=context.chunk_size
         )
 
         def write() -> None:
+            rouge_l_N = _rouge_l(answers, train)
+            if inputs.answers.inputs.rows:
+                rouge_l_N = _matched(rouge_l_N, cross_entropy_N, answers.examples_P)
+            difficulty = Difficulty.of(
+                train.rows.data["id"],
+                rouge_l_N,
+                cross_entropy_N,
+                subsets=inputs.stages,
+                method=inputs.ranking,
+                seed=inputs.seed or 0,
+            )
             difficulty.write(artefact.path)
             artefact.finish()
 
@@ -69,22 +79,25 @@ def make_ranking(artefact: Artefact[RankingInputs], context: Context) -> Difficu
     return difficulty
 
 
-def _answers(inputs: RankingInputs, context: Context) -> Mapping[int, Answer]:
+def _answers(inputs: RankingInputs, context: Context) -> responses.Responses:
     return responses.make_responses(inputs.answers, context.student, context, "the student's own answers")
 
 
-def _scores(artefact: Artefact[RankingInputs], context: Context) -> tuple[np.ndarray, np.ndarray]:
-    """Rouge-L in [0, 1] and cross-entropy in nats per token, [n] each. Prompts without room for an answer score 0."""
-    inputs = artefact.inputs
-    train = data.open_corpus(inputs.train)
-    answers = _answers(inputs, context)
-    answered = list(answers)
-    rouge_l = np.zeros(len(train))
-    rouge_l[answered] = rouge_l_many(
-        [answers[i].text for i in answered], [train.references(i) for i in answered]
+def _rouge_l(answers: responses.Responses, train: Corpus) -> np.ndarray:
+    """Of each answered training example, float64 in [0, 1]; 0 for the others."""
+    rouge_l_N, remaining = np.zeros(len(train)), iter(answers)
+    with rouge.Pool(rouge.worthwhile_processes(answers.size)) as pool:
+        while batch := list(islice(remaining, _SCORED_TOGETHER)):
+            examples = [i for i, _ in batch]
+            texts = [answer.text for _, answer in batch]
+            rouge_l_N[examples] = pool.rouge_l(texts, train.references_of(examples))
+    return rouge_l_N
+
+
+def _matched(rouge_l_N: np.ndarray, cross_entropy_N: np.ndarray, examples: np.ndarray) -> np.ndarray:
+    """Rouge-L of all examples, from that of the sample `examples`."""
+    is_measured_N = np.isin(np.arange(len(rouge_l_N)), examples)
+    console.print(
+        f"  Rouge-L is that of {len(examples):,} random examples; the others' is matched to their cross-entropy"
     )
-    config, params = load_frozen(inputs.model, context.student, inputs.tokenizer, context.placement)
-    cross_entropy = cross_entropy_by_example(
-        config, params, train, context.placement, chunk_size=context.chunk_size
-    )
-    return rouge_l, cross_entropy
+    return matched_rouge_l(rouge_l_N, cross_entropy_N, is_measured_N)

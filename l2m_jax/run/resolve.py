@@ -283,12 +283,12 @@ class _Resolver:
         if c.ranking_temperature >= 0:
             rules = dataclasses.replace(rules, temperature=c.ranking_temperature)
         model = data.given_model(c.ranking_model) if c.ranking_model else self.initial
-        if rules == self.config.sampling:
+        if rules == self.config.sampling and not c.ranking_rows:
             # The same answers may also be training data.
             name = "ranking_model" if c.ranking_model else "initial_student"
         else:
             name = "ranking"
-        answers = self._responses_of(model, name, rules)
+        answers = self._responses_of(model, name, rules, c.ranking_rows)
         inputs = RankingInputs(
             model=model,
             answers=answers,
@@ -305,7 +305,9 @@ class _Resolver:
         model = {"teacher": self.teacher, "initial_student": self.initial}[name]
         return self._responses_of(model, name, self.config.sampling)
 
-    def _responses_of(self, model, name: str, rules: SamplingRules) -> Artefact[ResponsesInputs]:
+    def _responses_of(
+        self, model, name: str, rules: SamplingRules, rows: int = 0
+    ) -> Artefact[ResponsesInputs]:
         config = self.config
         inputs = ResponsesInputs(
             model=model,
@@ -314,11 +316,13 @@ class _Resolver:
             sampling=rules,
             seed=config.evaluation.seeds[0],
             max_prompt_length=config.data.max_prompt_length,
+            rows=rows,
         )
         settings = {
             "sampling": "sampling",
             "seed": "evaluation.seeds",
             "max_prompt_length": "data.max_prompt_length",
+            "rows": "curriculum.ranking_rows",
         }
         return Artefact(inputs, self.own / f"{name}_responses.jsonl", settings=settings)
 

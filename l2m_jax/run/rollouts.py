@@ -7,7 +7,7 @@ that they came from may be gone.
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,10 +17,11 @@ import numpy as np
 from l2m_jax import files, methods
 from l2m_jax.data.batches import AnsweredExamples, Examples
 from l2m_jax.errors import InputError
-from l2m_jax.generation import Answer, Generator, SamplingRules, generate
+from l2m_jax.generation import Generator, SamplingRules, generate
 from l2m_jax.models import DecoderConfig
 from l2m_jax.multihost import first
 from l2m_jax.parallel import Placement
+from l2m_jax.run.responses import ResponseTokens, with_end
 from l2m_jax.training.loop import Part, Term
 from l2m_jax.types import Params, TeacherRows
 
@@ -58,13 +59,7 @@ class Sampler:
         generator = Generator(self.config, params, self.placement, self.tokenizer, self.slots)
         prompts = [_prompt(references, i).tolist() for i in kept]
         answers = generate(generator, prompts, self.rules, [seed], title="the student's responses")
-        return {i: response(a, self.rules, self.end) for i, a in zip(kept, answers, strict=True)}
-
-
-def response(answer: Answer, rules: SamplingRules, end: int) -> tuple[int, ...]:
-    """An answer's tokens, and `end` unless the answer was cut off."""
-    ended = len(answer.tokens) < rules.max_new_tokens
-    return (*answer.tokens, end) if ended else answer.tokens
+        return {i: with_end(a, self.rules, self.end) for i, a in zip(kept, answers, strict=True)}
 
 
 def training_data(
@@ -88,14 +83,16 @@ def training_data(
     if method.responses == "teacher":
         examples = answered(references, fixed["teacher"], limit)
     rows = teacher_rows if method.on_references_alone else None
+    of_student: Examples | None = None
+    if method.contrast is not None and rollouts is None:
+        of_student = answered(references, fixed["initial_student"], limit)
 
     def data(part: Part, params: Params) -> list[Term]:
         used = (examples,)
-        if method.contrast is not None:
-            students = (
-                fixed["initial_student"] if rollouts is None else rollouts.of(part, part.indices, params)
-            )
-            used = (examples, answered(references, students, limit))
+        if of_student is not None:
+            used = (examples, of_student)
+        elif method.contrast is not None and rollouts is not None:
+            used = (examples, answered(references, rollouts.of(part, part.indices, params), limit))
         elif rollouts is not None:
             chosen = part.indices[spread(len(part.indices), rollouts.settings.student_share)]
             used = (answered(examples, rollouts.of(part, chosen, params), limit),)
@@ -211,11 +208,35 @@ def spread(count: int, share: float) -> np.ndarray:
 
 def answered(examples: Examples, responses: Responses, limit: int) -> AnsweredExamples:
     """`examples` with other responses to some prompts, cut at `limit` tokens."""
+    prompts_P = examples.prompt_lengths[np.fromiter(responses, np.int64, len(responses))]
+    lengths_P = np.minimum(prompts_P + _lengths(responses), limit)
+    return AnsweredExamples(examples, _Answered(examples, responses, limit), lengths_P)
 
-    def tokens(i: int, response: tuple[int, ...]) -> np.ndarray:
-        return np.concatenate([_prompt(examples, i), np.asarray(response, np.int32)])[:limit]
 
-    return AnsweredExamples(examples, {i: tokens(i, response) for i, response in responses.items()})
+class _Answered(Mapping[int, np.ndarray]):
+    """The tokens of each answered example, put together when they are asked for."""
+
+    def __init__(self, examples: Examples, responses: Responses, limit: int):
+        self._examples, self._responses, self._limit = examples, responses, limit
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        response = np.asarray(self._responses[i], np.int32)
+        return np.concatenate([_prompt(self._examples, i), response])[: self._limit]
+
+    def __contains__(self, i: object) -> bool:
+        return i in self._responses
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._responses)
+
+    def __len__(self) -> int:
+        return len(self._responses)
+
+
+def _lengths(responses: Responses) -> np.ndarray:
+    if isinstance(responses, ResponseTokens):
+        return responses.lengths_P  # known without reading the responses
+    return np.array([len(response) for response in responses.values()], np.int64)
 
 
 def _prompt(examples: Examples, i: int) -> np.ndarray:

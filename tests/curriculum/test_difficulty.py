@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from l2m_jax.curriculum import difficulty
-from l2m_jax.curriculum.difficulty import Difficulty, rank
+from l2m_jax.curriculum.difficulty import Difficulty, matched_rouge_l, rank
 from l2m_jax.errors import InputError
 
 ROUGE = [0.2, 0.9, 0.5, 0.2]
@@ -28,6 +28,24 @@ def test_cross_entropy_breaks_the_ties_of_rouge():
 def test_without_any_rouge_fusion_falls_back_on_cross_entropy():
     # A student that answers nothing right scores 0 everywhere: the index must not decide.
     assert rank([0.0] * 4, CROSS_ENTROPY).tolist() == [3, 0, 2, 1]
+
+
+def test_examples_without_an_answer_get_the_rouge_of_their_rank_by_cross_entropy():
+    rng = np.random.default_rng(0)
+    rouge_l, cross_entropy = rng.random(400).round(2), rng.random(400)
+    measured = np.arange(400) % 4 == 0
+    found = matched_rouge_l(np.where(measured, rouge_l, np.nan), cross_entropy, measured)
+    np.testing.assert_array_equal(found[measured], rouge_l[measured])
+    # Three others for each that was measured: its distribution three times, the highest where cross-entropy is lowest.
+    by_cross_entropy = np.argsort(cross_entropy[~measured])
+    np.testing.assert_array_equal(
+        found[~measured][by_cross_entropy], np.repeat(np.sort(rouge_l[measured])[::-1], 3)
+    )
+
+
+def test_a_sample_of_all_examples_changes_nothing():
+    found = matched_rouge_l(np.array(ROUGE), np.array(CROSS_ENTROPY), np.ones(4, bool))
+    assert found.tolist() == ROUGE
 
 
 def test_equal_examples_keep_their_order():

@@ -78,11 +78,32 @@ def test_many_processes_keep_the_order():
     assert rouge_l_many([], []) == []
 
 
+def test_a_pool_scores_one_batch_after_another():
+    with rouge.Pool(2) as pool:
+        assert pool.rouge_l(["a b\n", "é"], ["a b", "e"]) == [1.0, 0.0]
+        assert pool.rouge_l(["a"], [["b", "a"]]) == [1.0]  # fewer pairs than processes
+        assert pool.rouge_l([], []) == []
+
+
+def test_a_process_that_ends_early_is_an_error():
+    with rouge.Pool(2) as pool:
+        pool._workers[1]._process.kill()
+        with pytest.raises((RuntimeError, BrokenPipeError)):
+            pool.rouge_l(["a", "b", "c"], ["a", "b", "c"])
+
+
 def test_all_cores_are_used_only_for_much_text(monkeypatch):
     shares = []
-    monkeypatch.setattr(
-        rouge, "_in_another_process", lambda pairs: shares.append(pairs) or [0.25] * len(pairs)
-    )
+
+    class Worker:
+        def rouge_l(self, pairs):
+            shares.append(pairs)
+            return [0.25] * len(pairs)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(rouge, "_Worker", Worker)
     monkeypatch.setattr(rouge, "cores", lambda: 3)
     monkeypatch.setattr(rouge, "_CHARACTERS_WORTH_A_POOL", 20)
     assert rouge_l_many(["abc"] * 4, ["ab"] * 4) == [0.0] * 4 and not shares

@@ -55,7 +55,8 @@ def test_answers_with_another_key_are_refused_and_kept(file):
     add(file, ANSWERS)
     content = file.path.read_bytes()
     with pytest.raises(
-        InputError, match=r"responses\.jsonl: holds answers of another model.*or delete the file"
+        InputError,
+        match=r"responses\.jsonl: holds answers of another model.*or delete .*jsonl to make them again",
     ):
         ResponseFile(file.path, "y").read()
     assert file.path.read_bytes() == content

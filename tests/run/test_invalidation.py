@@ -50,6 +50,7 @@ OTHERS: dict[str, Any] = {
     "curriculum.ranking": "rouge",
     "curriculum.ranking_model": "model",
     "curriculum.ranking_temperature": 0.01,
+    "curriculum.ranking_rows": 20,
     "curriculum.subsets": (1, 2),
     "curriculum.stratify": "length",
     "curriculum.mix": 0.25,

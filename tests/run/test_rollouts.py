@@ -16,6 +16,7 @@ from l2m_jax.losses import SkewKL, SkewReverseKL
 from l2m_jax.methods import METHODS, Rollouts
 from l2m_jax.models import DecoderConfig
 from l2m_jax.run import rollouts
+from l2m_jax.run.responses import with_end
 from l2m_jax.training.loop import Part
 
 EOS, COUNT, BATCH = 2, 40, 8
@@ -65,7 +66,7 @@ def _fixed(params: int) -> dict[int, tuple[int, ...]]:
     """What a model generated once: prompts of more than 10 tokens have no response."""
     lengths = _corpus().prompt_lengths
     answers = {i: (params,) * (NEW_TOKENS - i % 2) for i in range(COUNT) if lengths[i] <= 10}
-    return {i: rollouts.response(Answer(i, 0, tokens, ""), RULES, EOS) for i, tokens in answers.items()}
+    return {i: with_end(Answer(i, 0, tokens, ""), RULES, EOS) for i, tokens in answers.items()}
 
 
 def _data(name: str, folder: Path, settings: Rollouts | None = None):
