@@ -25,6 +25,7 @@ SUITES = {
     "generate": "the decode engine against transformers (--data, --tokenizer, --peer-python)",
     "rouge": "Rouge-L against rouge-score (--data)",
     "throughput": "the training of a config on the devices at hand, and how it scales (--config, --devices, --steps)",
+    "scale": "the preparation of a run over more and more rows: time, memory and disk (--data, --rows, --workdir)",
     "faults": "what a run survives: kills, preemptions, damaged files, a full disk (--workdir, --kills, --seed, --only)",
 }
 
@@ -50,7 +51,13 @@ def _parser() -> Parser:
     parser.add_argument("--data", type=Path, help="JSON lines with instruction, input and output")
     parser.add_argument("--tokenizer", type=Path, help="folder of a Hugging Face tokenizer")
     parser.add_argument(
-        "--workdir", type=Path, help="where trials of faults are kept, so that a second call resumes"
+        "--workdir", type=Path, help="where the runs of a suite are kept; trials of faults resume there"
+    )
+    parser.add_argument(
+        "--rows",
+        type=whole_numbers,
+        metavar="N,M",
+        help="numbers of training rows (default: 10000,100000,1000000)",
     )
     parser.add_argument("--kills", type=int, help="the minimum number of processes to kill (default: 50)")
     parser.add_argument("--seed", type=int, help="seed of the instants and places of faults (default: 0)")
