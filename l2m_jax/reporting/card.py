@@ -19,6 +19,7 @@ class ModelCard:
         method: such as "l2m" or "skl".
         alpha, beta: the value of each stage.
         data: the training data, hub names or descriptions.
+        trained: the part of the student that was trained; empty: all of it.
         answers: how the answers were sampled whose Rouge-L is given.
         rouge_l: mean Rouge-L of each set, 0 to 100.
         license: in the hub's spelling.
@@ -36,6 +37,7 @@ class ModelCard:
     license: str | None = None
     language: str | None = None
     answers: str = ""
+    trained: str = ""
 
     def render(self) -> str:
         """The text of README.md."""
@@ -66,6 +68,7 @@ class ModelCard:
             ("Student started from", self.student),
             ("Teacher", self.teacher),
             ("Method", self.method),
+            ("Trained", self.trained),
             ("α of each stage", ", ".join(f"{value:g}" for value in self.alpha)),
             ("β of each stage", ", ".join(f"{value:g}" for value in self.beta)),
             ("Data", ", ".join(self.data)),

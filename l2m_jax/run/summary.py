@@ -11,6 +11,8 @@ from l2m_jax.config import Config, Student
 from l2m_jax.curriculum import Difficulty, examples_seen, steps
 from l2m_jax.data.sources import Row
 from l2m_jax.evaluation.protocol import Results
+from l2m_jax.models.freezing import Part
+from l2m_jax.models.lora import Lora
 from l2m_jax.progress import console
 from l2m_jax.reporting.card import ModelCard
 from l2m_jax.reporting.diagnostics import sample_rows
@@ -38,7 +40,16 @@ def card(
         data=("synthetic tasks",) if config.data.source == "synthetic" else (_named(config.data.train),),
         rouge_l=rouge_l or {},
         answers=config.sampling.described(),
+        trained=trained_part(config.student_part),
     )
+
+
+def trained_part(part: Part | None) -> str:
+    """What distillation trained of the student, for its card; empty: all of it."""
+    if isinstance(part, Lora):
+        layers = ", ".join(part.targets) or "all dense layers"
+        return f"LoRA adapters of rank {part.rank} and alpha {part.alpha:g} beside {layers}"
+    return f"the top {part.layers} layers" if part else ""
 
 
 def start_of(student: Student) -> str:

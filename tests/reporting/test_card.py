@@ -1,9 +1,13 @@
+import dataclasses
+
 import yaml
 
 from l2m_jax.config import Student
+from l2m_jax.models.freezing import TopLayers
+from l2m_jax.models.lora import Lora
 from l2m_jax.models.settings import Model
 from l2m_jax.reporting.card import ModelCard
-from l2m_jax.run.summary import start_of
+from l2m_jax.run.summary import start_of, trained_part
 
 CARD = ModelCard(
     name="gpt2-small-l2m",
@@ -46,6 +50,15 @@ def test_the_text_names_teacher_method_schedules_data_and_scores():
         "top-k 50",
     ):
         assert part in text
+
+
+def test_the_text_says_what_was_trained():
+    lora = trained_part(Lora(rank=8, alpha=16, targets=("query", "value")))
+    assert lora == "LoRA adapters of rank 8 and alpha 16 beside query, value"
+    assert f"| Trained | {lora} |" in dataclasses.replace(CARD, trained=lora).render()
+    assert trained_part(Lora(rank=4)) == "LoRA adapters of rank 4 and alpha 16 beside all dense layers"
+    assert trained_part(TopLayers(10)) == "the top 10 layers"
+    assert trained_part(None) == "" and "Trained" not in CARD.render()
 
 
 def test_a_card_without_scores_has_no_empty_tables():
