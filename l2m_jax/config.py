@@ -29,7 +29,7 @@ from l2m_jax.multihost import Devices
 from l2m_jax.training.optimizer import FineTuning, Pretraining, Training
 from l2m_jax.training.trackers import TRACKERS
 
-STORE_DTYPES = ("float32", "bfloat16", "float16")
+STORE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 _SEEDS = 10_000  # of a world: further ones would be those of the next
 
 
@@ -39,8 +39,14 @@ class Teacher:
     compute: Compute = field(default_factory=Compute)
     pretrain: Pretraining = field(default_factory=Pretraining)  # on plain text, before the fine-tuning
     finetune: FineTuning = field(default_factory=FineTuning)  # epochs = 0: no fine-tuning
-    signal: str = "store"  # "store" (hidden states computed once) or "live"
+    signal: str = "store"  # "store" (computed once) or "live"
     store_dtype: str = "bfloat16"
+    store_top_k: int = (
+        0  # store the log-probabilities of so many tokens (0: final hidden states, which give all)
+    )
+    store_tail: bool = (
+        True  # with store_top_k, the other tokens are one further class of the loss; or left out
+    )
     weights: str = (
         "float"  # of its signal: "float" (in the compute dtype), or "int8" for the kernels of its layers
     )
@@ -52,7 +58,12 @@ class Teacher:
         require_choice(self, "store_dtype", STORE_DTYPES)
         require_choice(self, "weights", ("float", "int8"))
         require_at_least(self, -1, "world")
-        require_at_least(self, 0, "train_rows")
+        require_at_least(self, 0, "train_rows", "store_top_k")
+        if self.store_top_k and self.store_dtype == "int8":
+            raise InputError(
+                f"store_top_k: log-probabilities of {self.store_top_k} tokens have no form in int8; choose another "
+                "store_dtype"
+            )
         if self.pretrain.from_teacher:
             raise InputError("pretrain.from_teacher: for students only")
         if self.model.init == "teacher_layers":
@@ -123,6 +134,7 @@ class Config:
             for name in names:
                 methods.require(name, setting)
                 methods.get(name, self.overrides, self.rollouts, self.curriculum)
+        self._check_tail()
         if self.student.lora.rank and self.training.trainable_layers:
             raise InputError(
                 f"student.lora.rank: {self.student.lora.rank} freezes all layers, and training.trainable_layers "
@@ -149,6 +161,22 @@ class Config:
             raise InputError(f"tracking: {', '.join(self.tracking)} names one twice; name each once")
         if twice := [name for name in self.method_names if self.method_names.count(name) > 1]:
             raise InputError(f"baselines: {twice[0]!r} is named twice; each method is trained once")
+
+    def _check_tail(self) -> None:
+        """The tail of the teacher's top k has no mass at another temperature than 1."""
+        teacher = self.teacher
+        if teacher.signal != "store" or not teacher.store_top_k or not teacher.store_tail:
+            return
+        for name in self.method_names:
+            method = methods.get(name, self.overrides, self.rollouts, self.curriculum)
+            if not method.on_references_alone or not methods.needs_teacher(method, self.curriculum):
+                continue
+            temperatures = methods.coefficients(method, self.curriculum)["temperature"].values
+            if any(temperature != 1 for temperature in temperatures):
+                raise InputError(
+                    f"teacher.store_tail: the mass of the tokens beyond the top {teacher.store_top_k} is known at "
+                    f"temperature 1 alone, and {name} has others; set store_tail to False, or store_top_k to 0"
+                )
 
     @property
     def method_names(self) -> tuple[str, ...]:

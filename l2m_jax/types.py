@@ -6,7 +6,8 @@ Arrays carry their shape in their name. The letters, everywhere in this package:
     B  sequences        R  packed rows        L  tokens in a sequence or row
     T  target tokens (positions that carry loss)
     V  vocabulary       E  width of the hidden states
-    N  layers           H  heads              K  key/value heads       D  width of a head
+    N  layers           H  heads              D  width of a head
+    K  key/value heads; of the teacher's signal, its most probable tokens
     S  length of a KV cache
 """
 
@@ -39,6 +40,9 @@ class MicroBatch(NamedTuple):
         weights_T: float32, 0 beyond the real targets; for these 1, or one over the targets of their example.
         teacher_hidden_TxE: the teacher's final hidden state at each target, read from the teacher store;
             None with a live teacher, or without one.
+        teacher_ids_TxK, teacher_log_probs_TxK: int32 and float, the teacher's k most probable tokens at each target,
+            with their log-probabilities, from a store of these.
+        teacher_log_tail_T: float32, the logarithm of the mass of all other tokens; None if the loss leaves them out.
         alpha_T, beta_T, temperature_T: float32, of the loss of each target, in place of the objective's; None where
             the objective's holds for all.
     """
@@ -50,6 +54,9 @@ class MicroBatch(NamedTuple):
     labels_T: jax.Array
     weights_T: jax.Array
     teacher_hidden_TxE: jax.Array | None = None
+    teacher_ids_TxK: jax.Array | None = None
+    teacher_log_probs_TxK: jax.Array | None = None
+    teacher_log_tail_T: jax.Array | None = None
     alpha_T: jax.Array | None = None
     beta_T: jax.Array | None = None
     temperature_T: jax.Array | None = None

@@ -7,7 +7,8 @@ True
 A divergence is a value such as `SkewKL(0.1)`, and a function such as `skew_kl` for direct use.
 From logits: the divergences, `cross_entropy`, `token_loss`, `distillation_loss` and `agreement`. From hidden states and output
 heads, without materialising the logits of a whole batch: `fused_distillation_sums`, `fused_distillation_loss`,
-`fused_token_losses` and `fused_token_agreement`.
+`fused_token_losses` and `fused_token_agreement`. In place of the teacher's logits or hidden states, the losses also
+take its `TopK`, which `top_k` and `fused_top_k` compute.
 """
 
 from l2m_jax.losses.agreement import Agreement, agreement, fused_token_agreement
@@ -30,7 +31,9 @@ from l2m_jax.losses.fused import (
     fused_distillation_loss,
     fused_distillation_sums,
     fused_token_losses,
+    fused_top_k,
 )
+from l2m_jax.losses.top_k import TopK, top_k
 from l2m_jax.losses.values import (
     DIVERGENCES,
     JSD,
@@ -62,6 +65,7 @@ __all__ = [
     "SkewKL",
     "SkewReverseKL",
     "ToDi",
+    "TopK",
     "TotalVariation",
     "adaptive_kl",
     "agreement",
@@ -73,6 +77,7 @@ __all__ = [
     "fused_distillation_sums",
     "fused_token_agreement",
     "fused_token_losses",
+    "fused_top_k",
     "jsd",
     "reverse_kl",
     "skew_kl",
@@ -80,5 +85,6 @@ __all__ = [
     "taid",
     "todi",
     "token_loss",
+    "top_k",
     "total_variation",
 ]

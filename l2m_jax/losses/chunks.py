@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from l2m_jax.losses import divergences
-from l2m_jax.losses.distillation import FIXED, Coefficients, Objective, combine, scaled_divergence
+from l2m_jax.losses.distillation import FIXED, Coefficients, Objective, combine, scaled_divergence, zeroed
+from l2m_jax.losses.top_k import TopK
 
 Carry = TypeVar("Carry")
 
@@ -41,6 +42,7 @@ class Inputs(NamedTuple):
     labels: jax.Array  # [..., T]
     weights: jax.Array  # [..., T]
     coefficients: Coefficients = FIXED  # [..., T] each
+    teacher_top_k: TopK | None = None  # [..., T, k]
 
 
 def choose_chunk_size(tokens: int, max_size: int) -> int:
@@ -89,7 +91,7 @@ def put_tokens(x: jax.Array, part: jax.Array, start: jax.Array, axis: int) -> ja
 
 
 def take_chunk(inputs: Inputs, start: jax.Array, size: int) -> Inputs:
-    """The chunk's tokens. Hidden states of tokens with weight 0 are set to 0, because 0 times NaN is NaN."""
+    """The chunk's tokens. What models give for tokens with weight 0 is set to 0, because 0 times NaN is NaN."""
     axis = inputs.labels.ndim - 1
 
     def take(x: jax.Array) -> jax.Array:
@@ -97,12 +99,13 @@ def take_chunk(inputs: Inputs, start: jax.Array, size: int) -> Inputs:
 
     weights = take(inputs.weights)
 
-    def take_hidden(x: jax.Array) -> jax.Array:
-        return jnp.where((weights != 0)[..., None], take(x), 0)
+    def take_of_model(x: jax.Array) -> jax.Array:
+        return zeroed(take(x), weights)
 
     return inputs._replace(
-        student_hidden=take_hidden(inputs.student_hidden),
-        teacher_hidden=None if inputs.teacher_hidden is None else take_hidden(inputs.teacher_hidden),
+        student_hidden=take_of_model(inputs.student_hidden),
+        teacher_hidden=jax.tree.map(take_of_model, inputs.teacher_hidden),
+        teacher_top_k=jax.tree.map(take_of_model, inputs.teacher_top_k),
         labels=take(inputs.labels),
         weights=weights,
         coefficients=jax.tree.map(take, inputs.coefficients),
@@ -121,7 +124,7 @@ class ChunkResult(NamedTuple):
 
 def chunk_result(static: Static, chunk: Inputs, head_VxE: jax.Array, gradient: bool) -> ChunkResult:
     student_logits = logits(chunk.student_hidden, head_VxE)
-    teacher_logits = None
+    teacher_logits: jax.Array | TopK | None = chunk.teacher_top_k
     if chunk.teacher_hidden is not None and chunk.teacher_head_UxF is not None:
         teacher_logits = logits(chunk.teacher_hidden, chunk.teacher_head_UxF)
 
@@ -145,7 +148,7 @@ def _run_blocks(
     gradient: bool,
     block_size: int,
     student_logits: jax.Array,
-    teacher_logits: jax.Array | None,
+    teacher_logits: jax.Array | TopK | None,
     labels: jax.Array,
     weights: jax.Array,
     coefficients: Coefficients,
@@ -155,12 +158,12 @@ def _run_blocks(
 
     def body(i: jax.Array, done: ChunkResult) -> ChunkResult:
         start = i * block_size
-        teacher_block = (
-            None if teacher_logits is None else slice_tokens(teacher_logits, start, block_size, axis)
-        )
-        labels_block = slice_tokens(labels, start, block_size, axis)
-        student_block = slice_tokens(done.student_logits, start, block_size, axis)
-        coefficients_block = jax.tree.map(lambda x: slice_tokens(x, start, block_size, axis), coefficients)
+
+        def block(x: jax.Array) -> jax.Array:
+            return slice_tokens(x, start, block_size, axis)
+
+        teacher_block, coefficients_block = jax.tree.map(block, (teacher_logits, coefficients))
+        labels_block, student_block = block(labels), block(done.student_logits)
         all_logits = done.student_logits
         if gradient:
             _, pullback, (cross_entropy, divergence) = jax.vjp(
@@ -168,7 +171,7 @@ def _run_blocks(
                 student_block,
                 has_aux=True,
             )
-            (block_gradient,) = pullback(slice_tokens(weights, start, block_size, axis))
+            (block_gradient,) = pullback(block(weights))
             all_logits = put_tokens(all_logits, block_gradient, start, axis)
         else:
             _, (cross_entropy, divergence) = _terms(
@@ -187,7 +190,7 @@ def _run_blocks(
 def _terms(
     static: Static,
     student_logits: jax.Array,
-    teacher_logits: jax.Array | None,
+    teacher_logits: jax.Array | TopK | None,
     labels: jax.Array,
     coefficients: Coefficients,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -197,8 +200,8 @@ def _terms(
     if teacher_logits is None:
         divergence = jnp.zeros_like(cross_entropy)
     else:
-        divergence = scaled_divergence(
-            student_logits, teacher_logits[..., : static.vocab_size], static.objective, coefficients
-        )
+        if not isinstance(teacher_logits, TopK):
+            teacher_logits = teacher_logits[..., : static.vocab_size]
+        divergence = scaled_divergence(student_logits, teacher_logits, static.objective, coefficients)
     loss = combine(cross_entropy, divergence, static.objective, coefficients)
     return loss, (cross_entropy, divergence)

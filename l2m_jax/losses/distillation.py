@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from l2m_jax.losses import divergences
+from l2m_jax.losses.top_k import TopK, reduced
 from l2m_jax.losses.values import Divergence, SkewKL
 
 
@@ -77,12 +78,20 @@ FIXED = Coefficients()
 
 def scaled_divergence(
     student_logits: jax.Array,
-    teacher_logits: jax.Array,
+    teacher_logits: jax.Array | TopK,
     objective: Objective,
     coefficients: Coefficients = FIXED,
 ) -> jax.Array:
-    """T²·D(p_T ‖ q_T), the divergence term of the loss, `[..., V] -> [...]`."""
+    """T²·D(p_T ‖ q_T), the divergence term of the loss, `[..., V] -> [...]`.
+
+    Raises:
+        ValueError: the teacher's tail at another temperature than 1, which cannot be known.
+    """
     divergence, temperature = objective.divergence, objective.temperature
+    if isinstance(teacher_logits, TopK):
+        if teacher_logits.log_tail is not None and (temperature != 1 or coefficients.temperature is not None):
+            raise ValueError("the tail of the teacher's top k is known at temperature 1 alone; leave it out")
+        student_logits, teacher_logits = reduced(student_logits, teacher_logits)
     if coefficients.alpha is not None:
         divergence = divergence.with_alpha(coefficients.alpha)
     if coefficients.temperature is not None:
@@ -117,7 +126,7 @@ def combine(
 
 def token_loss(
     student_logits: jax.Array,
-    teacher_logits: jax.Array | None,
+    teacher_logits: jax.Array | TopK | None,
     labels: jax.Array | None,
     objective: Objective,
     coefficients: Coefficients = FIXED,
@@ -126,7 +135,7 @@ def token_loss(
 
     Args:
         student_logits: `[..., V]`, any floating dtype.
-        teacher_logits: `[..., V]`; None if the loss needs no teacher.
+        teacher_logits: `[..., V]`, or the teacher's top k; None if the loss needs no teacher.
         labels: integer `[...]`, the reference tokens; None if the loss needs no labels.
         objective: static under `jax.jit`.
         coefficients: arrays in place of the objective's numbers, not static.
@@ -156,7 +165,7 @@ def token_loss(
     if coefficients.needs_teacher(objective):
         if teacher_logits is None:
             raise ValueError(f"teacher_logits are needed with beta = {objective.beta}")
-        if student_logits.shape != teacher_logits.shape:
+        if not isinstance(teacher_logits, TopK) and student_logits.shape != teacher_logits.shape:
             raise ValueError(
                 f"student and teacher logits differ in shape, {student_logits.shape} and {teacher_logits.shape}; "
                 "pad the smaller vocabulary with -inf"
@@ -167,7 +176,7 @@ def token_loss(
 
 def distillation_loss(
     student_logits: jax.Array,
-    teacher_logits: jax.Array | None,
+    teacher_logits: jax.Array | TopK | None,
     labels: jax.Array | None,
     weights: jax.Array,
     objective: Objective,
@@ -181,7 +190,7 @@ def distillation_loss(
     Args:
         student_logits: `[..., V]`, any floating dtype. student_logits[..., t, :] predict labels[..., t]: nothing is
             shifted here.
-        teacher_logits: `[..., V]`; None if the loss needs no teacher.
+        teacher_logits: `[..., V]`, or the teacher's top k; None if the loss needs no teacher.
         labels: integer `[...]`; None if the loss needs no labels.
         weights: `[...]`, 0 for tokens without loss (prompt, padding). Logits of such tokens may be anything, even NaN.
         objective: static under `jax.jit`.
@@ -200,12 +209,16 @@ def distillation_loss(
     1.3863
     """
     weights = weights.astype(jnp.float32)
-    has_loss = (weights != 0)[..., None]
-    student_logits = jnp.where(has_loss, student_logits, 0)
-    if teacher_logits is not None:
-        teacher_logits = jnp.where(has_loss, teacher_logits, 0)
+    student_logits = zeroed(student_logits, weights)
+    teacher_logits = jax.tree.map(lambda x: zeroed(x, weights), teacher_logits)
     loss = jnp.sum(weights * token_loss(student_logits, teacher_logits, labels, objective, coefficients))
     return mean(loss, jnp.sum(weights))
+
+
+def zeroed(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """`x`, `[...]` or `[..., N]`, with 0 for the tokens without loss."""
+    has_loss = weights != 0
+    return jnp.where(has_loss if x.ndim == weights.ndim else has_loss[..., None], x, 0)
 
 
 def mean(total: jax.Array, weight: jax.Array) -> jax.Array:

@@ -20,11 +20,13 @@ from l2m_jax.losses.chunks import (
     Static,
     choose_chunk_size,
     chunk_result,
+    logits,
     over_chunks,
     put_tokens,
     take_chunk,
 )
 from l2m_jax.losses.distillation import FIXED, Coefficients, Objective, combine, mean
+from l2m_jax.losses.top_k import TopK, top_k
 
 DEFAULT_CHUNK_SIZE = 512
 
@@ -54,6 +56,7 @@ def fused_distillation_sums(
     weights: jax.Array,
     objective: Objective,
     *,
+    teacher_top_k: TopK | None = None,
     coefficients: Coefficients = FIXED,
     valid_vocab_size: int | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
@@ -69,11 +72,12 @@ def fused_distillation_sums(
         student_hidden: `[..., T, E]`, the student's final hidden states, in the compute dtype: matrix products run in it
             and accumulate in float32.
         student_head_VxE: the student's output head.
-        teacher_hidden: `[..., T, F]`, in any floating dtype; None if the loss needs no teacher.
+        teacher_hidden: `[..., T, F]`, in any floating dtype; None if the loss needs no teacher, or with `teacher_top_k`.
         teacher_head_UxF: the teacher's output head; its dtype is the one in which the teacher's logits are computed.
         labels: integer `[..., T]`.
         weights: `[..., T]`, 0 for tokens without loss. Their hidden states may be anything, even NaN.
         objective: static under `jax.jit`.
+        teacher_top_k: the teacher's top k at each token, instead of its hidden states and head.
         coefficients: arrays in place of the objective's numbers: scalars, or one for each token, `[..., T]`.
         valid_vocab_size: entries of both vocabularies from this index on are padding, with logits of −∞. Required if
             V and U differ.
@@ -87,7 +91,14 @@ def fused_distillation_sums(
         ValueError: shapes do not match, or the objective needs a teacher and none is given.
     """
     given = Inputs(
-        student_hidden, student_head_VxE, teacher_hidden, teacher_head_UxF, labels, weights, coefficients
+        student_hidden,
+        student_head_VxE,
+        teacher_hidden,
+        teacher_head_UxF,
+        labels,
+        weights,
+        coefficients,
+        teacher_top_k,
     )
     static, inputs = prepare(given, objective, valid_vocab_size, chunk_size)
     return _loss_sums(static, inputs)
@@ -111,6 +122,7 @@ def fused_token_losses(
     weights: jax.Array,
     objective: Objective,
     *,
+    teacher_top_k: TopK | None = None,
     coefficients: Coefficients = FIXED,
     valid_vocab_size: int | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
@@ -128,7 +140,14 @@ def fused_token_losses(
         ValueError: as `fused_distillation_sums`.
     """
     given = Inputs(
-        student_hidden, student_head_VxE, teacher_hidden, teacher_head_UxF, labels, weights, coefficients
+        student_hidden,
+        student_head_VxE,
+        teacher_hidden,
+        teacher_head_UxF,
+        labels,
+        weights,
+        coefficients,
+        teacher_top_k,
     )
     static, inputs = prepare(given, objective, valid_vocab_size, chunk_size)
     cross_entropy, divergence = _token_terms(static, inputs)
@@ -136,11 +155,52 @@ def fused_token_losses(
     return cross_entropy[..., :tokens], divergence[..., :tokens]
 
 
+def fused_top_k(
+    hidden: jax.Array,
+    head_VxE: jax.Array,
+    weights: jax.Array,
+    k: int,
+    *,
+    valid_vocab_size: int | None = None,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+) -> TopK:
+    """The `top_k` of each token, holding the logits of only `chunk_size` tokens. Has no gradient.
+
+    Args:
+        hidden: `[..., T, E]`, final hidden states.
+        head_VxE: the output head, in whose dtype the logits are computed.
+        weights: `[..., T]`; what is found for tokens with weight 0 is meaningless.
+        valid_vocab_size, chunk_size: as in `fused_distillation_sums`.
+
+    Returns:
+        int32 and float32 arrays `[..., T, k]`, and the tail, `[..., T]`.
+    """
+    labels = jnp.zeros(weights.shape, jnp.int32)
+    given = Inputs(hidden.astype(head_VxE.dtype), head_VxE, None, None, labels, weights)
+    static, inputs = prepare(given, Objective(beta=0.0), valid_vocab_size, chunk_size)
+    axis, padded = weights.ndim - 1, inputs.weights.shape
+
+    def body(start: jax.Array, size: int, done: TopK) -> TopK:
+        chunk = take_chunk(inputs, start, size)
+        found = top_k(logits(chunk.student_hidden, head_VxE)[..., : static.vocab_size], k)
+        return jax.tree.map(lambda x, part: put_tokens(x, part, start, axis), done, found)
+
+    zeros = TopK(
+        jnp.zeros((*padded, k), jnp.int32),
+        jnp.zeros((*padded, k), jnp.float32),
+        jnp.zeros(padded, jnp.float32),
+    )
+    found = over_chunks(static, inputs.weights, body, zeros)
+    return jax.tree.map(lambda x: x[(slice(None),) * axis + (slice(weights.shape[-1]),)], found)
+
+
 def prepare(
     given: Inputs, objective: Objective, valid_vocab_size: int | None, chunk_size: int
 ) -> tuple[Static, Inputs]:
     """Checks the inputs, and pads them to whole chunks."""
-    student_hidden, student_head_VxE, teacher_hidden, teacher_head_UxF, labels, weights, coefficients = given
+    student_hidden, student_head_VxE, teacher_hidden, teacher_head_UxF, labels, weights, coefficients, top = (
+        given
+    )
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
     if student_hidden.shape[:-1] != labels.shape or weights.shape != labels.shape:
@@ -150,7 +210,13 @@ def prepare(
         )
     vocab_sizes = {student_head_VxE.shape[0]}
     if not coefficients.needs_teacher(objective):
+        teacher_hidden = teacher_head_UxF = top = None
+    elif top is not None:
         teacher_hidden = teacher_head_UxF = None
+        if top.token_ids.shape != top.log_probs.shape or top.token_ids.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"token_ids {top.token_ids.shape}, log_probs {top.log_probs.shape} and labels {labels.shape} must agree"
+            )
     elif teacher_hidden is None or teacher_head_UxF is None:
         raise ValueError(f"teacher_hidden and teacher_head_UxF are needed with beta = {objective.beta}")
     else:
@@ -185,6 +251,7 @@ def prepare(
         _pad(labels, padding, axis),
         _pad(weights.astype(jnp.float32), padding, axis),
         jax.tree.map(token_coefficient, coefficients),
+        jax.tree.map(lambda x: _pad(x, padding, axis), top),
     )
     return Static(objective, vocab_size, chunk_size), inputs
 

@@ -57,6 +57,7 @@ def disk(w: Workload) -> dict[str, int]:
         if has_checkpoints:
             sizes[name + checks.CHECKPOINTS] = checks.CHECKPOINTS_AT_ONCE * state
     if any(w.reads_store(w.method(name)) for name in config.method_names):
-        targets = int(w.response_lengths.sum())
-        sizes["teacher store"] = checks.store_bytes(targets, w.teacher, config.teacher.store_dtype)
+        targets, teacher = int(w.response_lengths.sum()), config.teacher
+        of_target = checks.store_bytes_per_target(w.teacher, teacher.store_dtype, teacher.store_top_k)
+        sizes["teacher store"] = targets * of_target
     return sizes

@@ -23,7 +23,8 @@ from l2m_jax.plan.workload import Batches
 from l2m_jax.run.distillation import relevant_curriculum
 from l2m_jax.training.loop import PREFETCHED_BATCHES
 from l2m_jax.training.optimizer import FineTuning, Pretraining
-from l2m_jax.training.step import StepSettings, cross_entropy_pass, hidden_pass
+from l2m_jax.training.step import StepSettings, cross_entropy_pass, hidden_pass, top_k_pass
+from l2m_jax.training.store_format import HiddenStates, StoreFormat, store_format
 
 # What a training does beside its updates: what it holds then, the programs, and the seconds over the whole training.
 Beside = tuple[Moment, tuple[Program, ...], float]
@@ -103,8 +104,8 @@ class Planner(Parts):
         if any(methods.needs_ranking(method, config.curriculum) for method in chosen.values()):
             found["difficulty"] = self._difficulty
         if any(w.reads_store(method) for method in chosen.values()):
-            weights = config.teacher.weights
-            found["teacher store"] = lambda: self._frozen_teacher("teacher store", w.lengths, weights)
+            chosen_form = config.teacher.weights, config.teacher.store_top_k
+            found["teacher store"] = lambda: self._frozen_teacher("teacher store", w.lengths, *chosen_form)
         if config.evaluation.diagnostic_rows:
             found["diagnostics"] = lambda: self._frozen_teacher("diagnostics", self._diagnosed)
         if self._generating(chosen):
@@ -178,7 +179,7 @@ class Planner(Parts):
             settings,
             config.training,
             signal,
-            config.teacher.store_dtype,
+            self._stored if signal == "store" else None,
             (*methods.by_step(method, config.curriculum), *_by_sample(stages[0])),
             config.teacher.weights,
         )
@@ -226,7 +227,7 @@ class Planner(Parts):
         config, student = self._w.config, shapes.settings.student
         shape, calls = self._forward(self._diagnosed, _slots(batches))
         head = models.head(self.teacher, programs.frozen(self.teacher))
-        batch = programs.micro_batch(shape, self.teacher.embed_size)
+        batch = programs.micro_batch(shape, HiddenStates(self.teacher.embed_size, "float32"))
         static = student, vocabulary, config.chunk_size
         found = self._pass("agreement", shape, agreement_pass, *static, shapes.whole, head, batch)
         moment = self._moments.beside("diagnostics", shapes, fed, share_bytes(batch), found, head)
@@ -322,12 +323,24 @@ class Planner(Parts):
         spent = self._decoding_seconds(found, tokens) + calls * self._seconds(forward)
         return Phase("difficulty", moments, (*found.programs, forward), spent)
 
-    def _frozen_teacher(self, name: str, lengths: np.ndarray, weights: str = "float") -> Phase:
-        """The teacher's hidden states on examples of these lengths."""
+    @property
+    def _stored(self) -> StoreFormat:
+        teacher = self._w.config.teacher
+        width = self.teacher.embed_size
+        return store_format(width, teacher.store_dtype, teacher.store_top_k, teacher.store_tail)
+
+    def _frozen_teacher(
+        self, name: str, lengths: np.ndarray, weights: str = "float", top_k: int = 0
+    ) -> Phase:
+        """The teacher's hidden states, or its top k, on examples of these lengths."""
         params, (shape, calls) = programs.frozen(self.teacher, weights), self._forward(lengths)
         batch = programs.micro_batch(shape)
-        forward = self._pass("hidden states", shape, hidden_pass, self.teacher, params, batch)
-        moment = self._moments.frozen_pass("hidden states", params, share_bytes(batch), forward)
+        if top_k:
+            static = self.teacher, top_k, self._w.config.chunk_size
+            forward = self._pass("top k", shape, top_k_pass, *static, params, batch)
+        else:
+            forward = self._pass("hidden states", shape, hidden_pass, self.teacher, params, batch)
+        moment = self._moments.frozen_pass(forward.name, params, share_bytes(batch), forward)
         return Phase(name, (moment,), (forward,), calls * self._seconds(forward))
 
     def _generated(self, chosen: list[tuple[str, DecoderConfig]]) -> Phase:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from l2m_jax import models
 from l2m_jax.data.packing import Shape
@@ -34,6 +35,7 @@ from l2m_jax.plan.hlo import Module
 from l2m_jax.training import step
 from l2m_jax.training.optimizer import OptimizerSettings, make_optimizer
 from l2m_jax.training.step import StepSettings, Teacher
+from l2m_jax.training.store_format import StoreFormat, TopKLogProbs
 from l2m_jax.types import MicroBatch, Params
 
 # A card that is absent cannot time kernels. Without timing, Triton's matrix products have no tiles for some shapes.
@@ -183,12 +185,18 @@ def frozen(config: DecoderConfig, weights: str = "float") -> Params:
     return jax.eval_shape(quantise, params) if weights == "int8" else params
 
 
-def micro_batch(shape: Shape, teacher_width: int | None = None, dtype: str = "float32") -> MicroBatch:
-    """Shapes of one device's share; with the teacher's stored hidden states if `teacher_width` is given."""
+def micro_batch(shape: Shape, stored: StoreFormat | None = None) -> MicroBatch:
+    """Shapes of one device's share; with what is stored of the teacher, if given."""
     rows, T = jax.ShapeDtypeStruct(shape, jnp.int32), shape.slots
     whole, real = jax.ShapeDtypeStruct((T,), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.float32)
-    hidden = None if teacher_width is None else jax.ShapeDtypeStruct((T, teacher_width), jnp.dtype(dtype))
-    return MicroBatch(rows, rows, rows, whole, whole, real, hidden)  # pyright: ignore[reportArgumentType]
+    of_teacher = {}
+    if stored is not None:
+        nothing = {
+            name: np.zeros((0, *of_one), jnp.dtype(dtype)) for name, (dtype, of_one) in stored.tensors.items()
+        }
+        for name, x in stored.decode(nothing).items():
+            of_teacher[name] = jax.ShapeDtypeStruct((T, *x.shape[1:]), x.dtype)
+    return MicroBatch(rows, rows, rows, whole, whole, real, **of_teacher)  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)
@@ -196,8 +204,8 @@ class TrainingShapes:
     """Shapes of what a training phase computes with.
 
     Attributes:
-        signal: "none", "store" (the teacher's head alone) or "live".
-        store_dtype: of the stored hidden states.
+        signal: "none", "store" (the teacher's head alone, or nothing of it with its top k) or "live".
+        stored: what the store keeps, with "store".
         by_target: coefficients of the loss that a micro-batch has for each target.
         teacher_weights: "float" or "int8", of a live teacher.
     """
@@ -205,7 +213,7 @@ class TrainingShapes:
     settings: StepSettings
     optimizer: OptimizerSettings
     signal: str = "none"
-    store_dtype: str = "bfloat16"
+    stored: StoreFormat | None = None
     by_target: tuple[str, ...] = ()
     teacher_weights: str = "float"
 
@@ -252,17 +260,14 @@ class TrainingShapes:
 
     @property
     def teacher(self) -> Teacher | None:
-        if self.signal == "none":
+        if self.signal == "none" or isinstance(self.stored, TopKLogProbs):
             return None
         assert self.settings.teacher is not None
         params = frozen(self.settings.teacher, self.teacher_weights)
         return Teacher(models.head(self.settings.teacher, params), params if self.signal == "live" else None)
 
     def batch(self, shape: Shape) -> MicroBatch:
-        if self.signal != "store" or self.settings.teacher is None:
-            batch = micro_batch(shape)
-        else:
-            batch = micro_batch(shape, self.settings.teacher.embed_size, self.store_dtype)
+        batch = micro_batch(shape, self.stored)
         return batch._replace(**{f"{name}_T": batch.weights_T for name in self.by_target})
 
     def accumulate_arguments(self, objective: Objective, shape: Shape) -> tuple:

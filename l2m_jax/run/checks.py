@@ -29,7 +29,9 @@ from l2m_jax.run.resolve import Artefacts
 from l2m_jax.run.responses import longest_prompt
 from l2m_jax.run.stages import strata_of
 from l2m_jax.training.optimizer import OptimizerSettings, Pretraining, make_optimizer
+from l2m_jax.training.shards import bytes_per_target
 from l2m_jax.training.step import state_shapes
+from l2m_jax.training.store_format import store_format
 from l2m_jax.training.trackers import require_packages
 
 CHECKPOINTS = ", checkpoints"  # follows the name of a model
@@ -82,6 +84,12 @@ def check_models(config: Config, artefacts: Artefacts) -> None:
     _check_tokenizers(config, artefacts.tokenizer)
     teacher, student = _architectures(config, artefacts)
     _check_weights(config, artefacts)
+    common = min(teacher.valid_vocab_size, student.valid_vocab_size)
+    if artefacts.store is not None and not artefacts.store.inputs.top_k < common:
+        raise InputError(
+            f"config.teacher.store_top_k: {artefacts.store.inputs.top_k} is not below the {common} tokens of the "
+            "vocabulary; lower it, or set 0 to store hidden states"
+        )
     if teacher.family != student.family:
         console.print(f"  note: a {teacher.family} teacher and a {student.family} student with one tokenizer")
     found = [("teacher", teacher), ("student", student)]
@@ -311,7 +319,8 @@ def bytes_needed(config: Config, artefacts: Artefacts) -> dict[str, int]:
             sizes[f"{name}{CHECKPOINTS}"] = CHECKPOINTS_AT_ONCE * state
     if artefacts.store is not None and not artefacts.store.is_finished:
         targets = int(data.open_corpus(artefacts.corpora["train"]).response_lengths.sum())
-        sizes["teacher store"] = store_bytes(targets, teacher, artefacts.store.inputs.dtype)
+        found = artefacts.store.inputs
+        sizes["teacher store"] = targets * store_bytes_per_target(teacher, found.dtype, found.top_k)
     return sizes
 
 
@@ -322,9 +331,9 @@ def state_bytes(model: DecoderConfig, training: OptimizerSettings, part: Part | 
     return _bytes(state_shapes(optimizer, model).params), _bytes(state)
 
 
-def store_bytes(targets: int, teacher: DecoderConfig, dtype: str) -> int:
-    """Bytes of the teacher's hidden states at so many targets."""
-    return targets * teacher.embed_size * (4 if dtype == "float32" else 2)
+def store_bytes_per_target(teacher: DecoderConfig, dtype: str, top_k: int) -> int:
+    """Bytes of what a store of these settings keeps of a target."""
+    return bytes_per_target(store_format(teacher.embed_size, dtype, top_k).tensors)
 
 
 def peak_bytes(sizes: Mapping[str, int]) -> int:
@@ -338,7 +347,7 @@ def _bytes(tree) -> int:
 
 
 def _bytes_there(artefacts: Artefacts) -> int:
-    """What unfinished work takes already: checkpoints, and the teacher store, which is reserved whole."""
+    """What unfinished work takes already: checkpoints, and shards of the teacher store."""
     places = [artefact.progress for artefact in artefacts if artefact.progress is not None]
     if artefacts.store is not None and not artefacts.store.is_finished:
         places.append(artefacts.store.path)

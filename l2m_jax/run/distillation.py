@@ -75,6 +75,7 @@ class StudentInputs:
         validation: None if it does not affect the student.
         lora: the adapters that are trained instead of the initial student's weights; None without.
         teacher_weights: "float" or "int8", of a teacher that runs live.
+        store_tail: False if the store has top-k log-probabilities and the loss leaves the other tokens out.
     """
 
     method: Method
@@ -95,6 +96,7 @@ class StudentInputs:
     validation: ValidationInputs | None
     lora: Lora | None = field(default=None, metadata={"absent_at_default": True})
     teacher_weights: str = field(default="float", metadata={"absent_at_default": True})
+    store_tail: bool = field(default=True, metadata={"absent_at_default": True})
 
 
 def relevant_curriculum(method: Method, curriculum: Curriculum) -> Curriculum:
@@ -282,11 +284,13 @@ class Student:
         )
 
     def _teacher(self) -> tuple[DecoderConfig | None, Teacher | None]:
-        """The teacher in its compute dtype; only its head if its hidden states are stored."""
+        """The teacher in its compute dtype; only its head if its hidden states are stored, nothing if its top k are."""
         inputs, context = self._inputs, self._context
         if inputs.teacher is None:
             return None, None
         config = read_config(inputs.teacher, context.teacher, inputs.tokenizer)
+        if inputs.store is not None and inputs.store.inputs.top_k:
+            return config, None
         if inputs.store is not None:
             put = context.placement.put
             return config, Teacher(models.load_head(str(inputs.teacher.path), dtype=config.dtype, put=put))
@@ -303,7 +307,9 @@ class Student:
             compute = context.teacher if name == "teacher" else context.student
             answers = responses.make_responses(generated, compute, context, f"responses of the {name}")
             fixed[name] = answers.tokens(generated.inputs.sampling, end)
-        rows = None if inputs.store is None else open_store(inputs.store, context).read
+        rows = None
+        if inputs.store is not None:
+            rows = open_store(inputs.store, context, tail=inputs.store_tail).read
         return rollouts.training_data(
             inputs.method, references, fixed, self._rollouts(), self._longest_example, rows
         )

@@ -43,6 +43,7 @@ _STUDENT_SETTINGS = {
     "validation.keep_best": "evaluation.select",
     "lora": "student.lora",
     "teacher_weights": "teacher.weights",
+    "store_tail": "teacher.store_tail",
 }
 
 
@@ -329,9 +330,18 @@ class _Resolver:
     def _store(self) -> Artefact[StoreInputs]:
         teacher = self.config.teacher
         inputs = StoreInputs(
-            self.teacher, self.corpora["train"], self.tokenizer, teacher.store_dtype, teacher.weights
+            self.teacher,
+            self.corpora["train"],
+            self.tokenizer,
+            teacher.store_dtype,
+            teacher.weights,
+            teacher.store_top_k,
         )
-        settings = {"dtype": "teacher.store_dtype", "weights": "teacher.weights"}
+        settings = {
+            "dtype": "teacher.store_dtype",
+            "weights": "teacher.weights",
+            "top_k": "teacher.store_top_k",
+        }
         return Artefact(inputs, self.own / "teacher_store", settings=settings)
 
     def _diagnostics(self) -> Artefact[DiagnosticsInputs] | None:
@@ -381,6 +391,8 @@ class _Resolver:
             validation=validation if validation.keep_best or curriculum.patience else None,
             lora=config.student.lora if config.student.lora.rank else None,
             teacher_weights=config.teacher.weights if live else "float",
+            store_tail=config.teacher.store_tail
+            or not (self._reads_store(method) and config.teacher.store_top_k),
         )
         main = name == config.method
         settings = _STUDENT_SETTINGS | {"seed": "seed" if config.student.seed < 0 else "student.seed"}

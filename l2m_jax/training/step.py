@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from l2m_jax import losses, models
-from l2m_jax.losses import Coefficients, LossSums, Objective
+from l2m_jax.losses import Coefficients, LossSums, Objective, TopK
 from l2m_jax.models import DecoderConfig, freezing
 from l2m_jax.models.freezing import Part
 from l2m_jax.parallel import over_devices
@@ -146,6 +146,19 @@ def hidden_pass(config: DecoderConfig, params: Params, batch: MicroBatch) -> jax
     return target_hidden(config, params, batch)
 
 
+@over_devices(static=("config", "k", "chunk_size"), weights=("params",))
+def top_k_pass(config: DecoderConfig, k: int, chunk_size: int, params: Params, batch: MicroBatch) -> TopK:
+    """The model's k most probable tokens at each target, with the tail, as in the teacher store."""
+    return losses.fused_top_k(
+        target_hidden(config, params, batch),
+        models.head(config, params),
+        batch.weights_T,
+        k,
+        valid_vocab_size=config.valid_vocab_size,
+        chunk_size=chunk_size,
+    )
+
+
 @over_devices(static=("config", "chunk_size"), weights=("params",))
 def cross_entropy_pass(
     config: DecoderConfig, chunk_size: int, params: Params, batch: MicroBatch
@@ -178,6 +191,12 @@ def _teacher_hidden(settings: StepSettings, objective: Objective, batch: MicroBa
     return jax.lax.stop_gradient(target_hidden(settings.teacher, teacher.params, batch))
 
 
+def _teacher_top_k(batch: MicroBatch) -> TopK | None:
+    if batch.teacher_ids_TxK is None or batch.teacher_log_probs_TxK is None:
+        return None
+    return TopK(batch.teacher_ids_TxK, batch.teacher_log_probs_TxK, batch.teacher_log_tail_T)
+
+
 def loss_sums(
     settings: StepSettings,
     objective: Objective,
@@ -196,6 +215,7 @@ def loss_sums(
         batch.labels_T,
         batch.weights_T,
         objective,
+        teacher_top_k=_teacher_top_k(batch),
         coefficients=_coefficients(batch),
         valid_vocab_size=settings.valid_vocab_size,
         chunk_size=settings.chunk_size,

@@ -19,13 +19,13 @@ from l2m_jax import models
 from l2m_jax.data.batches import ListedExamples, forward_batches, micro_batches
 from l2m_jax.data.packing import Shape
 from l2m_jax.errors import InputError
-from l2m_jax.losses import Objective, SkewKL
+from l2m_jax.losses import Objective, SkewKL, token_loss, top_k
 from l2m_jax.models import DecoderConfig
 from l2m_jax.parallel import Placement
 from l2m_jax.training import step, store
 from l2m_jax.training.step import StepSettings, Teacher
 from l2m_jax.training.store import TeacherStore
-from l2m_jax.training.store_format import HiddenStates
+from l2m_jax.training.store_format import HiddenStates, TopKLogProbs
 
 STUDENT, TEACHER = (
     DecoderConfig(
@@ -118,7 +118,9 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(store, "_SHARD_EXAMPLES", 8)
 
 
-@pytest.mark.parametrize(("dtype", "least", "most"), [("float32", 0, 1e-6), ("bfloat16", 1e-7, 1e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "least", "most"), [("float32", 0, 1e-6), ("bfloat16", 1e-7, 1e-3), ("int8", 1e-6, 3e-3)]
+)
 def test_losses_equal_the_live_teachers(tmp_path, dtype, least, most):
     stored = build(tmp_path, dtype=dtype)
     student, live = params()
@@ -140,6 +142,53 @@ def test_losses_equal_the_live_teachers(tmp_path, dtype, least, most):
         expected = divergence(indices, None, Teacher(head, live))
         differences.append(abs(divergence(indices, stored.read, Teacher(head)) - expected) / expected)
     assert least <= np.mean(differences) and np.max(differences) <= most
+
+
+def test_int8_is_off_by_at_most_half_a_step_of_its_block(tmp_path):
+    """With a few entries many times the others, as trained models have."""
+    random = np.random.default_rng(0)
+    states = random.standard_normal((50, 150)).astype(np.float32)
+    states[:, [3, 70]] *= 100
+    states[7, :64] = 0
+    form = HiddenStates(150, "int8")
+    stored = form.encode(states)
+    assert {name: (x.dtype, x.shape) for name, x in stored.items()} == {
+        "hidden_states": (np.int8, (50, 150)),
+        "scales": (np.float32, (50, 3)),
+    }
+    found = form.decode(stored)["teacher_hidden_TxE"]
+    assert found.dtype == np.float32
+    for start, end in ((0, 64), (64, 128), (128, 150)):
+        block = states[:, start:end].astype(np.float64)
+        step = np.abs(block).max(axis=1, keepdims=True) / 127
+        assert np.all(np.abs(found[:, start:end] - block) <= step / 2 * (1 + 1e-5))
+    assert not found[7, :64].any()
+
+
+@pytest.mark.parametrize("tail", [True, False])
+def test_a_store_of_the_top_k_gives_their_loss(tmp_path, tail):
+    """That of dense logits, of which the k largest are taken; and no part of the teacher is needed for it."""
+    form = TopKLogProbs(8, "float32", tail)
+    stored = TeacherStore(tmp_path, corpus(), key="key", form=form)
+    found = placement(1).map(step.top_k_pass)
+    stored.fill(placement(1), lambda batch: found(TEACHER, 8, 64, placed_teacher(1), batch))
+    student, live = params()
+    settings = StepSettings(STUDENT, TEACHER, 61, chunk_size=64)
+    indices = np.arange(6)
+    [batch] = micro_batches(corpus(), indices, (Shape(8, 64),), teacher_rows=stored.read)
+    assert (batch.teacher_log_tail_T is not None) == tail and batch.teacher_hidden_TxE is None
+    batch = jax.tree.map(lambda x: x[0], batch)
+    sums = jax.jit(step.loss_sums, static_argnums=(0, 1))(settings, OBJECTIVE, student, batch, None)
+    tokens_BxL = np.stack([np.pad(t, (0, 64 - len(t))) for t in corpus().tokens[:6]])
+    logits = jax.jit(models.logits, static_argnums=0)
+    of_student, of_teacher = (
+        logits(config, of, tokens_BxL) for config, of in ((STUDENT, student), (TEACHER, live))
+    )
+    known = top_k(of_teacher, 8)
+    known = known if tail else known._replace(log_tail=None)
+    losses_BxL = np.asarray(token_loss(of_student, known, np.roll(tokens_BxL, -1, axis=1), OBJECTIVE))
+    expected = sum(losses_BxL[i, corpus().target_positions(i) - 1].sum() for i in indices)
+    np.testing.assert_allclose(sums.loss, expected, rtol=1e-5)
 
 
 def test_rows_are_in_the_stores_dtype(tmp_path):
@@ -358,7 +407,7 @@ def test_a_store_of_an_earlier_version_is_refused(tmp_path):
         opened(tmp_path)
 
 
-@pytest.mark.parametrize(("dtype", "value"), [("float32", np.nan), ("float16", 1e5)])
+@pytest.mark.parametrize(("dtype", "value"), [("float32", np.nan), ("float16", 1e5), ("int8", np.inf)])
 def test_hidden_states_that_are_not_finite_are_refused_by_the_name_of_their_example(tmp_path, dtype, value):
     def forward(batch):
         hidden = Forward()(batch)
