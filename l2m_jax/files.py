@@ -66,7 +66,8 @@ def _json_pieces(values: Iterable[Any]) -> Iterator[str]:
 def content_hash(path: Path, *, patterns: Sequence[str] | None = None) -> str:
     """16 hexadecimal digits that change with the content of a file, or with the files of a folder.
 
-    Each file is read once: its hash is remembered, by path, size and modification time, under `~/.cache/l2m_jax`.
+    Each file is read once: its hash is remembered, by path, size, modification time and inode, under
+    `~/.cache/l2m_jax` (or `$XDG_CACHE_HOME/l2m_jax`).
 
     Args:
         path: a file, or a folder whose relative file names and contents count.
@@ -78,23 +79,31 @@ def content_hash(path: Path, *, patterns: Sequence[str] | None = None) -> str:
     """
     path = Path(path).absolute()
     if not path.is_dir():
-        return _file_hash(path)[:_DIGITS]
+        return _hashes([path])[0][:_DIGITS]
     matches = {file for pattern in patterns or ("**/*",) for file in path.glob(pattern) if file.is_file()}
-    return fingerprint([(file.relative_to(path).as_posix(), _file_hash(file)) for file in sorted(matches)])
+    found = sorted(matches)
+    names = [file.relative_to(path).as_posix() for file in found]
+    return fingerprint(list(zip(names, _hashes(found), strict=True)))
 
 
-def _file_hash(file: Path) -> str:
-    # The status from before reading: had the file changed meanwhile, the entry would never match.
-    status, known = file.stat(), _remembered_hashes()
-    match known.get(str(file)):
-        case [status.st_size, status.st_mtime_ns, str(found)]:
-            return found
-    found = digest(file)
-    known = {name: entry for name, entry in known.items() if os.path.exists(name)}
-    known[str(file)] = [status.st_size, status.st_mtime_ns, found]
-    with contextlib.suppress(OSError, RuntimeError):
-        write_text(_hash_cache(), json.dumps(known))
-    return found
+def _hashes(found: Sequence[Path]) -> list[str]:
+    """The SHA-256 of files, whose content is read only where it is not remembered."""
+    known, read = _remembered_hashes(), {}
+    hashes = []
+    for file in found:
+        # The status from before reading: had the file changed meanwhile, the entry would never match.
+        status = file.stat()
+        match known.get(str(file)):
+            case [status.st_size, status.st_mtime_ns, status.st_ino, str(remembered)]:
+                hashes.append(remembered)
+                continue
+        hashes.append(digest(file))
+        read[str(file)] = [status.st_size, status.st_mtime_ns, status.st_ino, hashes[-1]]
+    if read:
+        kept = {name: entry for name, entry in known.items() if os.path.exists(name)}
+        with contextlib.suppress(OSError, RuntimeError):
+            write_text(_hash_cache(), json.dumps(kept | read))
+    return hashes
 
 
 def checksums(place: Path, *, without: Collection[str] = ()) -> dict[str, list]:
@@ -123,7 +132,7 @@ def damaged(place: Path, recorded: Mapping[str, Sequence]) -> Path | None:
             return file
         status = file.stat()
         if status.st_size != size or (
-            status.st_mtime_ns != modified and _file_hash(file.absolute()) != hexadecimal
+            status.st_mtime_ns != modified and _hashes([file.absolute()]) != [hexadecimal]
         ):
             return file
     return None

@@ -72,6 +72,23 @@ def test_a_changed_file_has_another_hash(tmp_path, cache, opened):
     assert len(opened) == 3
 
 
+def test_a_replaced_file_has_another_hash(tmp_path, cache):
+    """Of the same size and time, as `cp -p` and archives leave them."""
+    first = files.content_hash(written(tmp_path / "rows.jsonl", "abc"))
+    written(tmp_path / "new", "abd").rename(tmp_path / "rows.jsonl")
+    assert files.content_hash(tmp_path / "rows.jsonl") != first
+
+
+def test_the_files_of_a_folder_are_remembered_one_by_one(tmp_path, cache, opened):
+    for name in "abc":
+        written(tmp_path / "folder" / name, name)
+    first = files.content_hash(tmp_path / "folder")
+    assert files.content_hash(tmp_path / "folder") == first
+    written(tmp_path / "folder" / "b", "x", mtime=2_000)
+    assert files.content_hash(tmp_path / "folder") != first
+    assert opened == ["a", "b", "c", "b"]
+
+
 def test_a_hash_follows_the_content_and_not_the_place(tmp_path, cache):
     for folder in ("a", "b"):
         written(tmp_path / folder / "config.json", "{}")

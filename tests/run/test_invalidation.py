@@ -17,6 +17,7 @@ from l2m_jax.run.resolve import Artefacts, resolve
 # What changes cost or rounding alone.
 COST_ONLY = (
     "devices",
+    "data.processes",
     "teacher.compute",
     "student.compute",
     "max_shapes",
