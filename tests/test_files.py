@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from l2m_jax import files
@@ -25,6 +26,9 @@ def test_a_fingerprint_covers_what_is_compared():
     assert files.fingerprint(Inputs(0.1)) == files.fingerprint(Inputs(0.1, workers=8))
     assert files.fingerprint(Inputs(0.1)) != files.fingerprint(Inputs(0.2))
     assert files.fingerprint([Inputs(0.1, 2)]) == files.fingerprint((Inputs(0.1, 3),))
+    rows = [[1, 2], [], [3]]
+    assert files.fingerprint("a", rows) == files.fingerprint("a", (np.array(row, np.int32) for row in rows))
+    assert files.fingerprint("a", []) == files.fingerprint("a", iter(())) != files.fingerprint("a")
 
 
 # Hashes of content

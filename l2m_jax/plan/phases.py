@@ -309,13 +309,14 @@ class Planner(Parts):
     def _difficulty(self) -> Phase:
         """The initial student's answers to the training prompts, and its cross-entropy of the references."""
         params, (shape, calls) = programs.frozen(self.student), self._forward(self._w.lengths)
-        found = self._decoding(self.student, params, len(self._w.lengths))
+        answers = min(self._w.config.curriculum.ranking_rows or len(self._w.lengths), len(self._w.lengths))
+        found = self._decoding(self.student, params, answers)
         batch, chunk_size = programs.micro_batch(shape), self._w.config.chunk_size
         forward = self._pass(
             "cross-entropy", shape, cross_entropy_pass, self.student, chunk_size, params, batch
         )
         # Before it is trained, a model seldom ends an answer by itself.
-        tokens = len(self._w.lengths) * self._w.config.sampling.max_new_tokens
+        tokens = answers * self._w.config.sampling.max_new_tokens
         moments = (
             self._moments.generation("answers", params, found),
             self._moments.frozen_pass("cross-entropy", params, share_bytes(batch), forward),

@@ -93,7 +93,7 @@ def _rows(inputs: DiagnosticsInputs) -> _Rows:
     tokens = [corpus.example_tokens(i) for corpus, chosen in parts for i in chosen.tolist()]
     prompts = np.concatenate([corpus.prompt_lengths[chosen] for corpus, chosen in parts])
     targets = [corpus.target_positions(i) for corpus, chosen in parts for i in chosen.tolist()]
-    ids = [corpus.ids[i] for corpus, chosen in parts for i in chosen.tolist()]
+    ids = [corpus.row(i).id for corpus, chosen in parts for i in chosen.tolist()]
     return _Rows(of_validation, of_train, _Examples(tokens, prompts, targets, ids))
 
 

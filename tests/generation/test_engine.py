@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -19,7 +20,9 @@ from l2m_jax.generation import (
     ResponseFile,
     SamplingRules,
     default_slots,
+    engine,
     generate,
+    generate_file,
     programs,
 )
 from l2m_jax.parallel import Placement
@@ -353,6 +356,41 @@ def test_an_interrupted_run_continues(sampled, tmp_path):
         assert output.path.read_bytes() == content
 
 
+def test_a_file_of_answers_needs_no_list_of_prompts(sampled, tmp_path, monkeypatch):
+    """Prompts come from a view, a few at a time, and a run may end at any of them."""
+    config, params, prompts, answers = sampled
+    monkeypatch.setattr(engine, "_SCHEDULED_TOGETHER", 5)
+    shares = []
+
+    class View(Sequence):
+        def __len__(self):
+            return len(prompts)
+
+        def __getitem__(self, chosen):
+            if isinstance(chosen, slice):
+                shares.append(len(prompts[chosen]))
+                return [np.array(prompt, np.int32) for prompt in prompts[chosen]]
+            return np.array(prompts[chosen], np.int32)
+
+    def run(answered, seeds=(7, 8)):
+        generator = place(config, params, tokenizer=Words(answered), slots=4)
+        generate_file(generator, View(), SAMPLED, seeds, output)
+
+    output = ResponseFile(tmp_path / "responses.jsonl", "model")
+    for answered in (7, 9):  # the second run ends in a later share
+        with pytest.raises(Interrupted):
+            run(answered)
+    run(10**9)
+    run(0)  # nothing is left to do
+    assert set(shares) == {5, len(prompts) % 5}
+    found = {(a.prompt, a.seed): a.tokens for a in dataclasses.replace(output, key=None).read()}
+    assert found == {(a.prompt, a.seed): a.tokens for a in answers}
+    places = dict(dataclasses.replace(output, key=None).lines())
+    assert all(output.answer_at(place) == answer for place, answer in places.items())
+    # The file is the same as that of a list.
+    assert generate(place(config, params, tokenizer=Words(0)), prompts, SAMPLED, (7, 8), output=output)
+
+
 def test_progress_tells_rate_and_time_left(sampled, capsys):
     config, params, prompts, _ = sampled
     generate(place(config, params), prompts, SAMPLED, [7, 8], title="dolly, student")
@@ -427,12 +465,12 @@ def test_utilisation_of_the_engine():
     config, params = small(num_layers=1)
     prompts = some_prompts(60, longest=20)
     rules = SamplingRules(temperature=1.4, max_new_tokens=44)
-    engine = Engine(place(config, params, slots=16), rules)
-    ended = [a for some in engine.run(prompts, [(p, s) for p in range(60) for s in range(5)]) for a in some]
+    used = Engine(place(config, params, slots=16), rules)
+    ended = [a for some in used.run(prompts, [(p, s) for p in range(60) for s in range(5)]) for a in some]
     assert len(ended) == 300
     lengths = [len(tokens) for _, _, tokens in ended]
     assert np.std(lengths) > 5  # long and short answers side by side
-    assert engine.utilisation >= 0.85
+    assert used.utilisation >= 0.85
 
 
 def test_parameters_are_prepared_in_the_dtype_that_they_are_used_in():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from l2m_jax.errors import InputError
-from l2m_jax.generation import Answer, ResponseFile
+from l2m_jax.generation import Answer, ResponseFile, responses
 
 ANSWERS = [Answer(0, 10, (5, 6), "a\nb"), Answer(1, 10, (), ""), Answer(0, 20, (7,), "é\u2028東")]
 
@@ -31,7 +31,9 @@ def test_what_is_added_is_read_back(file):
     assert file.read() == ANSWERS
 
 
-def test_a_partial_line_is_dropped_wherever_it_ends(file):
+@pytest.mark.parametrize("block", [3, 1 << 16])
+def test_a_partial_line_is_dropped_wherever_it_ends(file, monkeypatch, block):
+    monkeypatch.setattr(responses, "_BLOCK", block)  # read at once from the end of the file
     add(file, ANSWERS)
     complete = file.path.read_bytes()
     last_line = complete.rstrip(b"\n").rfind(b"\n") + 1
@@ -40,6 +42,15 @@ def test_a_partial_line_is_dropped_wherever_it_ends(file):
         assert file.read() == ANSWERS[:2]
         add(file, ANSWERS[2:])
         assert file.path.read_bytes() == complete
+
+
+def test_an_answer_is_read_from_its_place_alone(file):
+    add(file, ANSWERS)
+    places = [place for place, _ in file.lines()]
+    assert [file.answer_at(place) for place in reversed(places)] == ANSWERS[::-1]
+    for wrong in (0, places[1] + 1, 10**6):
+        with pytest.raises(InputError, match=r"delete .*responses\.jsonl to make them again"):
+            file.answer_at(wrong)
 
 
 @pytest.mark.parametrize("header", ["", '{"ke', '{"key": "y"}'])

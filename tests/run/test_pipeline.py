@@ -1,5 +1,6 @@
 """Whole runs of the script on a very small config: what they leave, and that a killed one ends the same."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,14 +17,18 @@ import pytest
 
 from l2m_jax import models
 from l2m_jax.config import defaults, parse
+from l2m_jax.curriculum.difficulty import Difficulty, matched_rouge_l
 from l2m_jax.data.corpus import Corpus
 from l2m_jax.data.tokenizer import train_tokenizer
 from l2m_jax.errors import InputError
 from l2m_jax.run import data, locks
+from l2m_jax.run.artefacts import Artefact
 from l2m_jax.run.context import start
 from l2m_jax.run.distillation import Student
 from l2m_jax.run.models import make_model
+from l2m_jax.run.ranking import make_ranking
 from l2m_jax.run.resolve import resolve
+from l2m_jax.run.responses import make_responses, with_end
 
 ROOT = Path(__file__).resolve().parents[2]
 DIAGNOSED = "--config.evaluation.diagnostic_rows=32"
@@ -133,6 +138,34 @@ def test_responses_that_a_power_failure_cut_short_are_named_and_made_again(finis
     done = _run(tmp_path, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     assert answers.read_bytes() == whole
+
+
+def test_a_ranking_from_the_answers_to_a_sample(finished, tmp_path, tiny):
+    run, values = finished / "run", tiny.copy_and_resolve_references()
+    values.curriculum.ranking_rows = 12
+    config = parse(values)
+    context = start(config, tmp_path)
+    ranking = resolve(config, run, run).ranking
+    answers = dataclasses.replace(ranking.inputs.answers, path=tmp_path / "answers.jsonl")
+    inputs = dataclasses.replace(ranking.inputs, answers=answers)
+    found = make_ranking(Artefact(inputs, tmp_path / "difficulty.parquet"), context)
+    whole = Difficulty.read(run / "difficulty.parquet")
+    np.testing.assert_array_equal(found.cross_entropy, whole.cross_entropy)
+    sampled = make_responses(answers, context.student, context, "not made again")
+    assert len(sampled) == len(list(sampled)) == 12
+    np.testing.assert_array_equal(found.rouge_l[sampled.examples_P], whole.rouge_l[sampled.examples_P])
+    np.testing.assert_array_equal(
+        found.rouge_l,
+        matched_rouge_l(whole.rouge_l, whole.cross_entropy, np.isin(np.arange(48), sampled.examples_P)),
+    )
+    # Tokens by example are those of the lines, with the end of sequence that a line leaves out.
+    tokens = sampled.tokens(answers.inputs.sampling, end=9)
+    assert list(tokens) == sampled.examples_P.tolist() and 48 not in tokens
+    for (example, answer), length in zip(sorted(sampled), tokens.lengths_P, strict=True):
+        assert (
+            tokens[example] == with_end(answer, answers.inputs.sampling, 9) and len(tokens[example]) == length
+        )
+    assert len(set(range(48)) & tokens.keys()) == 12 and all(i in tokens for i in sampled.examples_P)
 
 
 @pytest.mark.parametrize(("family", "dropped"), [("gpt2", 3), ("opt", 1), ("llama", 1)])
