@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401, for NumPy's bfloat16
 import numpy as np
 
 from l2m_jax import methods
@@ -26,14 +25,15 @@ from l2m_jax.errors import InputError
 from l2m_jax.models.lora import Lora
 from l2m_jax.parallel import Placement
 from l2m_jax.plan import programs, targets
-from l2m_jax.plan.phases import Distillation, Planner
+from l2m_jax.plan.phases import Planner
 from l2m_jax.plan.programs import Compiler
 from l2m_jax.plan.workload import Workload, workload
 from l2m_jax.training.checkpoint import Checkpoints
 from l2m_jax.training.loop import Task, Term, Trainer
 from l2m_jax.training.metrics import MetricsLog
 from l2m_jax.training.step import Teacher
-from l2m_jax.types import Params
+from l2m_jax.training.store_format import StoreFormat
+from l2m_jax.types import Params, TeacherRows
 
 _SCALE = 0.02  # of random weights and hidden states
 
@@ -124,7 +124,7 @@ class _Measured:
         found = step_flops(settings.student, teacher, examples, self._batches)
         trained = 2 / 3 if isinstance(settings.part, Lora) else 1.0
         total = trained * (found["student_body"] + found["student_head"])
-        if shapes.signal != "none":
+        if shapes.teacher is not None:
             total += found["teacher_head"]
         if shapes.signal == "live":
             total += found["teacher_body"]
@@ -150,7 +150,9 @@ class _Measured:
         self._batches = np.split(indices, self._steps)
         stage = dataclasses.replace(stages[-2:][0], index=1, passes=(indices,), examples=len(indices))
         config, placement = self._config, self._placement
-        rows = _teacher_rows(self._distillation, self._examples, rng) if shapes.signal == "store" else None
+        rows = None
+        if shapes.stored is not None:
+            rows = _teacher_rows(shapes.stored, self._examples, shapes.settings.valid_vocab_size, rng)
         terms = [Term(objective, self._examples, rows) for objective in objectives]
         task = Task(
             "throughput",
@@ -218,13 +220,19 @@ def _examples(work: Workload, chosen: np.ndarray, rng: np.random.Generator) -> L
 
 
 def _teacher_rows(
-    found: Distillation, examples: ListedExamples, rng: np.random.Generator
-) -> Callable[[int], np.ndarray]:
-    assert found.shapes.settings.teacher is not None
+    stored: StoreFormat, examples: ListedExamples, vocabulary: int, rng: np.random.Generator
+) -> Callable[[int], TeacherRows]:
+    """Random numbers in the place of what is stored of the teacher."""
     most = int(examples.response_lengths.max())
-    hidden = _SCALE * rng.standard_normal((most, found.shapes.settings.teacher.embed_size), np.float32)
-    rows = hidden.astype(found.shapes.store_dtype)
-    return lambda example: rows[: examples.response_lengths[example]]
+
+    def values(dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        if np.issubdtype(jnp.dtype(dtype), np.integer):
+            return rng.integers(0, min(vocabulary, np.iinfo(dtype).max), (most, *shape), dtype)
+        return (-_SCALE * abs(rng.standard_normal((most, *shape), np.float32))).astype(jnp.dtype(dtype))
+
+    arrays = {name: values(*kind) for name, kind in stored.tensors.items()}
+    lengths = examples.response_lengths
+    return lambda example: stored.decode({name: array[: lengths[example]] for name, array in arrays.items()})
 
 
 def _random(shapes: Any) -> Any:

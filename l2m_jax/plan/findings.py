@@ -83,12 +83,13 @@ def buffers(program: Program) -> list[dict[str, Any]]:
 
 def kernels(program: Program) -> dict[str, Any]:
     """What a program is made of: products by dtype, attention kernels, scatters, the largest array, collectives."""
-    module, by_dtype = program.module, collections.Counter()
+    module = program.module
+    by_dtype: dict[str, float] = collections.defaultdict(float)
     for product in module.products:
         by_dtype[product.dtype] += product.flops * product.count
     total = sum(by_dtype.values())
     return {
-        "products": {dtype: flops / total for dtype, flops in by_dtype.most_common()},
+        "products": {dtype: flops / total for dtype, flops in by_dtype.items()},
         "attention_kernels": {name: n for name, n in module.custom_calls.items() if "fmha" in name},
         "scatters": [
             {"shape": str(array), "unique": unique, "operation": operation}
