@@ -87,11 +87,14 @@ class Tokeniser:
         return [int(file.parent.name.removeprefix(prefix)) for file in found]
 
     def _write(self, folder: Path, chunks: Iterator["_Chunk"]) -> None:
-        first = list(itertools.islice(chunks, _FEWEST_FOR_PROCESSES))
         processes = self.processes or min(_cores(), _MOST_PROCESSES)
-        if processes == 1 or len(first) < _FEWEST_FOR_PROCESSES:
+        first = list(itertools.islice(chunks, _FEWEST_FOR_PROCESSES))
+        are_few = len(first) < _FEWEST_FOR_PROCESSES
+        chunks = itertools.chain(first, chunks)
+        del first  # a chunk lives until it is written
+        if processes == 1 or are_few:
             encoder = Encoder(self.tokenizer, self.prompt)
-            for chunk in itertools.chain(first, chunks):
+            for chunk in chunks:
                 _write_shard(folder, chunk, encoder)
             return
         # Forked, a process would inherit the locks of JAX's threads.
@@ -99,7 +102,7 @@ class Tokeniser:
         pool = ProcessPoolExecutor(processes, get_context("spawn"), _begin, setup)
         try:
             waiting: set[Future] = set()
-            for chunk in itertools.chain(first, chunks):
+            for chunk in chunks:
                 waiting.add(pool.submit(_work, chunk))
                 if len(waiting) > processes:
                     finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
