@@ -123,17 +123,12 @@ class Shards:
     def __init__(self, folder: Path):
         self._files = [file for _, file in sorted(_shards(folder).items())]
 
-    def lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Numbers, numbers of tokens (0 without a response) and of prompt tokens of all rows, each [n]."""
-        parts = [
-            (table["number"], np.diff(table["tokens"].chunk(0).offsets), table["prompt_length"])
-            for table in map(_table, self._files)
-        ]
-        numbers, lengths, prompt_lengths = (
-            np.concatenate([np.zeros(0, dtype), *[part[i] for part in parts]])
-            for i, dtype in enumerate((np.int64, np.int32, np.int32))
-        )
-        return numbers, lengths, prompt_lengths
+    def lengths(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Numbers, numbers of tokens (0 without a response) and of prompt tokens of the rows, each [n], file by file."""
+        for file in self._files:
+            table = _table(file)
+            lengths = np.diff(table["tokens"].chunk(0).offsets)
+            yield table["number"].to_numpy(), lengths, table["prompt_length"].to_numpy()
 
     def examples(self, is_wanted: np.ndarray | None = None) -> Iterator[tuple[int, Encoded]]:
         """The rows with their numbers, read lazily.
