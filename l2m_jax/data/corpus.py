@@ -121,8 +121,11 @@ class Corpus:
     @cached_property
     def categories(self) -> tuple[list[str], np.ndarray]:
         """The names of the categories, sorted, and the number of each example's, int64 [n]."""
-        names, category_N = np.unique(np.asarray(self.rows["category"], str), return_inverse=True)
-        return names.tolist(), category_N
+        encoded = self.rows.data["category"].dictionary_encode().unify_dictionaries()
+        found = encoded.chunk(0).dictionary.to_pylist()
+        names = sorted(found)
+        places = np.array([names.index(name) for name in found], np.int64)
+        return names, places[np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks])]
 
     def row(self, i: int) -> Row:
         """The text of a row, without its messages."""

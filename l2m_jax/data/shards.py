@@ -87,11 +87,14 @@ class Tokeniser:
         return [int(file.parent.name.removeprefix(prefix)) for file in found]
 
     def _write(self, folder: Path, chunks: Iterator["_Chunk"]) -> None:
-        first = list(itertools.islice(chunks, _FEWEST_FOR_PROCESSES))
         processes = self.processes or min(_cores(), _MOST_PROCESSES)
-        if processes == 1 or len(first) < _FEWEST_FOR_PROCESSES:
+        first = list(itertools.islice(chunks, _FEWEST_FOR_PROCESSES))
+        are_few = len(first) < _FEWEST_FOR_PROCESSES
+        chunks = itertools.chain(first, chunks)
+        del first  # a chunk lives until it is written
+        if processes == 1 or are_few:
             encoder = Encoder(self.tokenizer, self.prompt)
-            for chunk in itertools.chain(first, chunks):
+            for chunk in chunks:
                 _write_shard(folder, chunk, encoder)
             return
         # Forked, a process would inherit the locks of JAX's threads.
@@ -99,7 +102,7 @@ class Tokeniser:
         pool = ProcessPoolExecutor(processes, get_context("spawn"), _begin, setup)
         try:
             waiting: set[Future] = set()
-            for chunk in itertools.chain(first, chunks):
+            for chunk in chunks:
                 waiting.add(pool.submit(_work, chunk))
                 if len(waiting) > processes:
                     finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
@@ -120,17 +123,12 @@ class Shards:
     def __init__(self, folder: Path):
         self._files = [file for _, file in sorted(_shards(folder).items())]
 
-    def lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Numbers, numbers of tokens (0 without a response) and of prompt tokens of all rows, each [n]."""
-        parts = [
-            (table["number"], np.diff(table["tokens"].chunk(0).offsets), table["prompt_length"])
-            for table in map(_table, self._files)
-        ]
-        numbers, lengths, prompt_lengths = (
-            np.concatenate([np.zeros(0, dtype), *[part[i] for part in parts]])
-            for i, dtype in enumerate((np.int64, np.int32, np.int32))
-        )
-        return numbers, lengths, prompt_lengths
+    def lengths(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Numbers, numbers of tokens (0 without a response) and of prompt tokens of the rows, each [n], file by file."""
+        for file in self._files:
+            table = _table(file)
+            lengths = np.diff(table["tokens"].chunk(0).offsets)
+            yield table["number"].to_numpy(), lengths, table["prompt_length"].to_numpy()
 
     def examples(self, is_wanted: np.ndarray | None = None) -> Iterator[tuple[int, Encoded]]:
         """The rows with their numbers, read lazily.

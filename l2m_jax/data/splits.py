@@ -110,19 +110,22 @@ def _split(data: Data, part: Part, tokeniser: Tokeniser, world: int) -> Iterator
         start, end = (0, num_test) if part == "test" else (num_test, num_held_out)
         numbers = draw.fitting(end)[start:]
         places = {number: place for place, number in enumerate(numbers.tolist())}
-        found = [(places[number], example) for number, example in draw.examples(numbers)]
+        is_wanted = np.zeros(draw.size, bool)
+        is_wanted[numbers] = True
+        found = [(places[number], example) for number, example in draw.examples(is_wanted)]
         yield from (example for _, example in sorted(found, key=itemgetter(0)))
         return
     if data.train_rows:
         first = num_held_out + world * data.train_rows
-        wanted = draw.fitting(first + data.train_rows)[first:]
+        is_wanted = np.zeros(draw.size, bool)
+        is_wanted[draw.fitting(first + data.train_rows)[first:]] = True
     else:
         draw.tokenise_all()
-        held_out = draw.fitting(num_held_out + 1)[:num_held_out]  # and something to train on
         # Rows that do not fit are counted where the part itself drops them.
-        same = limits == token_limits(data, part)
-        wanted = np.setdiff1d(np.arange(draw.size) if same else draw.tokenised_and_fitting(), held_out)
-    yield from (example for _, example in draw.examples(wanted))
+        is_wanted = np.full(draw.size, limits == token_limits(data, part))
+        is_wanted[draw.tokenised_and_fitting()] = True
+        is_wanted[draw.fitting(num_held_out + 1)[:num_held_out]] = False  # which leaves something to train on
+    yield from (example for _, example in draw.examples(is_wanted))
 
 
 class _Draw:
@@ -183,12 +186,10 @@ class _Draw:
         """The numbers of the rows tokenised so far that fit into the limits, as drawn."""
         ranks = [np.zeros(0, np.int32)]
         for shards in self._rounds:
-            numbers, lengths, prompt_lengths = shards.lengths()
-            ranks.append(self._rank[numbers[self._fitter.keeps(lengths, prompt_lengths)]])
+            for numbers, lengths, prompt_lengths in shards.lengths():
+                ranks.append(self._rank[numbers[self._fitter.keeps(lengths, prompt_lengths)]])
         return self._order[np.sort(np.concatenate(ranks))]
 
-    def examples(self, numbers: np.ndarray) -> Iterator[tuple[int, Encoded]]:
-        """The tokenised rows with these numbers, in the order of the source."""
-        is_wanted = np.zeros(self.size, bool)
-        is_wanted[numbers] = True
+    def examples(self, is_wanted: np.ndarray) -> Iterator[tuple[int, Encoded]]:
+        """The tokenised rows with these numbers (bool [size]), in the order of the source."""
         yield from heapq.merge(*(shards.examples(is_wanted) for shards in self._rounds), key=itemgetter(0))

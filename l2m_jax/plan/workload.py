@@ -214,7 +214,7 @@ def _data(config: Config, folder: Path) -> tuple[_Lengths, Any, tuple[str, ...]]
     """Lengths of examples, prompts and targets, the tokenizer if it is on this machine, and what was assumed."""
     data = config.data
     tokenizer = _tokenizer(config, folder)
-    if tokenizer is not None and (data.source == "synthetic" or Path(data.train).is_file()):
+    if tokenizer is not None and (data.source == "synthetic" or Path(data.train).exists()):
         rows = Artefact(run_data.corpus_inputs(data, "train", tokenizer), folder / "train")
         (train,) = run_data.make_corpora([rows], data.processes)
         # Copied, because the files are deleted with the folder.

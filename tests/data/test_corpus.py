@@ -87,6 +87,8 @@ def test_many_chunks_make_the_same_arrays(corpus, tokenizer, tmp_path, monkeypat
     for name in ("tokens", "offsets", "prompt_lengths"):
         np.testing.assert_array_equal(getattr(in_chunks, name), getattr(corpus, name))
     assert [in_chunks.row(i) for i in range(3)] == [corpus.row(i) for i in range(3)]
+    names, category_N = in_chunks.categories
+    assert (names, category_N.tolist()) == (["", "naming", "sorting"], [1, 2, 0])
 
 
 @pytest.mark.parametrize(

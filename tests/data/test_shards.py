@@ -115,7 +115,7 @@ def test_examples_come_back(tokenizer, tmp_path, wanted):
     for number, example in read:
         assert example._replace(tokens=0) == expected[number]._replace(tokens=0)
         np.testing.assert_array_equal(example.tokens, expected[number].tokens)
-    numbers, lengths, prompt_lengths = found.lengths()
+    numbers, lengths, prompt_lengths = (np.concatenate(parts) for parts in zip(*found.lengths(), strict=True))
     assert numbers.tolist() == list(range(38))
     assert lengths.tolist() == [len(example.tokens) for example in expected]
     assert prompt_lengths.tolist() == [example.prompt_length for example in expected]
