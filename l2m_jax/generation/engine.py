@@ -26,7 +26,7 @@ _MIN_CACHE, _CACHE_SIZES_PER_OCTAVE = 64, 4
 _CACHE_BYTES = 8 * 2**30
 _MIN_SLOTS, _MAX_SLOTS = 8, 64
 PREFILL_TOKENS = 2048
-_SCHEDULED_TOGETHER = 1 << 16  # prompts; slots fall idle only at the end of each such share
+_SCHEDULED_TOGETHER = 1 << 16  # prompts in a share; slots fall idle only at its end
 
 # Fields of a config that affect only cost, rounding or training: changing them does not discard answers.
 _NOT_IDENTITY = (
@@ -309,8 +309,8 @@ def generate_file(
 ) -> None:
     """As `generate`, but the answers are in `output` alone, in the order in which they ended.
 
-    Prompts are read a few at a time, so `prompts` may be a view of a file. What is held for all of them is one bit
-    for each answer.
+    Prompts are read a share at a time, so `prompts` may be a view of a file. What is held for all of them is a byte for
+    each answer.
     """
     _check_all(generator, prompts, rules, seeds)
     output = _keyed(generator, prompts, rules, output)
@@ -347,7 +347,7 @@ def _missing(
     """Generates the answers that are not known, and appends them to `output` as they end."""
     if known_PxS.all():
         return
-    # The same number of slots, and so the same programs, for all prompts that are scheduled together.
+    # The same number of slots in each share of the prompts, so that all run the same programs.
     longest = max(map(len, prompts)) + rules.max_new_tokens
     slots = generator.slots or default_slots(generator.config, longest)
     engine = Engine(dataclasses.replace(generator, slots=slots), rules)
