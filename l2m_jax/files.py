@@ -14,8 +14,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 from l2m_jax.errors import InputError, reason
 
 _DIGITS = 16
@@ -33,7 +31,7 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, np.ndarray):
+    if hasattr(value, "tolist"):  # an array of NumPy's
         return value.tolist()
     return value
 

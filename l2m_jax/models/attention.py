@@ -181,8 +181,11 @@ def _product_forward(subscripts: str, left: jax.Array, right: jax.Array):
 
 
 def _product_backward(subscripts: str, operands: tuple[jax.Array, jax.Array], gradient: jax.Array):
-    _, transpose = jax.vjp(functools.partial(jnp.einsum, subscripts), *operands)
-    return transpose(gradient.astype(operands[0].dtype))
+    left, right = operands
+    gradient = gradient.astype(left.dtype)
+    of_left = jax.linear_transpose(lambda left: jnp.einsum(subscripts, left, right), left)(gradient)
+    of_right = jax.linear_transpose(lambda right: jnp.einsum(subscripts, left, right), right)(gradient)
+    return *of_left, *of_right
 
 
 _product.defvjp(_product_forward, _product_backward)

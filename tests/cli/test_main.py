@@ -72,7 +72,14 @@ def test_every_entry_point_refuses_in_one_sentence(entry, tmp_path):
             ["train", "--config.seed", "--workdir=y"],
             "--config.seed: has no value; give one, as in --config.seed=VALUE",
         ),
-        (["bench", "--suite=loss", "--config.seed=1"], "--config.seed: this command has no --config"),
+        (
+            ["bench", "--suite=loss", "--config.seed=1"],
+            "--config.seed: needs a --config whose setting it changes",
+        ),
+        (
+            ["push", "--model=a", "--repo=b/c", "--config.seed=1"],
+            "--config.seed: this command has no --config",
+        ),
     ],
 )
 def test_wrong_flags(refused, arguments, said):

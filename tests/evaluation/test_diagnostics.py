@@ -11,6 +11,7 @@ from l2m_jax.data.batches import ListedExamples
 from l2m_jax.evaluation.diagnostics import MEASURES, TeacherSide, agreement_by_example, by_group, means
 from l2m_jax.models import DecoderConfig
 from l2m_jax.parallel import Placement
+from l2m_jax.types import TeacherRows
 
 STUDENT = DecoderConfig(
     family="gpt2", vocab_size=61, valid_vocab_size=60, hidden_size=16, embed_size=16, num_layers=2, num_heads=2,
@@ -66,8 +67,9 @@ def test_sums_by_example(examples, params, expected, mapping, devices):
     placement = Placement(mapping, tuple(jax.devices()[:devices]))
     student, teacher = params
 
-    def rows(i: int) -> np.ndarray:
-        return _at_targets(models.hidden_states, TEACHER, teacher, examples, i).astype(np.float32)
+    def rows(i: int) -> TeacherRows:
+        hidden = _at_targets(models.hidden_states, TEACHER, teacher, examples, i).astype(np.float32)
+        return {"teacher_hidden_TxE": hidden}
 
     side = TeacherSide(rows, placement.place(models.head(TEACHER, teacher)), 60)
     found = agreement_by_example(

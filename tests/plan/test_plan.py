@@ -18,6 +18,7 @@ from l2m_jax.generation import programs as generation
 from l2m_jax.parallel import Placement
 from l2m_jax.plan import plan, targets
 from l2m_jax.plan.programs import device_bytes, frozen, micro_batch, parameters, share_bytes
+from l2m_jax.training.store_format import HiddenStates
 
 SETTINGS = {
     "teacher.model.architecture.hidden_size": 32,
@@ -281,8 +282,8 @@ def test_planned_batches_and_frozen_models_are_shaped_as_real_ones(on_cpu, tmp_p
     examples = ListedExamples([np.arange(9, dtype=np.int32)] * 3, np.array([4, 4, 4]))
     shape = on_cpu.phase("student").training.batches.shapes[0]
     rows = np.zeros((5, 32), np.float32)
-    (real,) = micro_batches(examples, [0, 1, 2], [shape], 1, lambda _: rows)
-    planned = micro_batch(shape, 32, "float32")
+    (real,) = micro_batches(examples, [0, 1, 2], [shape], 1, lambda _: {"teacher_hidden_TxE": rows})
+    planned = micro_batch(shape, HiddenStates(32, "float32"))
     for array, expected in zip(jax.tree.leaves(real), jax.tree.leaves(planned), strict=True):
         assert array.shape[1:] == expected.shape and array.dtype == expected.dtype
     fed = {batch.micro_batch.tokens_RxL.shape[1:] for batch in forward_batches(examples, [0, 1, 2], 1)}

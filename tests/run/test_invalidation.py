@@ -68,6 +68,7 @@ OTHERS: dict[str, Any] = {
     "devices.process_id": 0,
     "teacher.signal": "live",
     "teacher.store_dtype": "float32",
+    "teacher.store_top_k": 8,
     "teacher.weights": "int8",
     "student.lora.targets": ("query",),
     **{f"{who}.compute.{name}": value for who in ("teacher", "student") for name, value in (("dtype", "bfloat16"), ("remat", "block"))},
@@ -90,6 +91,7 @@ SYNTHETIC = {"data.source": "synthetic", "data.tokenizer": ""}
 CONTEXT: dict[str, dict[str, Any]] = {
     **{f"data.synthetic.{name}": SYNTHETIC for name in ("train", "validation", "test", "seed", "tokenizer_size")},
     "teacher.model.init": {"teacher.model.path": "model"},
+    "teacher.store_tail": {"teacher.store_top_k": 8},
     "student.model.init": {"student.model.path": "model"},
     "student.model.layers": {"student.model.init": "teacher_layers", "student.model.layers": (0,)},
     **{f"{place}.decay_fraction": {f"{place}.schedule": "wsd"} for place in ("training", "teacher.finetune", "student.warmup", "teacher.pretrain", "student.pretrain")},

@@ -93,7 +93,13 @@ def _trainer(folder, *, skip: bool = False, validate=None) -> tuple[Trainer, Che
     placement = _placement("pmap")
     head = models.head(CONFIG, models.init(CONFIG, jax.random.key(1)))
     checkpoints = Checkpoints(folder / "checkpoints", placement, minutes=0)
-    terms = (Term(objective, ListedExamples(tokens, np.full(EXAMPLES, 3, np.int32)), lambda i: rows[i]),)
+    terms = (
+        Term(
+            objective,
+            ListedExamples(tokens, np.full(EXAMPLES, 3, np.int32)),
+            lambda i: {"teacher_hidden_TxE": rows[i]},
+        ),
+    )
     trainer = Trainer(
         task,
         placement,

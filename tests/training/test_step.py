@@ -17,6 +17,7 @@ from l2m_jax.parallel import Placement, over_devices
 from l2m_jax.training import step
 from l2m_jax.training.optimizer import OptimizerSettings, learning_rate_schedule, make_optimizer
 from l2m_jax.training.step import StepSettings, Sums, Teacher, TrainState
+from l2m_jax.types import TeacherRows
 
 STUDENT = DecoderConfig(
     family="gpt2", vocab_size=61, valid_vocab_size=60, hidden_size=16, embed_size=16, num_layers=2, num_heads=2,
@@ -131,8 +132,8 @@ def test_stored_hidden_states_of_the_teacher_equal_the_live_teacher(alone):
     examples = _examples()
     _, teacher = _params()
 
-    def rows(i: int) -> np.ndarray:
-        return _at_targets(models.hidden_states, TEACHER, teacher, examples, i)
+    def rows(i: int) -> TeacherRows:
+        return {"teacher_hidden_TxE": _at_targets(models.hidden_states, TEACHER, teacher, examples, i)}
 
     batches = micro_batches(examples, np.arange(10), SHAPES, 2, rows)
     _assert_same(_updated(_placement("pmap", 2), batches, teacher_hidden=True), alone)
@@ -214,9 +215,9 @@ def _accumulate_jaxpr(student: DecoderConfig, teacher: DecoderConfig, head_dtype
     head = models.head(teacher, models.init(teacher, jax.random.key(1))).astype(head_dtype)
     examples = _examples()
 
-    def rows(i: int) -> np.ndarray:
+    def rows(i: int) -> TeacherRows:
         shape = (examples.lengths[i] - examples.prompt_lengths[i], teacher.embed_size)
-        return np.ones(shape, head_dtype)
+        return {"teacher_hidden_TxE": np.ones(shape, head_dtype)}
 
     batch = micro_batches(examples, np.arange(4), SHAPES, 1, rows)[0]
     one = jax.tree.map(lambda x: x[0], batch)
