@@ -12,6 +12,7 @@ COMMANDS = {
     "eval": "score a model folder",
     "data": "show rows as a run will train on them",
     "sweep": "train methods over several seeds, and make the table",
+    "store": "make the teacher store ahead of training, or check one",
     "plan": "estimate memory and time of a run on hardware you don't have",
     "push": "upload a student with its model card to the hub",
     "compare": "compare a run with another one, or with a published log",

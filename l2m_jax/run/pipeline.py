@@ -12,6 +12,7 @@ from pathlib import Path
 from l2m_jax import files
 from l2m_jax.config import Config, to_dict
 from l2m_jax.curriculum import Difficulty
+from l2m_jax.errors import InputError
 from l2m_jax.evaluation.protocol import Results
 from l2m_jax.multihost import first
 from l2m_jax.run import checks, data, locks, summary
@@ -125,6 +126,34 @@ def prepare(config: Config, shared: str | Path) -> dict[str, Results]:
         ):
             _prepare(config, artefacts, context)
             return _evaluate(artefacts, context, _BEFORE)
+
+
+def build_store(config: Config, workdir: str | Path, shared: str | Path | None = None) -> None:
+    """Makes the teacher store of a run, and what it is made from: rows and teacher. A second call resumes.
+
+    Args:
+        workdir, shared: as of `run`, which then finds the store.
+
+    Raises:
+        InputError: as `run`; or the run needs no store.
+    """
+    workdir, shared = Path(workdir), Path(shared or workdir)
+    context = _start(config, workdir)
+    with locks.held(workdir), _sharing(shared, workdir):
+        artefacts = _resolve(config, workdir, shared, context)
+        if artefacts.store is None:
+            raise InputError(
+                f"config.teacher.signal: {config.teacher.signal!r} with method {config.method!r} needs no store; nothing "
+                "is built"
+            )
+        with checks.full_disk_explained(config, artefacts):
+            if (pretrained := artefacts.pretrained.get("teacher")) is not None:
+                with context.phase("pretrained teacher"):
+                    make_pretrained(pretrained, "pretrained teacher", context.teacher, context)
+            with context.phase("teacher"):
+                make_model(artefacts.teacher, "teacher", config.teacher.compute, context)
+            with context.phase("teacher store"):
+                make_store(artefacts.store, context)
 
 
 def check(config: Config, shared: str | Path) -> None:

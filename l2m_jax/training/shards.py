@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from l2m_jax import files
+from l2m_jax.errors import InputError
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -107,6 +108,32 @@ class Shard:
         text = json.dumps(described).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
+
+
+def check(folder: Path) -> list[str]:
+    """What is wrong with the finished shards in `folder`: a sentence each. Reads them.
+
+    Raises:
+        InputError: there are none.
+    """
+    notes = sorted(folder.glob("[0-9]*.json"))
+    if not notes:
+        raise InputError(
+            f"{folder}: contains no finished shard of a teacher store; name the folder teacher_store of a run"
+        )
+    problems = []
+    for note in notes:
+        file = note.with_suffix(".safetensors")
+        try:
+            digest = files.parse_json(note.read_bytes())["file"][2]
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            problems.append(f"{note}: cannot be read; the shard is computed again")
+            continue
+        if not file.is_file():
+            problems.append(f"{file}: is missing; it is computed again")
+        elif files.digest(file) != digest:
+            problems.append(f"{file}: differs from what was written; delete it to compute it again")
+    return problems
 
 
 def bytes_per_target(tensors: Tensors) -> int:

@@ -1,0 +1,70 @@
+"""Make the teacher store ahead of training, or check one.
+
+    l2m store build --config configs/gpt2_small.py --workdir runs/l2m
+    l2m store check --folder runs/l2m/teacher_store
+
+`build` makes what `l2m train` with the same flags would make up to the store, and nothing else: rows, teacher, store. Run
+it again to resume. `check` reads every shard and compares it with its checksum.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from l2m_jax.cli.common import Parser, add_config, output_folder, run
+from l2m_jax.errors import InputError
+
+
+def _parser() -> Parser:
+    parser = Parser("store", __doc__)
+    parser.add_argument("action", choices=("build", "check"), metavar="build|check")
+    add_config(parser, required=False)
+    parser.add_argument("--workdir", type=output_folder, help="of the run that will read the store")
+    parser.add_argument("--shared", type=output_folder, help="as of the run; by default the workdir")
+    parser.add_argument("--folder", type=Path, help="the store to check")
+    return parser
+
+
+def _store(options: argparse.Namespace) -> None:
+    needed = ("config", "workdir") if options.action == "build" else ("folder",)
+    for name in needed:
+        if getattr(options, name) is None:
+            raise InputError(f"--{name}: l2m store {options.action} needs it")
+    if options.action == "build":
+        _build(options)
+    else:
+        _check(options.folder)
+
+
+def _build(options: argparse.Namespace) -> None:
+    from l2m_jax.cli import config_file
+
+    config = config_file.read(options.config, options.overrides)
+
+    from l2m_jax import multihost, preemption
+    from l2m_jax.run import pipeline
+
+    multihost.start(config.devices)
+    preemption.follow()
+    pipeline.build_store(config, options.workdir, options.shared)
+
+
+def _check(folder: Path) -> None:
+    from l2m_jax.progress import console
+    from l2m_jax.training import shards
+
+    problems = shards.check(folder)
+    for problem in problems:
+        console.print(problem, markup=False)
+    if problems:
+        sys.exit(1)
+    console.print(f"{folder}: all shards are as they were written", markup=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    run(_parser(), _store, arguments)
+
+
+if __name__ == "__main__":
+    main()
