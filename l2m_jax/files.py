@@ -31,9 +31,8 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if isinstance(value, Path):
         return str(value)
-    if hasattr(value, "tolist"):  # an array of NumPy's
-        return value.tolist()
-    return value
+    as_list = getattr(value, "tolist", None)  # of NumPy's arrays
+    return value if as_list is None else as_list()
 
 
 def fingerprint(*values: Any) -> str:
