@@ -59,13 +59,15 @@ def diagnostics_artefact(inputs: DiagnosticsInputs, shared: Path) -> Artefact[Di
 
 
 def make_states(artefact: Artefact[DiagnosticsInputs], context: Context) -> None:
-    """The teacher's hidden states on the rows, if they are not there yet."""
-    if artefact.is_finished:
+    """The teacher's hidden states on the rows. What is missing or damaged is computed."""
+    inputs, own = artefact.inputs, context.placement.own
+    config = read_config(inputs.teacher, context.teacher, inputs.tokenizer)
+    store = _store(artefact, _rows(inputs), config)
+    if store.is_complete and artefact.is_finished:
         return
     artefact.begin()
-    inputs, own = artefact.inputs, context.placement.own
     config, params = load_frozen(inputs.teacher, context.teacher, inputs.tokenizer, own)
-    forward, store = own.map(hidden_pass), _store(artefact, _rows(inputs), config)
+    forward = own.map(hidden_pass)
     store.fill(context.placement, lambda batch: forward(config, params, batch))
     first(lambda: artefact.finish(without=store.files))
 

@@ -26,6 +26,7 @@ from l2m_jax import models
 from l2m_jax.config import parse
 from l2m_jax.data.synthetic import synthetic_rows
 from l2m_jax.data.tokenizer import train_tokenizer
+from l2m_jax.parallel import Placement
 from l2m_jax.run import pipeline
 from l2m_jax.training.checkpoint import Checkpoints
 
@@ -101,12 +102,12 @@ class Sampler:
             time.sleep(0.001)
 
     def after(self, owner: type, name: str) -> None:
-        """Also samples when a method of the package returns: what it places last may not live longer than a moment."""
+        """Also samples when a method of the package returns: the thread may not get to run while its arrays live."""
         original = getattr(owner, name)
 
         def sampled(*arguments, **named):
             result = original(*arguments, **named)
-            self.sample(MOMENTS[name])
+            self.sample(MOMENTS.get(name, ""))
             return result
 
         setattr(owner, name, sampled)
@@ -168,6 +169,8 @@ def main(mapping: str, folder: str, output: str, kill: str = "") -> None:
     sampler, workdir = Sampler(weight_shapes(parsed)), Path(folder) / mapping
     for name in ("restore_latest", "restore_best"):
         sampler.after(Checkpoints, name)
+    # Every phase feeds its batches while its weights are on the devices.
+    sampler.after(Placement, "feed")
 
     def write() -> None:
         Path(output).write_text(json.dumps(sampler.most))

@@ -81,7 +81,7 @@ def _try(trial: Trial, folder: Path) -> dict[str, Any]:
     start = time.monotonic()
     outcome = trial.run(folder)
     if outcome.lost:
-        kept = folder.with_name("lost") / trial.name.replace(" ", "_")
+        kept = folder.with_name("lost") / trial.name.replace(" ", "_").replace("/", "-")
         shutil.rmtree(kept, ignore_errors=True)
         kept.parent.mkdir(exist_ok=True)
         folder.rename(kept)
