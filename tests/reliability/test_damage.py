@@ -47,6 +47,7 @@ def whole(tmp_path_factory) -> Whole:
         ("training", "metrics.jsonl", "overwritten", "equal"),
         ("training", "checkpoints/student/inputs.json", "truncated", "refused"),
         ("training", "teacher_store/*.safetensors", "overwritten", "equal"),
+        ("training", "diagnostics/*/*.safetensors", "truncated", "equal"),
         ("finished", "phases.json", "truncated", "equal"),
         ("finished", ".difficulty.parquet.inputs.json", "emptied", "refused"),
         ("finished", "evaluation/l2m/responses.jsonl", "removed", "refused"),

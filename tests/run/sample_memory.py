@@ -6,7 +6,6 @@ caches, logits. With KILL_AT_STEP the process writes and ends without a word onc
 """
 
 import collections
-import contextlib
 import json
 import os
 import signal
@@ -29,6 +28,8 @@ from l2m_jax.data.tokenizer import train_tokenizer
 from l2m_jax.parallel import Placement
 from l2m_jax.run import pipeline
 from l2m_jax.training.checkpoint import Checkpoints
+from l2m_jax.training.loop import Trainer
+from l2m_jax.training.metrics import MetricsLog
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.tiny import get_config
@@ -85,29 +86,16 @@ class Sampler:
         # A norm's scale has the shape of an embedding's row, say: only what is large tells them apart.
         self._shapes = {shape for shape in shapes if np.prod(shape) >= 1024}
         self.most: dict[str, list[int]] = collections.defaultdict(lambda: [0] * 4)
-        self._lock = threading.Lock()
-        self._main, self._stop = threading.main_thread().ident, False
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stop = True
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop:
-            # An array may be deleted while it is looked at.
-            with contextlib.suppress(RuntimeError, ValueError):
-                self.sample()
-            time.sleep(0.001)
 
     def after(self, owner: type, name: str) -> None:
-        """Also samples when a method of the package returns: the thread may not get to run while its arrays live."""
+        """Samples whenever the main thread returns from a method of the package."""
         original = getattr(owner, name)
 
         def sampled(*arguments, **named):
             result = original(*arguments, **named)
-            self.sample(MOMENTS.get(name, ""))
+            # Other threads feed batches in advance, while a step may delete the arrays of this one.
+            if threading.current_thread() is threading.main_thread():
+                self.sample(MOMENTS.get(name, ""))
             return result
 
         setattr(owner, name, sampled)
@@ -121,11 +109,10 @@ class Sampler:
             for shard in array.addressable_shards:
                 buffers[shard.device.id, shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
         held = [sum(size for (on, _), size in buffers.items() if on == device) for device in range(4)]
-        with self._lock:
-            self.most[moment] = [max(pair) for pair in zip(self.most[moment], held, strict=True)]
+        self.most[moment] = [max(pair) for pair in zip(self.most[moment], held, strict=True)]
 
     def _moment(self, moment: str) -> str:
-        frame = sys._current_frames().get(self._main)
+        frame = sys._getframe()
         while frame is not None:
             name, file = frame.f_code.co_name, frame.f_code.co_filename
             if not moment and f"l2m_jax{os.sep}training" in file:
@@ -167,9 +154,12 @@ def main(mapping: str, folder: str, output: str, kill: str = "") -> None:
     paths = {f"{who}.model.path": str(pretrained / who) for who in ("teacher", "student")}
     parsed = config(mapping, **paths)
     sampler, workdir = Sampler(weight_shapes(parsed)), Path(folder) / mapping
-    for name in ("restore_latest", "restore_best"):
+    for name in ("_restore", "_placed", "save"):
         sampler.after(Checkpoints, name)
-    # Every phase feeds its batches while its weights are on the devices.
+    sampler.after(Trainer, "_train_batch")
+    # The last call before training starts.
+    sampler.after(MetricsLog, "drop_after")
+    # All other phases feed their batches while their weights are on the devices.
     sampler.after(Placement, "feed")
 
     def write() -> None:
@@ -178,7 +168,6 @@ def main(mapping: str, folder: str, output: str, kill: str = "") -> None:
     if kill:
         kill_at(int(kill), workdir / "metrics.jsonl", write)
     pipeline.run(parsed, workdir)
-    sampler.stop()
     write()
 
 
