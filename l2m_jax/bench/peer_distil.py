@@ -126,6 +126,22 @@ def distil_with_trl(request: dict, batches: list[list[dict]]) -> tuple[list[floa
     return losses, times
 
 
+def matmul_gflops() -> float:
+    """The rate of a large float32 matrix product, as `bench.common.matmul_rate` measures ours."""
+    size, took = 1024, 0.0
+    while took < 0.05 and size < 16384:
+        size *= 2
+        a = torch.full((size, size), 1 / size)
+        a @ a
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        took = sorted(times)[1]
+    return 2 * size**3 / took / 1e9
+
+
 def main() -> None:
     request, way, steps = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2], int(sys.argv[3])
     batches = [
@@ -143,6 +159,7 @@ def main() -> None:
                 "losses": losses,
                 "step_seconds": times,
                 "peak_rss_mb": peak * (1 if sys.platform == "darwin" else 1024) / 1e6,
+                "matmul_gflops": matmul_gflops(),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
             }

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from l2m_jax.bench.common import Spread
-from l2m_jax.bench.workload import PASSES, STUDENT, TEACHER, make_request
+from l2m_jax.bench.workload import PASSES, ROW_LENGTH, STUDENT, TEACHER, make_request, padded_flops
 from l2m_jax.errors import InputError
 from l2m_jax.models import DecoderConfig
 from l2m_jax.progress import console
@@ -45,9 +45,11 @@ def run(
         peer_steps: of each peer, the first to warm up.
 
     Returns:
-        `rows` with examples a second, peak memory and the losses' largest relative difference from ours over the
+        `rows` with examples a second, the matrix products of a batch, which part of its own framework's matmul rate
+        each way reaches with them, peak memory and the losses' largest relative difference from ours over the
         first steps. Ours twice: the steps after the first pass over the data, and the whole schedule of 20 passes,
         the store's building included. `ratio_vs_padded`, `ratio_vs_longest`, `ratio_vs_trl`: of the whole schedule;
+        `ratio_normalised_vs_...`: the same, each rate divided by the matmul rate of its framework;
         `memory_ratio_vs_...`: ours by theirs, peak resident memory; `parts` of our step.
 
     Raises:
@@ -56,7 +58,7 @@ def run(
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "request.json"
-        make_request(
+        request = make_request(
             Path(folder),
             data,
             tokenizer,
@@ -64,7 +66,8 @@ def run(
             batch_size=batch_size,
             student=student,
             teacher=teacher,
-        ).write(file)
+        )
+        request.write(file)
         console.print("  ours ...")
         ours = _result([sys.executable, "-m", "l2m_jax.bench.distil", str(file)], "our own side")
         peers = {}
@@ -73,19 +76,33 @@ def run(
             command = [peer_python, str(_PEER), str(file), way, str(peer_steps)]
             peers[way] = _result(command, f"--peer-python {peer_python}")
             _check_losses(way, ours["losses"], peers[way]["losses"])
-    examples = batches * batch_size
-    step_rate = examples / sum(ours["step_seconds"])
-    schedule_rate = PASSES * examples / (ours["store_seconds"] + PASSES * sum(ours["step_seconds"]))
+    lengths = np.array([len(tokens) for tokens in request.tokens])
+    in_order = np.array(request.batches)
+    parts = {part.pop("part"): part for part in ours["parts"]}
+    step, once = (parts[name]["gflop_a_batch"] for name in ("step", "teacher pass (once)"))
+    step_seconds = sum(ours["step_seconds"]) / batches
+    schedule_seconds = step_seconds + ours["store_seconds"] / batches / PASSES
     rows = [
-        _row("ours, after the first pass", step_rate, ours, ours["losses"]),
-        _row(f"ours, {PASSES} passes and the store", schedule_rate, ours, ours["losses"]),
+        _row("ours, after the first pass", batch_size, step_seconds, step, ours, ours["losses"]),
+        _row(
+            f"ours, {PASSES} passes and the store",
+            batch_size,
+            schedule_seconds,
+            step + once / PASSES,
+            ours,
+            ours["losses"],
+        ),
     ]
     ratios = {}
     for way, peer in peers.items():
-        rate = batch_size / float(np.median(peer["step_seconds"][1:]))
-        rows.append(_row(_WAYS[way], rate, peer, ours["losses"]))
+        took = float(np.median(peer["step_seconds"][1:]))
+        padded_to = ROW_LENGTH if way == "padded_512" else 0
+        work = padded_flops(student, teacher, lengths, in_order[1:peer_steps], padded_to) / 1e9
+        rows.append(_row(_WAYS[way], batch_size, took, work, peer, ours["losses"]))
         name = way.removeprefix("padded_") if way != "padded_512" else "padded"
-        ratios[f"ratio_vs_{name}"] = schedule_rate / rate
+        ratio = took / schedule_seconds
+        ratios[f"ratio_vs_{name}"] = ratio
+        ratios[f"ratio_normalised_vs_{name}"] = ratio * peer["matmul_gflops"] / ours["matmul_gflops"]
         ratios[f"memory_ratio_vs_{name}"] = ours["peak_rss_mb"] / peer["peak_rss_mb"]
     return {
         "rows": rows,
@@ -96,17 +113,22 @@ def run(
         },
         "store_seconds": ours["store_seconds"],
         "compile_seconds": ours["compile_seconds"],
-        "parts": {part.pop("part"): part for part in ours["parts"]},
-        "matmul_gflops": ours["matmul_gflops"],
+        "parts": parts,
+        "matmul_gflops": {"ours": ours["matmul_gflops"], **{w: p["matmul_gflops"] for w, p in peers.items()}},
         "threads": peers["trl"]["threads"],
         "torch": peers["trl"]["torch"],
     }
 
 
-def _row(name: str, rate: float, side: dict[str, Any], expected: list[float]) -> dict[str, Any]:
+def _row(
+    name: str, batch_size: int, took: float, gflop: float, side: dict[str, Any], expected: list[float]
+) -> dict[str, Any]:
+    """Of a way that takes so many seconds and 10⁹ flops a batch."""
     return {
         "way": name,
-        "examples_a_second": rate,
+        "examples_a_second": batch_size / took,
+        "gflop_a_batch": gflop,
+        "of_matmul_rate": gflop / took / side["matmul_gflops"],
         "peak_rss_mb": side["peak_rss_mb"],
         "loss_difference": _difference(expected, side["losses"]),
     }

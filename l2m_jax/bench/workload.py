@@ -127,6 +127,28 @@ def step_flops(
     }
 
 
+def padded_flops(
+    student: DecoderConfig,
+    teacher: DecoderConfig,
+    lengths: np.ndarray,
+    batches: np.ndarray,
+    padded_to: int = 0,
+) -> float:
+    """Flops a batch of the matrix products of a step that pads rows and runs both models, with heads, on all positions.
+
+    Args:
+        lengths: tokens of each example, [n].
+        batches: the examples of each batch, [batches, batch_size].
+        padded_to: the length of a padded row; 0: the longest of its batch.
+    """
+    longest = np.full(len(batches), padded_to) if padded_to else lengths[batches].max(axis=1)
+    tokens = float(longest.mean()) * batches.shape[1]
+    return sum(
+        passes * 2 * tokens * (_body(config) + config.vocab_size * config.embed_size)
+        for passes, config in ((3, student), (1, teacher))
+    )
+
+
 def _body(config: DecoderConfig) -> int:
     """Parameters of the blocks' matrices."""
     heads = 2 * config.num_heads + 2 * config.num_kv_heads

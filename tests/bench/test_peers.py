@@ -13,6 +13,7 @@ def sides(monkeypatch):
         "losses": [2.0, 1.0],
         "step_seconds": [9.0, 6.0],
         "peak_rss_mb": 1000.0,
+        "matmul_gflops": 40.0,
         "threads": 2,
         "torch": "x",
     }
@@ -20,7 +21,10 @@ def sides(monkeypatch):
         "l2m_jax.bench.distil": {
             "losses": [2.0, 1.0], "step_seconds": [0.5, 1.5], "store_seconds": 4.0, "compile_seconds": 3.0,
             "peak_rss_mb": 250.0, "matmul_gflops": 80.0,
-            "parts": [{"part": "step", "seconds_a_batch": 1.0, "gflop_a_batch": 40.0, "of_matmul_rate": 0.5}],
+            "parts": [
+                {"part": "teacher pass (once)", "seconds_a_batch": 2.0, "gflop_a_batch": 20.0, "of_matmul_rate": 0.1},
+                {"part": "step", "seconds_a_batch": 1.0, "gflop_a_batch": 40.0, "of_matmul_rate": 0.5},
+            ],
         },
         "padded_512": peer,
         "padded_longest": peer | {"step_seconds": [9.0, 3.0]},
@@ -47,6 +51,9 @@ def test_rates_and_ratios(work, sides):
     assert rates == pytest.approx([6 / 2, 120 / 44, 3 / 6, 3 / 3, 3 / 12])
     assert result["ratio_vs_padded"] == pytest.approx(120 / 44 / (3 / 6))
     assert result["ratio_vs_trl"] == pytest.approx(120 / 44 / (3 / 12))
+    # A peer whose products are half as fast has twice the time for them.
+    assert result["ratio_normalised_vs_padded"] == pytest.approx(result["ratio_vs_padded"] / 2)
+    assert [row["of_matmul_rate"] for row in result["rows"][:2]] == pytest.approx([0.5, 41 / 1.1 / 80])
     assert result["memory_ratio_vs_padded"] == 0.25 and result["memory_ratio_vs_trl"] == 0.5
     json.dumps(result)
 

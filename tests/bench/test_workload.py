@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from l2m_jax import models
-from l2m_jax.bench.workload import ROW_LENGTH, Request, make_request, step_flops
+from l2m_jax.bench.workload import ROW_LENGTH, Request, make_request, padded_flops, step_flops
 from l2m_jax.data.batches import ListedExamples
 from l2m_jax.errors import InputError
 
@@ -33,6 +33,14 @@ def test_flops_by_counting_parameters(work):
     vocabulary = arguments["student"].vocab_size
     assert flops["student_head"] == 6 * targets * vocabulary * 16
     assert flops["teacher_head"] == 2 * targets * vocabulary * 24
+
+    lengths, batches = examples.lengths, np.array(request.batches)
+    a_token = 6 * (matrices(arguments["student"]) + vocabulary * 16)
+    a_token += 2 * (matrices(arguments["teacher"]) + vocabulary * 24)
+    models_of = (arguments["student"], arguments["teacher"])
+    assert padded_flops(*models_of, lengths, batches, padded_to=512) == 3 * 512 * a_token
+    longest = [max(len(request.tokens[i]) for i in batch) for batch in request.batches]
+    assert padded_flops(*models_of, lengths, batches) == 3 * np.mean(longest) * a_token
 
 
 def test_too_few_rows(work, tmp_path):
