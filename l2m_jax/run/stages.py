@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,9 +219,16 @@ def write_exposures(file: Path, found: dict[str, Exposure]) -> None:
 
 
 def read_exposures(file: Path) -> dict[str, Exposure]:
-    """What `write_exposures` wrote; empty if there is no such file."""
+    """What `write_exposures` wrote; empty if there is no such file.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     if not file.is_file():
         return {}
-    return {
-        kind: Exposure.from_json(seen) for kind, seen in json.loads(file.read_text(encoding="utf-8")).items()
-    }
+    way_out = f"delete {file} to make the report without it"
+    found = files.read_json(file, way_out)
+    try:
+        return {kind: Exposure.from_json(seen) for kind, seen in found.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file} is not what was written; {way_out}") from error

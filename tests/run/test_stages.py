@@ -164,6 +164,11 @@ def test_exposure_is_what_the_loop_draws(whole, tmp_path):
     again = read_exposures(tmp_path / "exposure" / "student.json")
     np.testing.assert_array_equal(again["subset"].seen_KxG, found["subset"].seen_KxG)
     assert read_exposures(tmp_path / "none.json") == {}
+    damaged = tmp_path / "exposure" / "student.json"
+    for text in ("", '{"subset": {}}', "[]"):
+        damaged.write_text(text)
+        with pytest.raises(InputError, match=f"delete {damaged} to make the report without it"):
+            read_exposures(damaged)
 
 
 def test_a_missing_order_of_an_earlier_stage_is_refused(tmp_path):
