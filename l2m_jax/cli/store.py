@@ -17,7 +17,6 @@ from pathlib import Path
 
 from l2m_jax.cli.common import Parser, add_config, output_folder, run
 from l2m_jax.errors import InputError
-from l2m_jax.training.outputs import FORMATS
 
 _NEEDED = {
     "build": ("config", "workdir"),
@@ -25,6 +24,7 @@ _NEEDED = {
     "import": ("config", "workdir", "from"),
     "check": ("folder",),
 }
+_FORMATS = ("rows", "vllm", "distillkit")
 
 
 def _parser() -> Parser:
@@ -36,9 +36,9 @@ def _parser() -> Parser:
     parser.add_argument("--from", type=Path, metavar="FOLDER", help="the outputs to import")
     parser.add_argument(
         "--format",
-        choices=FORMATS,
+        choices=_FORMATS,
         default="rows",
-        help="of these: the project's own layout, or that of vLLM's extract_hidden_states (default: %(default)s)",
+        help="of these: the project's own layout, vLLM's extract_hidden_states, or DistillKit's (default: %(default)s)",
     )
     parser.add_argument("--folder", type=Path, help="the store to check")
     return parser
@@ -62,6 +62,8 @@ def _make(options: argparse.Namespace) -> None:
     from l2m_jax import multihost, preemption
     from l2m_jax.progress import console
     from l2m_jax.run import pipeline
+    from l2m_jax.training.distillkit import DistillKitFiles
+    from l2m_jax.training.outputs import RowFiles, VllmFiles
 
     multihost.start(config.devices)
     preemption.follow()
@@ -72,7 +74,8 @@ def _make(options: argparse.Namespace) -> None:
         return
     outputs = None
     if options.action == "import":
-        outputs = FORMATS[options.format](getattr(options, "from"))
+        read_by = dict(zip(_FORMATS, (RowFiles, VllmFiles, DistillKitFiles), strict=True))
+        outputs = read_by[options.format](getattr(options, "from"))
     pipeline.build_store(config, options.workdir, options.shared, outputs)
 
 

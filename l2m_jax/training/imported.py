@@ -92,14 +92,15 @@ class Imported:
         for number, file in enumerate(self._files):
             token_ids, lengths = self._outputs.tokens(file)
             self._check_tokens(token_ids, lengths, f"{file}")
-            ends = np.cumsum(lengths)
-            found = (_hash(token_ids[end - n : end]) for end, n in zip(ends, lengths, strict=True))
-            hashes = np.fromiter(found, np.uint64, len(lengths))
-            firsts, lasts = (np.searchsorted(sorted_N, hashes, side) for side in ("left", "right"))
-            for row in np.flatnonzero(firsts < lasts).tolist():
-                equal = order_N[firsts[row] : lasts[row]]
-                new = equal[self._file_N[equal] < 0]
-                self._file_N[new], self._row_N[new] = number, row
+            for cut in range(1 + self._outputs.may_end_with_padding):
+                ends = np.cumsum(lengths)
+                found = (_hash(token_ids[end - n : end - cut]) for end, n in zip(ends, lengths, strict=True))
+                hashes = np.fromiter(found, np.uint64, len(lengths))
+                firsts, lasts = (np.searchsorted(sorted_N, hashes, side) for side in ("left", "right"))
+                for row in np.flatnonzero(firsts < lasts).tolist():
+                    equal = order_N[firsts[row] : lasts[row]]
+                    new = equal[self._file_N[equal] < 0]
+                    self._file_N[new], self._row_N[new] = number, row
 
     def _theirs(self, example: int) -> np.ndarray:
         """An example's tokens, by their numbers in the other tool's vocabulary."""

@@ -26,12 +26,17 @@ class Outputs(Protocol):
     Attributes:
         folder: where they are.
         before_norm: whether hidden states are those before the teacher's final norm.
+        may_end_with_padding: whether a row also counts as that without its last token.
     """
 
-    folder: Path
+    @property
+    def folder(self) -> Path: ...
 
     @property
     def before_norm(self) -> bool: ...
+
+    @property
+    def may_end_with_padding(self) -> bool: ...
 
     @property
     def files(self) -> list[Path]: ...
@@ -58,10 +63,11 @@ class RowFiles:
 
     folder: Path
     before_norm = False
+    may_end_with_padding = False
 
     @property
     def files(self) -> list[Path]:
-        return _files(self.folder, "*.safetensors")
+        return files_in(self.folder, "*.safetensors")
 
     def tokens(self, file: Path) -> tuple[np.ndarray, np.ndarray]:
         with _opened(file) as tensors:
@@ -107,10 +113,11 @@ class VllmFiles:
 
     folder: Path
     before_norm = True
+    may_end_with_padding = False
 
     @property
     def files(self) -> list[Path]:
-        return _files(self.folder, "*.safetensors")
+        return files_in(self.folder, "*.safetensors")
 
     def tokens(self, file: Path) -> tuple[np.ndarray, np.ndarray]:
         with _opened(file) as tensors:
@@ -127,10 +134,8 @@ class VllmFiles:
             return {"hidden_states": states[part, states.get_shape()[1] - 1]}
 
 
-FORMATS = {"rows": RowFiles, "vllm": VllmFiles}
-
-
-def _files(folder: Path, pattern: str) -> list[Path]:
+def files_in(folder: Path, pattern: str) -> list[Path]:
+    """Files in a folder, or in folders within it. Raises InputError if there are none."""
     found = sorted(folder.rglob(pattern))
     if not found:
         raise InputError(

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 from safetensors.numpy import load_file, save_file
 
 from l2m_jax import models
@@ -16,6 +19,7 @@ from l2m_jax.data.batches import ListedExamples
 from l2m_jax.errors import InputError
 from l2m_jax.parallel import Placement
 from l2m_jax.training import step, store
+from l2m_jax.training.distillkit import DistillKitFiles
 from l2m_jax.training.imported import Imported, ImportedTeacher
 from l2m_jax.training.outputs import RowFiles, VllmFiles
 from l2m_jax.training.store import TeacherStore
@@ -202,6 +206,69 @@ def test_an_interrupted_import_resumes_to_the_same_bytes(tmp_path, small_shards)
     stored(tmp_path / "resumed", corpus(), form, lambda s: s.fill_from(interrupted))
     assert sorted(seen[9:]) == list(range(6, COUNT))
     assert content(tmp_path / "resumed") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["recommended", "bins", "deltas"])
+def test_distillkit_files_are_read_as_distillkit_reads_them(tmp_path, name, padded):
+    """golden/distillkit.json: what its LogprobCompressor packs of random logits, and unpacks again.
+
+    Its files have no position for the last token, and end rows with a padding token.
+    """
+    golden = json.loads((Path(__file__).parent / "golden" / "distillkit.json").read_text())[name]
+    (tmp_path / "compression_config.yaml").write_text(yaml.safe_dump(golden["settings"]))
+    tokens = [np.array(row) for row in ([5, 6, 7, 8], [1, 2, 3, 9])]
+    packed, ids = ([list(bytes.fromhex(x)) for x in golden[which]] for which in ("log_probs", "ids"))
+    rows = [row[: len(row) - padded] for row in tokens]
+    table = {
+        "input_ids": tokens,
+        "compressed_logprobs": [packed, packed[::-1]],
+        "bytepacked_indices": [ids, ids[::-1]],
+    }
+    pq.write_table(pa.table(table), tmp_path / "data_0.parquet", row_group_size=1)
+    examples = Examples(rows[::-1], np.array([1, 1], np.int32))
+    k = golden["settings"]["k"]
+    teacher = ImportedTeacher(CONFIG, VOCABULARY, OUTPUT, None, k)
+    read = Imported(DistillKitFiles(tmp_path), examples, teacher).read
+    found = stored(tmp_path / "store", examples, TopKLogProbs(k, "float32"), lambda s: s.fill_from(read))
+    count = len(rows[0]) - 1
+    for one, order in zip(found, (slice(None, None, -1), slice(None)), strict=True):
+        ids, values = (np.array(golden[which])[order][:count] for which in ("top_ids", "values"))
+        # A polynomial need not descend, and the store's order does.
+        by_id = np.argsort(ids, axis=1), np.argsort(one["teacher_ids_TxK"], axis=1)
+        expected, found_values = (
+            np.take_along_axis(x, o, axis=1)
+            for x, o in zip((values, one["teacher_log_probs_TxK"]), by_id, strict=True)
+        )
+        np.testing.assert_array_equal(np.sort(one["teacher_ids_TxK"], axis=1), np.sort(ids, axis=1))
+        # DistillKit evaluates a float16 polynomial in float16.
+        np.testing.assert_allclose(found_values, expected, atol=3e-3 if name == "bins" else 2e-6)
+
+
+def test_distillkit_files_need_the_settings_of_their_compression(tmp_path):
+    tokens = pa.array([[5, 6, 7]])
+    table = {
+        "input_ids": tokens,
+        "compressed_logprobs": [[[0] * 8] * 2],
+        "bytepacked_indices": [[[0] * 3] * 2],
+    }
+    pq.write_table(pa.table(table), tmp_path / "data_0.parquet")
+    examples = Examples([np.array([5, 6, 7])], np.array([1], np.int32))
+    read = Imported(DistillKitFiles(tmp_path), examples, ImportedTeacher(CONFIG, 50, OUTPUT, None, 2)).read
+    with pytest.raises(InputError, match=r"data_0.parquet: row 0 .*compression_config.yaml \(No such file"):
+        list(read(np.arange(1)))
+    settings = {
+        "d": 50,
+        "k": 4,
+        "exact_k": 4,
+        "exact_dtype": "float32",
+        "polynomial_terms": None,
+        "term_dtype": "float32",
+    }
+    settings |= {"residual_bins": [], "delta_encoding": False}
+    (tmp_path / "compression_config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(InputError, match="8 bytes a position, and not 16"):
+        list(read(np.arange(1)))
 
 
 def _top(k=4):
