@@ -72,10 +72,14 @@ def _make(options: argparse.Namespace) -> None:
             f"{pipeline.check(config, options.shared or options.workdir)}: the training rows", markup=False
         )
         return
-    outputs = None
+    outputs, folder = None, getattr(options, "from")
     if options.action == "import":
+        if not folder.is_dir():
+            raise InputError(
+                f"--from: there is no folder '{folder}'; name the one with the teacher's outputs"
+            )
         read_by = dict(zip(_FORMATS, (RowFiles, VllmFiles, DistillKitFiles), strict=True))
-        outputs = read_by[options.format](getattr(options, "from"))
+        outputs = read_by[options.format](folder)
     pipeline.build_store(config, options.workdir, options.shared, outputs)
 
 

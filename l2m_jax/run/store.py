@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from l2m_jax import models
+from l2m_jax import files, models
 from l2m_jax.errors import InputError
 from l2m_jax.models import DecoderConfig
 from l2m_jax.multihost import first
@@ -20,6 +20,7 @@ from l2m_jax.training.step import hidden_pass, top_k_pass
 from l2m_jax.training.store import TeacherStore
 from l2m_jax.training.store_format import store_format
 
+_IMPORTED = "imported.json"
 _COMPARED = 256  # targets at which an imported signal is compared with the reference
 
 
@@ -57,11 +58,20 @@ def _open(artefact: Artefact[StoreInputs], teacher: DecoderConfig, tail: bool = 
 
 
 def make_store(artefact: Artefact[StoreInputs], context: Context) -> TeacherStore:
-    """The complete store. What is missing is computed."""
+    """The complete store. What is missing is computed.
+
+    Raises:
+        InputError: a part of it was imported.
+    """
     store = open_store(artefact, context)
     if store.is_complete and artefact.is_finished:
         console.print(f"  already there: {artefact.path}")
         return store
+    if first((artefact.path / _IMPORTED).is_file):
+        raise InputError(
+            f"{artefact.path}: was imported, and is not complete; run the same `l2m store import` again, or delete the folder "
+            "to compute all of it"
+        )
     artefact.begin()
     inputs, own = artefact.inputs, context.placement.own
     config, params = load_frozen(inputs.teacher, context.teacher, inputs.tokenizer, own, inputs.weights)
@@ -104,6 +114,7 @@ def import_store(artefact: Artefact[StoreInputs], outputs: Outputs, context: Con
     train = data.open_corpus(inputs.train)
     imported = Imported(outputs, train, teacher)
     artefact.begin()
+    first(lambda: files.write_json(artefact.path / _IMPORTED, {"from": str(outputs.folder.absolute())}))
     store.fill_from(imported.read)
     share = first(lambda: _share_expected(store, train, path, teacher))
     console.print(f"  of the first targets, {share:.1%} are the token that the teacher expects most")

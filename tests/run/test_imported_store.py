@@ -156,3 +156,18 @@ def test_a_teacher_that_the_run_trains_cannot_have_run_elsewhere(given, tmp_path
     with pytest.raises(SystemExit):
         run(given, "store import", tmp_path, f"--from={tmp_path}", "--config.teacher.finetune.epochs=1")
     assert "trains its teacher first" in capsys.readouterr().err
+
+
+def test_what_an_import_has_begun_is_not_computed_to_its_end(given, tmp_path, capsys):
+    """The teacher here may be another than the one that ran elsewhere. What is missing is imported again."""
+    run(given, "store rows", tmp_path / "run")
+    write_outputs(given, tmp_path / "run" / "data" / "train", tmp_path / "outputs")
+    run(given, "store import", tmp_path / "run", f"--from={tmp_path / 'outputs'}")
+    [file] = (tmp_path / "run" / "teacher_store").glob("*.safetensors")
+    before = file.read_bytes()
+    file.unlink()
+    with pytest.raises(SystemExit):
+        run(given, "store build", tmp_path / "run")
+    assert "was imported, and is not complete; run the same" in capsys.readouterr().err
+    run(given, "store import", tmp_path / "run", f"--from={tmp_path / 'outputs'}")
+    assert file.read_bytes() == before
