@@ -4,6 +4,7 @@ from l2m_jax.models.architecture import DecoderConfig, Rope
 from l2m_jax.models.decoder import (
     Cache,
     apply_head,
+    apply_output,
     decode_step,
     empty_cache,
     head,
@@ -14,7 +15,7 @@ from l2m_jax.models.decoder import (
     prefill,
     unstack_layers,
 )
-from l2m_jax.models.hf.folder import check, load, load_head, read_config, save
+from l2m_jax.models.hf.folder import check, load, load_head, load_output, read_config, save
 from l2m_jax.models.lora import Lora
 from l2m_jax.models.settings import (
     Architecture,
@@ -34,6 +35,7 @@ __all__ = [
     "Model",
     "Rope",
     "apply_head",
+    "apply_output",
     "check",
     "decode_step",
     "empty_cache",
@@ -43,6 +45,7 @@ __all__ = [
     "init",
     "load",
     "load_head",
+    "load_output",
     "logits",
     "prefill",
     "random_config",

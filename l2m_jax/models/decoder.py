@@ -128,6 +128,11 @@ def apply_head(config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.
     return jnp.where(is_token, result, -jnp.inf)
 
 
+def apply_output(config: DecoderConfig, output: Params, hidden: jax.Array) -> jax.Array:
+    """[..., hidden_size] after the last block -> [..., E]: the final norm and projection, with `params["output"]`."""
+    return _apply(Output(config), output, hidden)
+
+
 def empty_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
     """A cache for `batch` rows of up to `length` tokens, in `config.dtype`."""
     shape = (batch, config.num_kv_heads, length, config.head_dim)

@@ -26,7 +26,8 @@ from l2m_jax.run.pretraining import make_pretrained
 from l2m_jax.run.ranking import make_ranking
 from l2m_jax.run.resolve import Artefacts, folder_of_world, resolve
 from l2m_jax.run.responses import make_responses
-from l2m_jax.run.store import make_store
+from l2m_jax.run.store import import_store, make_store
+from l2m_jax.training.outputs import Outputs
 
 # The models that runs share.
 _BEFORE = ("teacher", "student before")
@@ -128,14 +129,17 @@ def prepare(config: Config, shared: str | Path) -> dict[str, Results]:
             return _evaluate(artefacts, context, _BEFORE)
 
 
-def build_store(config: Config, workdir: str | Path, shared: str | Path | None = None) -> None:
+def build_store(
+    config: Config, workdir: str | Path, shared: str | Path | None = None, outputs: Outputs | None = None
+) -> None:
     """Makes the teacher store of a run, and what it is made from: rows and teacher. A second call resumes.
 
     Args:
         workdir, shared: as of `run`, which then finds the store.
+        outputs: of the teacher, as another tool has written them; None: the teacher runs here.
 
     Raises:
-        InputError: as `run`; or the run needs no store.
+        InputError: as `run`; the run needs no store; or as `store.import_store`.
     """
     workdir, shared = Path(workdir), Path(shared or workdir)
     context = _start(config, workdir)
@@ -147,6 +151,10 @@ def build_store(config: Config, workdir: str | Path, shared: str | Path | None =
                 "is built"
             )
         with checks.full_disk_explained(config, artefacts):
+            if outputs is not None:
+                with context.phase("teacher store"):
+                    import_store(artefacts.store, outputs, context)
+                return
             if (pretrained := artefacts.pretrained.get("teacher")) is not None:
                 with context.phase("pretrained teacher"):
                     make_pretrained(pretrained, "pretrained teacher", context.teacher, context)
@@ -156,8 +164,11 @@ def build_store(config: Config, workdir: str | Path, shared: str | Path | None =
                 make_store(artefacts.store, context)
 
 
-def check(config: Config, shared: str | Path) -> None:
+def check(config: Config, shared: str | Path) -> Path:
     """Makes the tokenizer and the rows in `shared`, and all checks.
+
+    Returns:
+        The folder of the training rows.
 
     Raises:
         InputError: as `run`.
@@ -166,7 +177,7 @@ def check(config: Config, shared: str | Path) -> None:
     folder = folder_of_world(shared, config.world)
     context = _start(config, folder)
     with locks.held(shared, wait=True):
-        _resolve(config, folder, shared, context)
+        return _resolve(config, folder, shared, context).corpora["train"].path
 
 
 def _start(config: Config, workdir: Path) -> Context:

@@ -8,7 +8,7 @@ the number of processes nor an interruption changes a byte.
 import functools
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -101,24 +101,49 @@ class TeacherStore:
         Raises:
             InputError: there is not enough room on the disk, or a number is not finite in the store's dtype.
         """
+        self._fill_missing(
+            "teacher's hidden states",
+            lambda shard, arrays, bar: self._fill_shard(shard, arrays, placement, forward, bar),
+        )
+
+    def fill_from(self, read: Callable[[np.ndarray], Iterable[tuple[int, Any]]]) -> None:
+        """Copies what is missing. Resumes, and is shared by processes, as `fill`.
+
+        Args:
+            read: yields, for each of the examples of a shard, in any order, its number, and what the format encodes of its
+                targets, `[r_i, ...]`.
+
+        Raises:
+            InputError: as `fill`; and from `read`.
+        """
+
+        def copy(shard: Shard, arrays: dict[str, np.ndarray], bar: progress.Bar) -> None:
+            for example, found in read(np.arange(shard.start, shard.end)):
+                targets = np.arange(self.offsets[example + 1] - self.offsets[example])
+                self._put(arrays, shard, np.full_like(targets, example), targets, found)
+                bar.advance()
+
+        self._fill_missing("teacher's outputs", copy)
+
+    def _fill_missing(
+        self, title: str, fill: Callable[[Shard, dict[str, np.ndarray], progress.Bar], None]
+    ) -> None:
         if self.is_complete:
             return
         first(self._prepare)
         missing = [self.shards[number] for number in sorted(self._missing)]
-        every_process(
-            lambda: self._fill(missing[jax.process_index() :: jax.process_count()], placement, forward)
-        )
-        self._missing = set()
+        own = missing[jax.process_index() :: jax.process_count()]
 
-    def _fill(
-        self, shards: Sequence[Shard], placement: Placement, forward: Callable[[MicroBatch], Any]
-    ) -> None:
-        done = len(self._corpus) - sum(shard.end - shard.start for shard in shards)
-        with progress.bar("teacher's hidden states", len(self._corpus)) as bar:
-            bar.resume_at(done)
-            for shard in shards:
-                with shard.writing(self._made_from) as arrays:
-                    self._fill_shard(shard, arrays, placement, forward, bar)
+        def fill_own() -> None:
+            done = len(self._corpus) - sum(shard.end - shard.start for shard in own)
+            with progress.bar(title, len(self._corpus)) as bar:
+                bar.resume_at(done)
+                for shard in own:
+                    with shard.writing(self._made_from) as arrays:
+                        fill(shard, arrays, bar)
+
+        every_process(fill_own)
+        self._missing = set()
 
     def _fill_shard(
         self,

@@ -41,6 +41,7 @@ def test_a_store_is_built_found_again_and_checked(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["build"], "--config: l2m store build needs it"),
+        (["import", f"--config={CONFIG}", "--workdir=w"], "--from: l2m store import needs it"),
         (["check"], "--folder: l2m store check needs it"),
         (["check", "--folder=nowhere"], "nowhere: contains no finished shard of a teacher store"),
     ],

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from l2m_jax import files
 from l2m_jax.errors import InputError, reason, require_type, shown
@@ -84,12 +85,30 @@ def load(
 
 def load_head(folder_or_name: str | os.PathLike, *, dtype: str, put: Put | None = None) -> jax.Array:
     """head_VxE of a model in `dtype`, without reading its other weights. Arguments and errors as in `load`."""
-    config, table, source = _open(folder_or_name)
-    path = "embeddings/tokens/embedding" if config.tie_embeddings else "head/embedding"
-    (weight,) = (weight for weight in table if weight.path == path)
+    stored = _open(folder_or_name)
+    path = "embeddings/tokens/embedding" if stored.config.tie_embeddings else "head/embedding"
+    return _parameters(stored, path, dtype, put)[path]
+
+
+def load_output(folder_or_name: str | os.PathLike) -> Params:
+    """The float32 final norm and projection of a model, `params["output"]`, without reading its other weights.
+
+    Arguments and errors as in `load`.
+    """
+    found = _parameters(_open(folder_or_name), "output/", "float32")
+    return unflatten_dict({path.removeprefix("output/"): leaf for path, leaf in found.items()}, sep="/")
+
+
+def _parameters(stored: _Stored, prefix: str, dtype: str, put: Put | None = None) -> dict[str, jax.Array]:
+    """The parameters whose paths start with `prefix`, by these."""
+    config, table, source = stored
     shapes = weights.parameter_shapes(config)
     weights.check(table, shapes, source)
-    return weights.load_parameter(weight, shapes[path], source, dtype, put=put)
+    return {
+        weight.path: weights.load_parameter(weight, shapes[weight.path], source, dtype, put=put)
+        for weight in table
+        if weight.path.startswith(prefix)
+    }
 
 
 def check(folder_or_name: str | os.PathLike) -> None:
