@@ -69,17 +69,21 @@ def _try(
         begun = time.monotonic()
         statuses = started.wait(_OTHERS_END)
         facts.setdefault("seconds_to_end", []).append(time.monotonic() - begun)
+        allowed = {EXIT_STATUS}
         # Before the program has begun and after its results are written, signals are not handled.
-        unhandled = facts["phases"][-1] in ("start", timeline[-1][0])
-        lost += _wrong(number, statuses, started.processes.index(struck), unhandled)
+        if facts["phases"][-1] in ("start", timeline[-1][0]):
+            allowed |= {0, -signal.SIGTERM}
+        # The other processes wait for one that they never met, and then say so.
+        if facts["phases"][-1] == "start" and len(statuses) > 1:
+            allowed |= {1}
+        lost += _wrong(number, statuses, started.processes.index(struck), allowed)
     lost += setting.finish(scenario, workdir)
     return Outcome(len(facts["phases"]), tuple(lost), facts)
 
 
-def _wrong(number: signal.Signals, statuses: list[int], struck: int, unhandled: bool) -> list[str]:
-    """What is wrong with the statuses after a signal."""
+def _wrong(number: signal.Signals, statuses: list[int], struck: int, allowed: set[int]) -> list[str]:
+    """What is wrong with the statuses after a signal; `allowed` are those after SIGTERM."""
     if number == signal.SIGTERM:
-        allowed = {EXIT_STATUS, 0, -signal.SIGTERM} if unhandled else {EXIT_STATUS}
         return [] if set(statuses) <= allowed else [f"{number.name}: ended with {statuses}"]
     others = [status for rank, status in enumerate(statuses) if rank != struck]
     return [f"another process hung after a kill: {statuses}"] if -signal.SIGKILL in others else []
