@@ -14,6 +14,7 @@ FLAGS = [
     "--config.curriculum.stages=2",
     "--config.curriculum.epochs_per_stage=1",
     "--config.evaluation.validations=2",
+    "--config.evaluation.diagnostic_rows=4",
     "--config.evaluation.seeds=10,",
     "--config.training.batch_size=4",
 ]
