@@ -7,12 +7,14 @@ results are kept as they come (generation, the teacher store) ends at once.
 # jax takes seconds to import, and signals are handled from the start, so it is imported where it is needed.
 
 import contextlib
+import gc
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
@@ -22,6 +24,7 @@ EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 _STEPS_AHEAD = 3
 _STOP, _STOP_NOW, _ENDED = "l2m_jax/stop_after_step", "l2m_jax/stop_now", "l2m_jax/ended"
 
+_AGAIN = 0.05  # seconds after which a signal is sent again that came where Python ignores exceptions
 _SAME = 1.0  # seconds in which a signal counts as the same: `timeout`, say, sends it twice
 _SECONDS_BETWEEN_LOOKS = 1.0  # for a signal that another process has raised
 _PATIENCE = 5.0  # seconds in which the other processes end before the first one, which serves them
@@ -65,8 +68,11 @@ def handled() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _on_signal(number: int, _) -> None:
+def _on_signal(number: int, frame: FrameType | None) -> None:
     global _noted, _noted_at, _raised
+    if not _deferred and _exceptions_are_ignored(frame):
+        threading.Timer(_AGAIN, os.kill, (os.getpid(), number)).start()
+        return
     if _noted is not None:
         if time.monotonic() - _noted_at < _SAME:
             return
@@ -76,6 +82,16 @@ def _on_signal(number: int, _) -> None:
         _raised = True
         raise Preempted(_noted)
     print(f"\n{_noted}: the run saves and ends after this step", file=sys.stderr, flush=True)
+
+
+def _exceptions_are_ignored(frame: FrameType | None) -> bool:
+    """Whether the main thread is in a finaliser, or in a callback of the garbage collector, such as jax has one."""
+    callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
+    while frame is not None:
+        if frame.f_code.co_name == "__del__" or frame.f_code in callbacks:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager
