@@ -12,7 +12,7 @@ import numpy as np
 from l2m_jax import methods, models
 from l2m_jax.curriculum import Stage, single_stage, steps
 from l2m_jax.evaluation.diagnostics import agreement_pass
-from l2m_jax.losses import Objective
+from l2m_jax.losses import ForwardKL, Objective
 from l2m_jax.models import DecoderConfig, with_dropout
 from l2m_jax.plan import checkpoints, programs
 from l2m_jax.plan.checkpoints import Written
@@ -146,7 +146,7 @@ class Planner(Parts):
         chunk_size = self._w.config.chunk_size
         settings = StepSettings(model, teacher, vocabulary, chunk_size, pretrain.part)
         shapes = TrainingShapes(settings, pretrain, signal)
-        objective = Objective(beta=float(pretrain.from_teacher))
+        objective = Objective(ForwardKL(), beta=float(pretrain.from_teacher))
         planner = Planner(self._w.of_text(pretrain), self._target, self._compiler)
         return planner._single_stage(name, shapes, pretrain, objective, saving)
 

@@ -8,7 +8,7 @@ from l2m_jax import models
 from l2m_jax.curriculum import single_stage
 from l2m_jax.data.synthetic import synthetic_text
 from l2m_jax.data.text import TextExamples, encode_text, read_documents
-from l2m_jax.losses import Objective
+from l2m_jax.losses import ForwardKL, Objective
 from l2m_jax.models import Compute, DecoderConfig, with_dropout
 from l2m_jax.multihost import first
 from l2m_jax.progress import console
@@ -63,7 +63,7 @@ def make_pretrained(
     teacher_config, teacher = _teacher(inputs, context)
     examples = text_examples(inputs)
     trained = with_dropout(config, pretrain.dropout)
-    objective = Objective(beta=0.0 if teacher is None else 1.0)
+    objective = Objective(ForwardKL(), beta=0.0 if teacher is None else 1.0)
     valid = min(c.valid_vocab_size for c in (config, teacher_config) if c is not None)
     task = Task(
         phase=name,
