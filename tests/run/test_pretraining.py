@@ -1,6 +1,7 @@
 """Learning from plain text: what it changes, from a teacher, and after an interruption."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -56,9 +57,9 @@ def made(tiny, tmp_path_factory):
     return folder, config, context, artefacts
 
 
-def _divergence(teacher, student, examples) -> float:
-    """Mean KL(p‖q) over the targets of ten sequences, in float64."""
-    tokens = np.stack([examples.example_tokens(i) for i in range(10)])
+def _divergence(teacher, student, examples, count=10) -> float:
+    """Mean KL(p‖q) over the targets of the first `count` sequences, in float64."""
+    tokens = np.stack([examples.example_tokens(i) for i in range(count)])
     logits = (models.logits(config, params, tokens)[:, :-1] for config, params in (teacher, student))
     p, q = (
         each - np.log(np.exp(each).sum(-1, keepdims=True))
@@ -85,6 +86,37 @@ def test_a_student_comes_closer_to_its_teacher(made):
     assert _divergence(teacher, student, examples) < 0.5 * _divergence(
         teacher, (student[0], initial), examples
     )
+
+
+def test_its_loss_is_kl(made, tmp_path):
+    """One update on all sequences at once, from an initial student far from its teacher."""
+    finished, config, _, _ = made
+    for name in ("data", "pretrained_teacher"):
+        shutil.copytree(finished / name, tmp_path / name)
+    sequences = 10
+    config = change(
+        config,
+        {
+            "student.pretrain.tokens": 30 * sequences,
+            "student.pretrain.batch_size": sequences,
+            "student.pretrain.epochs": 1,
+        },
+    )
+    context, artefacts = _start(config, tmp_path)
+    _make(config, context, artefacts)
+    [update] = [
+        row
+        for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+        if row["phase"] == "pretrained student"
+    ]
+    teacher, (student, _) = (
+        _one(load_frozen(artefacts.pretrained[role], context.student, artefacts.tokenizer, context.placement))
+        for role in ("teacher", "student")
+    )
+    initial = models.init(student, jax.random.key(config.seed + 1))
+    examples = text_examples(artefacts.pretrained["student"].inputs)
+    kl = _divergence(teacher, (student, initial), examples, sequences)
+    assert update["loss"] == pytest.approx(kl, rel=1e-3)
 
 
 def test_the_next_phase_continues_it(made):
