@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from l2m_jax import models
+from l2m_jax.cli import train
 from l2m_jax.config import defaults, parse
 from l2m_jax.curriculum.difficulty import Difficulty, matched_rouge_l
 from l2m_jax.data.corpus import Corpus
@@ -301,10 +302,13 @@ def test_a_second_run_in_a_folder_is_refused_with_the_name_of_the_first(tmp_path
         ("--config.nonsense=1", "nonsense"),
     ],
 )
-def test_bad_settings_end_in_one_sentence(tmp_path, flag, said):
-    done = _run(tmp_path, *flag.split())
-    assert done.returncode == 2
-    assert said in done.stderr and done.stderr.count("\n") == 1
+def test_bad_settings_end_in_one_sentence(tmp_path, capsys, flag, said):
+    _, _, *arguments = _command(tmp_path, *flag.split())
+    with pytest.raises(SystemExit) as ended:
+        train.main([*arguments, "--config.devices.num_processes=1"])
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err
+    assert said in errors and errors.count("\n") == 1
     assert not (tmp_path / "run" / "teacher").exists()  # before anything is trained
 
 
