@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -61,6 +61,7 @@ _SILENCE = 100  # seconds without a heartbeat from a process until the others en
 _LONGEST_WORK = (
     7 * 24 * 3600
 )  # seconds that the others wait for the first process, which sends heartbeats meanwhile
+_ADDED_TOGETHER = 1 << 18  # numbers of each process, in `total`
 _barriers = itertools.count()
 _working = False  # whether the first process is in `first`
 
@@ -207,6 +208,25 @@ def every_process(work: Callable[[], None]) -> None:
                 )
     if error is not None:
         raise error
+
+
+def share(work: Iterable[T]) -> Iterator[T]:
+    """This process's part of `work`, which is the same in all: every n-th piece of n processes."""
+    return itertools.islice(work, jax.process_index(), None, jax.process_count())
+
+
+def total(values: np.ndarray) -> np.ndarray:
+    """The sum of float64 arrays [N] over all processes, which call it together. It is not rounded to float32."""
+    if jax.process_count() == 1:
+        return values
+    summed = np.empty_like(values)
+    for start in range(0, len(values), _ADDED_TOGETHER):
+        part = slice(start, start + _ADDED_TOGETHER)
+        gathered = multihost_utils.process_allgather(
+            values[part].view(np.uint32)
+        )  # JAX's arrays have no float64
+        summed[part] = np.ascontiguousarray(gathered).view(np.float64).sum(0)
+    return summed
 
 
 def _wait() -> None:

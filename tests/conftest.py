@@ -16,9 +16,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 import importlib.util
+import inspect
 import json
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import pytest
@@ -124,3 +128,48 @@ def _sample(mapping: str, folder: Path) -> dict[str, list[int]]:
         for moment, held in json.loads(output.read_text()).items():
             most[moment] = [max(pair) for pair in zip(held, most.get(moment, held), strict=True)]
     return most
+
+
+_ONE_OF_TWO = """
+import importlib, json, sys
+from pathlib import Path
+folder, module, name, port, rank, argument = sys.argv[1:]
+sys.path.insert(0, folder)
+if __name__ == "__main__":
+    import jax
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
+    print(json.dumps(getattr(importlib.import_module(module), name)(Path(argument))))
+"""
+
+
+@pytest.fixture
+def in_two_processes(tmp_path):
+    """A function that calls another one, a module's own, in two processes of one run, and returns both values.
+
+    Each process has two devices. The function's argument is a folder; its value goes through JSON.
+    """
+
+    def call(function: Callable[[Path], Any], argument: Path) -> list[Any]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        file = Path(inspect.getfile(function))
+        script = tmp_path / "one_of_two.py"  # a file, so that processes can start others
+        script.write_text(_ONE_OF_TWO)
+        command = [sys.executable, script, file.parent, file.stem, function.__name__, str(port)]
+        flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        processes = [
+            subprocess.Popen(
+                [*command, str(rank), argument],
+                env=os.environ | flags,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        said = [process.communicate(timeout=300) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], said
+        return [json.loads(out.splitlines()[-1]) for out, _ in said]
+
+    return call

@@ -2,10 +2,12 @@
 
 import os
 
+import numpy as np
 import pytest
 
+from l2m_jax import multihost
 from l2m_jax.errors import InputError
-from l2m_jax.multihost import Devices, first, use_deterministic_kernels
+from l2m_jax.multihost import Devices, first, share, total, use_deterministic_kernels
 from l2m_jax.run.context import placement_of
 
 
@@ -27,6 +29,19 @@ def test_a_value_is_what_json_makes_of_it():
     assert first(lambda: {"a": (1, 2.5), "b": None}) == {"a": [1, 2.5], "b": None}
     with pytest.raises(TypeError):
         first(lambda: object())
+
+
+def add_as_one_of_two(folder) -> list:
+    """A sum of the parts of two processes, as text: JSON rounds nothing away."""
+    multihost._ADDED_TOGETHER = 4
+    own = np.zeros(10)
+    own[list(share(range(10)))] = [1 / (i + 3) for i in share(range(10))]
+    return [repr(float(value)) for value in total(own)]
+
+
+def test_a_total_over_two_processes_is_exact(in_two_processes, tmp_path):
+    first, second = in_two_processes(add_as_one_of_two, tmp_path)
+    assert first == second == [repr(1 / (i + 3)) for i in range(10)]
 
 
 def test_deterministic_kernels_need_their_flag_before_jax_starts(monkeypatch):

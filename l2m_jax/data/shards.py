@@ -1,4 +1,4 @@
-"""Rows tokenised by several processes, in files of a few thousand rows: shards.
+"""Rows tokenised by several processes, also of several hosts, in files of a few thousand rows: shards.
 
 The name of a shard ends with the hash of its content, and it appears under this name once it is complete. A pass that
 was interrupted therefore goes on with the shards that are missing, and makes those anew that are damaged. What is in
@@ -54,7 +54,7 @@ class Tokeniser:
 
     Attributes:
         prompt: "alpaca" or "chat".
-        processes: how many tokenise; 0: one for each core that this process may use, at most 16.
+        processes: how many tokenise on each host; 0: one for each core that this process may use, at most 16.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -65,6 +65,8 @@ class Tokeniser:
     def shards(self, name: str, rows: Iterable[Numbered], total: int | None = None) -> "Shards":
         """The rows tokenised, in the folder `name`; `rows` are read only if any shard is missing.
 
+        All processes of the run call it together: each reads the rows, and makes every n-th shard of n processes.
+
         Args:
             name: says, within `folder`, which rows they are.
             total: the number of rows, if it is known.
@@ -72,19 +74,28 @@ class Tokeniser:
         Raises:
             InputError: from reading rows; from the `Encoder`; or a process has ended.
         """
+        # jax takes seconds to import, and the processes that tokenise do without it.
+        from l2m_jax.multihost import every_process, first, share
+
         folder = self.folder / name
-        folder.mkdir(parents=True, exist_ok=True)
-        there = _intact(folder)
-        if not _is_complete(folder, there):
+        there, is_complete = first(functools.partial(_found, folder))
+        if not is_complete:
             with bar("rows tokenised", total) as shown:
-                self._write(folder, _missing(rows, there, shown))
-            files.write_json(folder / _COMPLETE, {"shards": len(_shards(folder))})
+                own = share(_chunks(rows, shown))
+                missing = (chunk for chunk in own if chunk[0] not in there)
+                every_process(lambda: self._write(folder, missing))
+            first(lambda: files.write_json(folder / _COMPLETE, {"shards": len(_shards(folder))}))
         return Shards(folder)
 
     def finished(self, prefix: str) -> list[int]:
-        """What follows `prefix` in the names of finished shards: a number."""
-        found = self.folder.glob(f"{prefix}*/{_COMPLETE}")
-        return [int(file.parent.name.removeprefix(prefix)) for file in found]
+        """What follows `prefix` in the names of finished shards: a number. All processes call it together."""
+        from l2m_jax.multihost import first
+
+        def find() -> list[int]:
+            found = self.folder.glob(f"{prefix}*/{_COMPLETE}")
+            return [int(file.parent.name.removeprefix(prefix)) for file in found]
+
+        return first(find)
 
     def _write(self, folder: Path, chunks: Iterator["_Chunk"]) -> None:
         processes = self.processes or min(_cores(), _MOST_PROCESSES)
@@ -149,16 +160,22 @@ class Shards:
 _Chunk = tuple[int, list[Numbered]]  # the number of a shard, and its rows
 
 
-def _missing(rows: Iterable[Numbered], there: Collection[int], shown: Bar) -> Iterator[_Chunk]:
-    """The shards to be made; shows how many rows have been read."""
+def _chunks(rows: Iterable[Numbered], shown: Bar) -> Iterator[_Chunk]:
+    """The rows of one shard after another; shows how many have been read."""
     rows = iter(rows)
     for index in itertools.count():
         chunk = list(itertools.islice(rows, ROWS_AT_ONCE))
         if not chunk:
             return
         shown.advance(len(chunk))
-        if index not in there:
-            yield index, chunk
+        yield index, chunk
+
+
+def _found(folder: Path) -> tuple[list[int], bool]:
+    """The numbers of the shards that are there, and whether they are all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    there = _intact(folder)
+    return sorted(there), _is_complete(folder, there)
 
 
 def _shards(folder: Path) -> dict[int, Path]:

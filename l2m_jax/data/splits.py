@@ -23,6 +23,7 @@ from l2m_jax.data.shards import Numbered, Shards, Tokeniser
 from l2m_jax.data.sources import check_rows, read_rows
 from l2m_jax.data.synthetic import synthetic_rows
 from l2m_jax.errors import InputError
+from l2m_jax.multihost import first
 
 Part = Literal["train", "validation", "test"]
 _SIZE = "rows.json"
@@ -57,7 +58,8 @@ def part_examples(
 
     Rows that are split off fit into the limits, with a beginning-of-sequence token if any part has one, so that the
     parts have the requested sizes whatever their own limits are. Of other rows, those that do not fit are dropped and
-    counted. Parts of one source share the tokens that `tokeniser` keeps, so each row is tokenised once.
+    counted. Parts of one source share the tokens that `tokeniser` keeps, so each row is tokenised once: before this
+    returns, and by all processes of the run, which call it together.
 
     Args:
         counts: updated along the way.
@@ -81,11 +83,10 @@ def _part(data: Data, part: Part, tokeniser: Tokeniser, world: int) -> Iterator[
         start, stop = world * data.train_rows, (world + 1) * data.train_rows
         rows = read_rows(data.train)
     else:
-        yield from _split(data, part, tokeniser, world)
-        return
+        return _split(data, part, tokeniser, world)
     chosen = (Numbered(number, row) for number, row in islice(enumerate(rows), start, stop or None))
     shards = tokeniser.shards(f"{part}-{start}-{stop}", chosen)
-    yield from (example for _, example in shards.examples())
+    return (example for _, example in shards.examples())
 
 
 def _limits(data: Data, bos: bool) -> TokenLimits:
@@ -113,8 +114,7 @@ def _split(data: Data, part: Part, tokeniser: Tokeniser, world: int) -> Iterator
         is_wanted = np.zeros(draw.size, bool)
         is_wanted[numbers] = True
         found = [(places[number], example) for number, example in draw.examples(is_wanted)]
-        yield from (example for _, example in sorted(found, key=itemgetter(0)))
-        return
+        return (example for _, example in sorted(found, key=itemgetter(0)))
     if data.train_rows:
         first = num_held_out + world * data.train_rows
         is_wanted = np.zeros(draw.size, bool)
@@ -125,7 +125,7 @@ def _split(data: Data, part: Part, tokeniser: Tokeniser, world: int) -> Iterator
         is_wanted = np.full(draw.size, limits == token_limits(data, part))
         is_wanted[draw.tokenised_and_fitting()] = True
         is_wanted[draw.fitting(num_held_out + 1)[:num_held_out]] = False  # which leaves something to train on
-    yield from (example for _, example in draw.examples(is_wanted))
+    return (example for _, example in draw.examples(is_wanted))
 
 
 class _Draw:
@@ -151,9 +151,13 @@ class _Draw:
     def _count(self) -> int:
         """The number of rows. Counting them checks them all before any is tokenised."""
         file = self._tokeniser.folder / _SIZE
-        if not file.is_file():
-            files.write_json(file, sum(1 for _ in read_rows(self._data.train)))
-        return files.read_json(file, f"delete {self._tokeniser.folder}")
+
+        def count() -> int:
+            if not file.is_file():
+                files.write_json(file, sum(1 for _ in read_rows(self._data.train)))
+            return files.read_json(file, f"delete {self._tokeniser.folder}")
+
+        return first(count)
 
     def _tokenise(self, end: int) -> None:
         """Tokenises the rows that are drawn up to the place `end`."""

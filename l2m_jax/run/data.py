@@ -342,23 +342,24 @@ def make_corpora(artefacts: Iterable[Artefact[CorpusInputs]], processes: int = 0
 
 def _make_corpus(artefact: Artefact[CorpusInputs], processes: int) -> Corpus:
     inputs = artefact.inputs
-
-    def make() -> None:
+    if not artefact.is_finished:
         data, counts = inputs.data, Counts()
         if inputs.source is not None:
             field = "train" if inputs.split else inputs.part
             data = dataclasses.replace(data, **{field: inputs.source.path})
         kept = artefact.path.parent / _TOKENISED / _tokenised_from(artefact)
         tokeniser = Tokeniser(load(inputs.tokenizer), data.prompt, kept, processes)
+
         try:
-            with artefact.writing() as folder:
-                examples = part_examples(data, inputs.part, tokeniser, counts, inputs.world)
-                write_corpus(folder, examples, token_limits(data, inputs.part), counts)
+            examples = part_examples(data, inputs.part, tokeniser, counts, inputs.world)
+
+            def write() -> None:
+                with artefact.writing() as folder:
+                    write_corpus(folder, examples, token_limits(data, inputs.part), counts)
+
+            first(write)
         except InputError as error:
             raise InputError(f"config.data, {inputs.part} rows: {error}") from error
-
-    if not artefact.is_finished:
-        first(make)
     corpus = Corpus.open(artefact.path)
     console.print(f"  {inputs.part}: {corpus.counts}, {len(corpus.tokens):,} tokens")
     return corpus

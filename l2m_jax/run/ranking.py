@@ -1,8 +1,10 @@
 """The phase that ranks the training examples by difficulty, from a student's own answers and cross-entropy."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+import jax
 import numpy as np
 
 from l2m_jax.curriculum import Difficulty
@@ -10,7 +12,8 @@ from l2m_jax.curriculum.difficulty import matched_rouge_l
 from l2m_jax.data.corpus import Corpus
 from l2m_jax.evaluation import rouge
 from l2m_jax.evaluation.cross_entropy import cross_entropy_by_example
-from l2m_jax.multihost import first
+from l2m_jax.generation import Answer
+from l2m_jax.multihost import every_process, first, share, total
 from l2m_jax.progress import console
 from l2m_jax.run import data, responses
 from l2m_jax.run.artefacts import Artefact, Source
@@ -51,11 +54,11 @@ def make_ranking(artefact: Artefact[RankingInputs], context: Context) -> Difficu
         cross_entropy_N = cross_entropy_by_example(
             config, params, train, context.placement, chunk_size=context.chunk_size
         )
+        rouge_l_N = _rouge_l(answers, train)
+        if inputs.answers.inputs.rows:
+            rouge_l_N = _matched(rouge_l_N, cross_entropy_N, answers.examples_P)
 
         def write() -> None:
-            rouge_l_N = _rouge_l(answers, train)
-            if inputs.answers.inputs.rows:
-                rouge_l_N = _matched(rouge_l_N, cross_entropy_N, answers.examples_P)
             difficulty = Difficulty.of(
                 train.rows.data["id"],
                 rouge_l_N,
@@ -84,14 +87,24 @@ def _answers(inputs: RankingInputs, context: Context) -> responses.Responses:
 
 
 def _rouge_l(answers: responses.Responses, train: Corpus) -> np.ndarray:
-    """Of each answered training example, float64 in [0, 1]; 0 for the others."""
-    rouge_l_N, remaining = np.zeros(len(train)), iter(answers)
-    with rouge.Pool(rouge.worthwhile_processes(answers.size)) as pool:
-        while batch := list(islice(remaining, _SCORED_TOGETHER)):
-            examples = [i for i, _ in batch]
-            texts = [answer.text for _, answer in batch]
-            rouge_l_N[examples] = pool.rouge_l(texts, train.references_of(examples))
-    return rouge_l_N
+    """Of each answered training example, float64 in [0, 1]; 0 for the others. The processes share the answers."""
+    rouge_l_N = np.zeros(len(train))
+
+    def score() -> None:
+        with rouge.Pool(rouge.worthwhile_processes(answers.size // jax.process_count())) as pool:
+            for batch in share(_batches(answers)):
+                examples = [i for i, _ in batch]
+                texts = [answer.text for _, answer in batch]
+                rouge_l_N[examples] = pool.rouge_l(texts, train.references_of(examples))
+
+    every_process(score)
+    return total(rouge_l_N)
+
+
+def _batches(answers: responses.Responses) -> Iterator[list[tuple[int, Answer]]]:
+    remaining = iter(answers)
+    while batch := list(islice(remaining, _SCORED_TOGETHER)):
+        yield batch
 
 
 def _matched(rouge_l_N: np.ndarray, cross_entropy_N: np.ndarray, examples: np.ndarray) -> np.ndarray:

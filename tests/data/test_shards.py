@@ -9,7 +9,7 @@ from l2m_jax.data.encoding import Counts, Encoder, Fitter, TokenLimits
 from l2m_jax.data.prompts import format_prompt
 from l2m_jax.data.rows import Message, Row
 from l2m_jax.data.shards import Numbered, Tokeniser
-from l2m_jax.data.tokenizer import train_tokenizer
+from l2m_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from l2m_jax.errors import InputError
 
 # Every fifth has no response; lengths differ.
@@ -19,6 +19,7 @@ ROWS = [
 ]
 LIMITS = TokenLimits(max_length=34)
 ROWS_AT_ONCE = 8
+_TURNS = (Message("user", "a"), Message("assistant", "b")) * 2  # more than the prompt "alpaca" has room for
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +56,7 @@ def refused(rows=()):
 
 
 def test_two_processes_make_what_one_makes_and_raise_what_goes_wrong(tokenizer, tmp_path):
-    turns = [Message("user", "a"), Message("assistant", "b")] * 2
-    long = Row("long", "a", "", ("b",), messages=tuple(turns))
+    long = Row("long", "a", "", ("b",), messages=_TURNS)
     rows = [*ROWS[:32], long]
     two = Tokeniser(tokenizer, "alpaca", tmp_path / "two", 2)
     with pytest.raises(InputError, match="row 'long': 4 messages"):
@@ -68,6 +68,39 @@ def test_two_processes_make_what_one_makes_and_raise_what_goes_wrong(tokenizer, 
 
     expected = content(build_corpus(ROWS, tokenizer, tmp_path / "direct", LIMITS).corpus.folder)
     assert written(found, tokenizer, tmp_path / "corpus") == expected
+
+
+def tokenise_as_one_of_two(folder) -> dict:
+    """The shards that this process writes, and how the run ends if the last one of the second process is refused."""
+    shards.ROWS_AT_ONCE = ROWS_AT_ONCE
+    written, write = [], shards._write_shard
+
+    def noted(folder, chunk, encoder):
+        write(folder, chunk, encoder)
+        written.append(chunk[0])
+
+    shards._write_shard = noted
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    Tokeniser(tokenizer, "alpaca", folder / "two", 1).shards("all", numbered())
+    shared = list(written)
+    rows = [*ROWS[:24], Row("long", "a", "", ("b",), messages=_TURNS), *ROWS[25:]]
+    try:
+        Tokeniser(tokenizer, "alpaca", folder / "refused", 1).shards("all", numbered(rows))
+    except InputError as error:
+        return {"shared": shared, "error": str(error)}
+    return {"shared": shared, "error": ""}
+
+
+def test_two_hosts_share_the_shards_and_end_together(tokenizer, in_two_processes, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    first, second = in_two_processes(tokenise_as_one_of_two, tmp_path)
+    assert (first["shared"], second["shared"]) == ([0, 2, 4], [1, 3])
+    assert "row 'long': 4 messages" in first["error"] and first["error"] == second["error"]
+    Tokeniser(tokenizer, "alpaca", tmp_path / "one", 1).shards("all", numbered())
+    assert content(tmp_path / "two" / "all") == content(tmp_path / "one" / "all")
+    # What was finished stays, and the pass is not complete.
+    left = sorted(name.partition("-")[0] for name in content(tmp_path / "refused" / "all"))
+    assert left == ["000000", "000001", "000002", "000004"]
 
 
 @pytest.mark.parametrize("read", [0, 7, 20, 38])

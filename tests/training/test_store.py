@@ -1,13 +1,8 @@
 """The teacher store: the same signal as a live teacher, whatever happens while it is written."""
 
 import functools
-import os
-import socket
-import subprocess
-import sys
 from collections import namedtuple
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -243,18 +238,6 @@ def test_interrupted_equals_uninterrupted(tmp_path):
     assert again.calls == 0
 
 
-_PROCESS = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import jax
-rank, folder = int(sys.argv[3]), sys.argv[4]
-jax.distributed.initialize("127.0.0.1:" + sys.argv[2], 2, rank)
-import test_store
-from pathlib import Path
-print(*test_store.fill_as_one_of_several(Path(folder)), sep="|")
-"""
-
-
 def fill_as_one_of_several(folder) -> tuple[int, str]:
     """How often this process ran the teacher, and the error of a second store, in which its last shard has a NaN."""
     store._SHARD_EXAMPLES = 8
@@ -282,27 +265,10 @@ def fill_as_one_of_several(folder) -> tuple[int, str]:
     return first_call, "no error"
 
 
-def test_two_processes_write_what_one_writes_and_end_together(tmp_path):
+def test_two_processes_write_what_one_writes_and_end_together(in_two_processes, tmp_path):
     one = build(tmp_path / "one", Forward(num_devices=4), num_devices=4)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    tests = Path(__file__).parent
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _PROCESS, tests, str(port), str(rank), tmp_path],
-            env=os.environ | flags,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=300) for process in processes]
-    ended = [out.splitlines()[-1].split("|") if out else errors for out, errors in said]
-    assert [len(each) for each in ended] == [2, 2], said
-    assert all(int(calls) > 0 for calls, _ in ended)
+    ended = in_two_processes(fill_as_one_of_several, tmp_path)
+    assert all(calls > 0 for calls, _ in ended)
     assert ended[0][1] == ended[1][1] and "not finite" in ended[0][1]
     assert content(tmp_path / "two") == content(tmp_path / "one")
     assert opened(tmp_path / "two").is_complete and one.is_complete
