@@ -17,7 +17,7 @@ from l2m_jax.training.store import TeacherStore
 from l2m_jax.training.store_format import HiddenStates
 from l2m_jax.types import MicroBatch
 
-_DTYPES = ("float32", "float16", "bfloat16")
+_DTYPES = ("float32", "float16", "bfloat16", "int8")
 _COMPARED = 2048  # targets whose losses are compared
 
 
