@@ -14,11 +14,12 @@ from l2m_jax.curriculum import Stage, single_stage, steps
 from l2m_jax.evaluation.diagnostics import agreement_pass
 from l2m_jax.losses import ForwardKL, Objective
 from l2m_jax.models import DecoderConfig, with_dropout
+from l2m_jax.parallel import Placement
 from l2m_jax.plan import checkpoints, programs
 from l2m_jax.plan.checkpoints import Written
 from l2m_jax.plan.moments import Moment
 from l2m_jax.plan.parts import Parts
-from l2m_jax.plan.programs import Program, TrainingShapes, share_bytes
+from l2m_jax.plan.programs import Compiler, Program, TrainingShapes, share_bytes
 from l2m_jax.plan.workload import Batches
 from l2m_jax.run.distillation import relevant_curriculum
 from l2m_jax.training.loop import PREFETCHED_BATCHES
@@ -104,8 +105,7 @@ class Planner(Parts):
         if any(methods.needs_ranking(method, config.curriculum) for method in chosen.values()):
             found["difficulty"] = self._difficulty
         if any(w.reads_store(method) for method in chosen.values()):
-            chosen_form = config.teacher.weights, config.teacher.store_top_k
-            found["teacher store"] = lambda: self._frozen_teacher("teacher store", w.lengths, *chosen_form)
+            found["teacher store"] = self._store
         if config.evaluation.diagnostic_rows:
             found["diagnostics"] = lambda: self._frozen_teacher("diagnostics", self._diagnosed)
         if self._generating(chosen):
@@ -329,6 +329,16 @@ class Planner(Parts):
         teacher = self._w.config.teacher
         width = self.teacher.embed_size
         return store_format(width, teacher.store_dtype, teacher.store_top_k, teacher.store_tail)
+
+    def _store(self) -> Phase:
+        """Each process computes a part of the shards, on its own devices alone."""
+        teacher, placement = self._w.config.teacher, self._compiler.placement
+        processes = max(1, self._w.config.devices.num_processes)
+        own = placement.devices[: placement.num_devices // processes]
+        compiler = Compiler(Placement(placement.mapping, own), self._compiler.dry)
+        planner = Planner(self._w, self._target, compiler) if processes > 1 else self
+        lengths = self._w.lengths[::processes]
+        return planner._frozen_teacher("teacher store", lengths, teacher.weights, teacher.store_top_k)
 
     def _frozen_teacher(
         self, name: str, lengths: np.ndarray, weights: str = "float", top_k: int = 0

@@ -109,6 +109,23 @@ def test_the_host_holds_a_state_while_it_is_saved_or_restored(on_cpu, sharded):
     assert sharded.phase("student").moment("resume").host_bytes == 0  # straight to the devices
 
 
+def test_a_store_needs_a_teacher_on_each_host(config):
+    """Sharded over the devices of one process, where training shards it over all."""
+    settings = {"devices.mapping": "fsdp", "devices.num_processes": 1}
+    one, two = (
+        plan.make(
+            change(config, settings | {"devices.num_processes": n}),
+            "cpu",
+            4,
+            dry=True,
+            only=("teacher store",),
+        )
+        for n in (1, 2)
+    )
+    weights = [found.phase("teacher store").fullest.weights.parameters for found in (one, two)]
+    assert 1.9 < weights[1] / weights[0] <= 2
+
+
 def test_a_live_teacher_is_counted_whole(config):
     live = plan.make(change(config, {"teacher.signal": "live"}), "cpu", 4, dry=True)
     teacher = live.workload.teacher
