@@ -20,6 +20,7 @@ from l2m_jax.methods import Method
 from l2m_jax.models import Compute, DecoderConfig, Model, random_config, with_compute
 from l2m_jax.models.hf.published import PUBLISHED
 from l2m_jax.run import data as run_data
+from l2m_jax.run import tokenizers
 from l2m_jax.run.artefacts import Artefact
 from l2m_jax.run.distillation import longest_row
 from l2m_jax.run.responses import longest_prompt
@@ -219,7 +220,7 @@ def _data(config: Config, folder: Path) -> tuple[_Lengths, Any, tuple[str, ...]]
         (train,) = run_data.make_corpora([rows], data.processes)
         # Copied, because the files are deleted with the folder.
         lengths = (np.array(train.lengths), np.array(train.prompt_lengths), np.array(train.response_lengths))
-        return lengths, run_data.load(tokenizer), ()
+        return lengths, tokenizers.load(tokenizer), ()
     rows = data.train_rows or _DOLLY_ROWS
     points = np.linspace(0, len(_DOLLY_LENGTHS) - 1, rows)
     lengths = np.interp(points, np.arange(len(_DOLLY_LENGTHS)), _DOLLY_LENGTHS).round().astype(np.int32)
@@ -230,17 +231,17 @@ def _data(config: Config, folder: Path) -> tuple[_Lengths, Any, tuple[str, ...]]
         f"{100 * _DOLLY_RESPONSE_SHARE:.0f}% of them response), because {data.train!r} and its tokenizer are not on "
         "this machine"
     )
-    known = None if tokenizer is None else run_data.load(tokenizer)
+    known = None if tokenizer is None else tokenizers.load(tokenizer)
     return (lengths, prompt_lengths, lengths - prompt_lengths), known, (assumed,)
 
 
-def _tokenizer(config: Config, folder: Path) -> run_data.Tokenizer | None:
+def _tokenizer(config: Config, folder: Path) -> tokenizers.Tokenizer | None:
     source = config.data.tokenizer or config.teacher.model.path
     if source and not Path(source).exists():
         return None
-    if given := run_data.given_tokenizer(config.data, config.teacher.model.path):
+    if given := tokenizers.given_tokenizer(config.data, config.teacher.model.path):
         return given
-    synthetic = run_data.relevant_synthetic(config.data)
-    found = Artefact(run_data.TokenizerInputs(synthetic), folder / "tokenizer")
-    run_data.make_tokenizer(found)
+    synthetic = tokenizers.relevant_synthetic(config.data)
+    found = Artefact(tokenizers.TokenizerInputs(synthetic), folder / "tokenizer")
+    tokenizers.make_tokenizer(found)
     return found

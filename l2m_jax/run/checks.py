@@ -21,7 +21,7 @@ from l2m_jax.models import DecoderConfig
 from l2m_jax.models.freezing import Part, trained_shapes
 from l2m_jax.multihost import first
 from l2m_jax.progress import console
-from l2m_jax.run import data
+from l2m_jax.run import data, tokenizers
 from l2m_jax.run.artefacts import Artefact, Source, refuse_changed
 from l2m_jax.run.models import ModelInputs, initial_config, read_config
 from l2m_jax.run.pretraining import SYNTHETIC
@@ -177,7 +177,7 @@ def _ranking_model(config: Config, artefacts: Artefacts) -> DecoderConfig | None
         raise InputError(f"config.curriculum.ranking_model: {error}") from error
 
 
-def _check_tokenizers(config: Config, tokenizer: data.Tokenizer) -> None:
+def _check_tokenizers(config: Config, tokenizer: tokenizers.Tokenizer) -> None:
     """A pretrained model is useless with a tokenizer that produces other ids than its own."""
     given = {
         f"{who}.model.path": model.path
@@ -192,8 +192,8 @@ def _check_tokenizers(config: Config, tokenizer: data.Tokenizer) -> None:
             (folder / name).is_file() for name in ("tokenizer.json", "vocab.json")
         ):
             continue  # weights without a tokenizer
-        own = data.tokenizer_source(path, f"config.{setting}").content
-        if own != tokenizer_fingerprint(data.load(data.untrimmed(tokenizer))):
+        own = tokenizers.tokenizer_source(path, f"config.{setting}").content
+        if own != tokenizer_fingerprint(tokenizers.load(tokenizers.untrimmed(tokenizer))):
             raise InputError(
                 f"config.{setting}: the tokenizer of '{path}' produces other ids than the run's "
                 f"('{config.data.tokenizer or config.teacher.model.path}'); all models must share one"
@@ -225,7 +225,7 @@ def check_rows(config: Config, artefacts: Artefacts) -> None:
                 f"config.data.{part}: none of {len(prompt_lengths)} prompts has at most {room} tokens; set data.truncate, "
                 "or lower sampling.max_new_tokens to leave them more of the model's positions"
             )
-    tokenizer = data.load(artefacts.tokenizer)
+    tokenizer = tokenizers.load(artefacts.tokenizer)
     if not all(evaluation.is_finished for evaluation in artefacts.evaluations.values()):
         first(lambda: _check_prompts(config, artefacts, tokenizer))
     needed, there = bytes_needed(config, artefacts), _bytes_there(artefacts)

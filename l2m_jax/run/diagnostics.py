@@ -24,7 +24,7 @@ from l2m_jax.evaluation.sets import PromptSet, from_corpus
 from l2m_jax.generation import Generator, SamplingRules, generate
 from l2m_jax.models import DecoderConfig
 from l2m_jax.multihost import first
-from l2m_jax.run import data
+from l2m_jax.run import data, tokenizers
 from l2m_jax.run.artefacts import Artefact
 from l2m_jax.run.context import Context
 from l2m_jax.run.models import load_frozen, read_config
@@ -48,7 +48,7 @@ class DiagnosticsInputs:
     teacher: Artefact
     validation: Artefact
     train: Artefact
-    tokenizer: data.Tokenizer
+    tokenizer: tokenizers.Tokenizer
     rows: int
 
 

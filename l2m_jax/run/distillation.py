@@ -21,7 +21,7 @@ from l2m_jax.models import DecoderConfig, Lora
 from l2m_jax.models.settings import with_dropout
 from l2m_jax.multihost import first
 from l2m_jax.progress import console
-from l2m_jax.run import data, responses, rollouts
+from l2m_jax.run import data, responses, rollouts, tokenizers
 from l2m_jax.run import stages as stages_module
 from l2m_jax.run.artefacts import Artefact
 from l2m_jax.run.context import Context
@@ -84,7 +84,7 @@ class StudentInputs:
     seed: int
     initial: Artefact
     train: Artefact
-    tokenizer: data.Tokenizer
+    tokenizer: tokenizers.Tokenizer
     ranking: Artefact[RankingInputs] | None
     teacher: Artefact | None
     store: Artefact[StoreInputs] | None
@@ -179,7 +179,7 @@ class Student:
         self.saved_config = read_config(inputs.initial, context.student, inputs.tokenizer)
         self._config = with_dropout(self.saved_config, inputs.training.dropout)
         self._references = data.open_corpus(inputs.train)
-        self._tokenizer = data.load(inputs.tokenizer)
+        self._tokenizer = tokenizers.load(inputs.tokenizer)
 
     def train(self) -> Params:
         """The student's parameters, placed; with LoRA, its adapters alone."""
@@ -301,7 +301,7 @@ class Student:
 
     def _data(self):
         inputs, context, references = self._inputs, self._context, self._references
-        end = data.end_of_response(inputs.tokenizer)
+        end = tokenizers.end_of_response(inputs.tokenizer)
         fixed = {}
         for name, generated in inputs.generated:
             compute = context.teacher if name == "teacher" else context.student
@@ -324,7 +324,7 @@ class Student:
             self._config,
             context.placement,
             self._tokenizer,
-            data.end_of_response(inputs.tokenizer),
+            tokenizers.end_of_response(inputs.tokenizer),
             context.slots,
             inputs.sampling,
             longest,

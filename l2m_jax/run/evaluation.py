@@ -16,7 +16,7 @@ from l2m_jax.generation import Generator, SamplingRules
 from l2m_jax.models import Compute
 from l2m_jax.multihost import first, is_first
 from l2m_jax.parallel import Placement
-from l2m_jax.run import data
+from l2m_jax.run import data, sources, tokenizers
 from l2m_jax.run.artefacts import Artefact, Source
 from l2m_jax.run.models import load_frozen, read_config
 from l2m_jax.run.responses import longest_prompt
@@ -41,7 +41,7 @@ class EvaluationInputs:
 
     model: Artefact | Source
     sets: tuple[SetInputs, ...]
-    tokenizer: data.Tokenizer
+    tokenizer: tokenizers.Tokenizer
     sampling: SamplingRules
     seeds: tuple[int, ...]
     rows: int
@@ -73,7 +73,7 @@ def make_evaluation(
         artefact.begin()
         sets = _sets(inputs, room, artefact.path / "sets")
         config, params = load_frozen(inputs.model, compute, inputs.tokenizer, placement)
-        generator = Generator(config, params, placement, data.load(inputs.tokenizer), slots)
+        generator = Generator(config, params, placement, tokenizers.load(inputs.tokenizer), slots)
         evaluate(
             generator,
             sets,
@@ -100,12 +100,12 @@ def _sets(inputs: EvaluationInputs, room: int, folder: Path) -> list[PromptSet]:
         found.append(
             read_set(
                 f"{chosen.name}={chosen.rows.path}" if is_file else chosen.name,
-                data.load(inputs.tokenizer),
+                tokenizers.load(inputs.tokenizer),
                 folder,
                 max_prompt_length=room,
                 long_prompt="truncate" if inputs.truncate else "drop",
                 bos=inputs.bos,
-                prompt=data.prompt_of(inputs.tokenizer),
+                prompt=tokenizers.prompt_of(inputs.tokenizer),
                 rows=inputs.rows,
             )
         )
@@ -117,7 +117,7 @@ def set_inputs(source: str, test: Artefact | None = None) -> SetInputs:
     if source == "test" and test is not None:
         return SetInputs(source, test)
     name, path = parse_set(source)
-    return SetInputs(name, data.given(path) if path else Source(name, f"hub:{name}"))
+    return SetInputs(name, sources.given(path) if path else Source(name, f"hub:{name}"))
 
 
 def write_summary(workdir: Path, results: Mapping[str, Results], folders: Mapping[str, Path]) -> None:

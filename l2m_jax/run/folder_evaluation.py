@@ -12,7 +12,7 @@ from l2m_jax.evaluation.settings import Evaluation
 from l2m_jax.generation import SamplingRules
 from l2m_jax.models import Compute
 from l2m_jax.multihost import Devices
-from l2m_jax.run import data
+from l2m_jax.run import sources, tokenizers
 from l2m_jax.run.artefacts import Artefact, refuse_changed
 from l2m_jax.run.context import placement_of
 from l2m_jax.run.evaluation import EvaluationInputs, make_evaluation, set_inputs
@@ -63,9 +63,9 @@ def evaluate_folder(asked: FolderEvaluation, devices: Devices, output: Path) -> 
     if Path(asked.model).is_dir():  # its config is read before its tokenizer, whose reader says less
         models.read_config(asked.model)
     inputs = EvaluationInputs(
-        model=data.given_model(asked.model),
+        model=sources.given_model(asked.model),
         sets=tuple(map(set_inputs, e.sets)),
-        tokenizer=data.tokenizer_source(
+        tokenizer=tokenizers.tokenizer_source(
             asked.tokenizer or asked.model, "--tokenizer" if asked.tokenizer else "--model", asked.prompt
         ),
         sampling=asked.sampling,

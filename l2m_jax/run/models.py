@@ -21,7 +21,7 @@ from l2m_jax.models.quantised import quantise
 from l2m_jax.multihost import first
 from l2m_jax.parallel import Placement
 from l2m_jax.progress import console
-from l2m_jax.run import data
+from l2m_jax.run import data, sources, tokenizers
 from l2m_jax.run.artefacts import Artefact, Source
 from l2m_jax.run.context import Context
 from l2m_jax.training.checkpoint import Checkpoints
@@ -52,7 +52,7 @@ class ModelInputs:
     pretrained: "Artefact[PretrainingInputs] | None"
     finetune: FineTuning | None
     train: Artefact | None
-    tokenizer: data.Tokenizer
+    tokenizer: tokenizers.Tokenizer
     seed: int | None
 
 
@@ -71,7 +71,7 @@ class PretrainingInputs:
     pretrain: Pretraining
     text: Source | None
     teacher: Artefact | Source | None
-    tokenizer: data.Tokenizer
+    tokenizer: tokenizers.Tokenizer
     seed: int
 
 
@@ -80,7 +80,7 @@ def model_inputs(
     model: Model,
     finetune: FineTuning,
     train: Artefact,
-    tokenizer: data.Tokenizer,
+    tokenizer: tokenizers.Tokenizer,
     seed: int,
     teacher: Artefact | Source | None = None,
 ) -> ModelInputs:
@@ -89,7 +89,9 @@ def model_inputs(
     weights = None
     if model.path and not takes_layers:
         pretrained = model.init == "pretrained"
-        weights = data.given_model(model.path) if pretrained else data.given(model.path, ("config.json",))
+        weights = (
+            sources.given_model(model.path) if pretrained else sources.given(model.path, ("config.json",))
+        )
     random = weights is None and not takes_layers
     finetuned = finetune.relevant if finetune.trains else None
     return ModelInputs(
@@ -123,19 +125,19 @@ def continued(
     )
 
 
-def read_config(model: Artefact | Source, compute: Compute, tokenizer: data.Tokenizer) -> DecoderConfig:
+def read_config(model: Artefact | Source, compute: Compute, tokenizer: tokenizers.Tokenizer) -> DecoderConfig:
     """The config of a model, with `compute`. Vocabulary entries beyond the tokenizer's are not valid tokens.
 
     In a chat the end of the assistant's turn ends an answer, too.
     """
-    config = models.read_config(str(model.path), tokens=data.kept(model, tokenizer))
+    config = models.read_config(str(model.path), tokens=tokenizers.kept(model, tokenizer))
     return _completed(config, compute, tokenizer)
 
 
 def load_frozen(
     model: Artefact | Source,
     compute: Compute,
-    tokenizer: data.Tokenizer,
+    tokenizer: tokenizers.Tokenizer,
     placement: Placement,
     weights: str = "float",
 ) -> tuple[DecoderConfig, Params]:
@@ -144,7 +146,7 @@ def load_frozen(
     _, params = models.load(
         str(model.path),
         dtype=config.dtype,
-        tokens=data.kept(model, tokenizer),
+        tokens=tokenizers.kept(model, tokenizer),
         frozen=True,
         put=placement.put,
         quantise=placement.map(quantise) if weights == "int8" else None,
@@ -157,14 +159,14 @@ def load_to_train(model: Artefact, placement: Placement) -> Params:
     return models.load(str(model.path), put=placement.put)[1]
 
 
-def _completed(config: DecoderConfig, compute: Compute, tokenizer: data.Tokenizer) -> DecoderConfig:
-    tokens = len(data.load(tokenizer))
+def _completed(config: DecoderConfig, compute: Compute, tokenizer: tokenizers.Tokenizer) -> DecoderConfig:
+    tokens = len(tokenizers.load(tokenizer))
     if tokens > config.vocab_size:
         raise InputError(
             f"the tokenizer has {tokens} tokens, but the model's vocabulary only {config.vocab_size} entries; set "
             "config.data.tokenizer to the model's own"
         )
-    end, ends = data.end_of_turn(tokenizer), config.eos_token_ids
+    end, ends = tokenizers.end_of_turn(tokenizer), config.eos_token_ids
     if end is not None and end not in ends:
         config = dataclasses.replace(config, eos_token_id=(end, *ends))
     config = dataclasses.replace(config, valid_vocab_size=min(config.valid_vocab_size, tokens))
@@ -188,11 +190,13 @@ def initial_config(inputs: ModelInputs, compute: Compute) -> DecoderConfig:
         return teacher.keep_layers(inputs.model.layers)
     if inputs.weights is not None:
         return read_config(inputs.weights, compute, inputs.tokenizer)
-    config = random_config(inputs.model.architecture, data.load(inputs.tokenizer))
+    config = random_config(inputs.model.architecture, tokenizers.load(inputs.tokenizer))
     return _completed(config, compute, inputs.tokenizer)
 
 
-def config_before(model: Artefact | Source, compute: Compute, tokenizer: data.Tokenizer) -> DecoderConfig:
+def config_before(
+    model: Artefact | Source, compute: Compute, tokenizer: tokenizers.Tokenizer
+) -> DecoderConfig:
     """The config of a given model, or of one that need not exist yet."""
     if isinstance(model, Source):
         return read_config(model, compute, tokenizer)
@@ -266,8 +270,8 @@ def _write(
         folder,
         config,
         host,
-        tokenizer=data.load(artefact.inputs.tokenizer),
-        end_of_turn=data.end_of_turn(artefact.inputs.tokenizer),
+        tokenizer=tokenizers.load(artefact.inputs.tokenizer),
+        end_of_turn=tokenizers.end_of_turn(artefact.inputs.tokenizer),
         readme=readme,
         generation=None if sampling is None else sampling.generation_config(),
     )
@@ -282,7 +286,7 @@ def _base_name(model: Artefact[ModelInputs]) -> str:
     """Where PEFT finds the model: as it was given, if nothing was changed in it."""
     inputs = model.inputs
     given = inputs.weights if inputs.model.init == "pretrained" and inputs.finetune is None else None
-    if given is None or given.path.endswith(".gguf") or data.kept(given, inputs.tokenizer) is not None:
+    if given is None or given.path.endswith(".gguf") or tokenizers.kept(given, inputs.tokenizer) is not None:
         return str(model.path)
     return given.path
 
@@ -293,7 +297,7 @@ def initial_params(inputs: ModelInputs, config: DecoderConfig, placement: Placem
         return load_to_train(inputs.pretrained, placement)
     given = inputs.teacher or (inputs.weights if inputs.model.init == "pretrained" else None)
     if given is not None:
-        tokens = data.kept(given, inputs.tokenizer)
+        tokens = tokenizers.kept(given, inputs.tokenizer)
         path, layers = str(given.path), inputs.model.layers
         return models.load(path, layers=layers, tokens=tokens, put=placement.put)[1]
     assert inputs.seed is not None

@@ -15,7 +15,7 @@ from l2m_jax.curriculum import Difficulty
 from l2m_jax.errors import InputError
 from l2m_jax.evaluation.protocol import Results
 from l2m_jax.multihost import first
-from l2m_jax.run import checks, data, locks, summary
+from l2m_jax.run import checks, data, locks, summary, tokenizers
 from l2m_jax.run.artefacts import Artefact
 from l2m_jax.run.context import Context, start
 from l2m_jax.run.diagnostics import Diagnostics, make_states
@@ -191,7 +191,7 @@ def _resolve(config: Config, workdir: Path, shared: Path, context: Context) -> A
     with checks.full_disk_explained(config, artefacts):
         if isinstance(artefacts.tokenizer, Artefact):
             checks.refuse_changed([artefacts.tokenizer])
-            data.make_tokenizer(artefacts.tokenizer)
+            tokenizers.make_tokenizer(artefacts.tokenizer)
         checks.check_models(config, artefacts)
         with context.phase("data"):
             data.make_corpora(artefacts.all_corpora, config.data.processes)

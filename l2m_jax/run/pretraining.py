@@ -12,7 +12,7 @@ from l2m_jax.losses import ForwardKL, Objective
 from l2m_jax.models import Compute, DecoderConfig, with_dropout
 from l2m_jax.multihost import first
 from l2m_jax.progress import console
-from l2m_jax.run import data
+from l2m_jax.run import sources, tokenizers
 from l2m_jax.run.artefacts import Artefact, Source
 from l2m_jax.run.context import Context
 from l2m_jax.run.models import (
@@ -42,7 +42,7 @@ def pretraining_inputs(
     return PretrainingInputs(
         start=start,
         pretrain=dataclasses.replace(pretrain.relevant, text="", seed=-1),
-        text=None if pretrain.text == SYNTHETIC else data.given(pretrain.text),
+        text=None if pretrain.text == SYNTHETIC else sources.given(pretrain.text),
         teacher=teacher if pretrain.from_teacher else None,
         tokenizer=start.tokenizer,
         seed=seed,
@@ -91,7 +91,7 @@ def make_pretrained(
 def text_examples(inputs: PretrainingInputs) -> TextExamples:
     """The sequences of the text, tokenised in memory. Prints how many there are."""
     documents = synthetic_text(inputs.seed) if inputs.text is None else read_documents(inputs.text.path)
-    tokens = encode_text(documents, data.load(inputs.tokenizer), inputs.pretrain.tokens)
+    tokens = encode_text(documents, tokenizers.load(inputs.tokenizer), inputs.pretrain.tokens)
     console.print(f"  {len(tokens) - 1:,} tokens of text")
     return TextExamples(tokens, inputs.pretrain.sequence_length)
 

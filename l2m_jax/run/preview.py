@@ -11,7 +11,7 @@ import numpy as np
 
 from l2m_jax.config import Config
 from l2m_jax.data.corpus import Corpus
-from l2m_jax.run import data
+from l2m_jax.run import data, tokenizers
 from l2m_jax.run.artefacts import Artefact
 from l2m_jax.run.checks import check_files
 
@@ -41,10 +41,10 @@ class Preview(NamedTuple):
 
     corpora: dict[data.Part, Corpus]
     end_of_response: str
-    tokenizer: data.Tokenizer
+    tokenizer: tokenizers.Tokenizer
 
     def example(self, part: data.Part, i: int) -> Example:
-        corpus, tokenizer = self.corpora[part], data.load(self.tokenizer)
+        corpus, tokenizer = self.corpora[part], tokenizers.load(self.tokenizer)
         tokens, targets = corpus.example_tokens(i), corpus.target_positions(i)
         is_target = np.zeros(len(tokens), bool)
         is_target[targets] = True
@@ -67,12 +67,14 @@ def preview(config: Config) -> Iterator[Preview]:
     check_files(config)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer: data.Tokenizer | None = data.given_tokenizer(config.data, config.teacher.model.path)
+        tokenizer: tokenizers.Tokenizer | None = tokenizers.given_tokenizer(
+            config.data, config.teacher.model.path
+        )
         if tokenizer is None:
             trained = Artefact(
-                data.TokenizerInputs(data.relevant_synthetic(config.data)), folder / "tokenizer"
+                tokenizers.TokenizerInputs(tokenizers.relevant_synthetic(config.data)), folder / "tokenizer"
             )
-            data.make_tokenizer(trained)
+            tokenizers.make_tokenizer(trained)
             tokenizer = trained
         parts = [
             Artefact(data.corpus_inputs(config.data, part, tokenizer, config.world), folder / part)
@@ -80,5 +82,5 @@ def preview(config: Config) -> Iterator[Preview]:
         ]
         made = data.make_corpora(parts, config.data.processes)
         corpora: dict[data.Part, Corpus] = dict(zip(data.PARTS, made, strict=True))
-        end = data.load(tokenizer).decode([data.end_of_response(tokenizer)])
+        end = tokenizers.load(tokenizer).decode([tokenizers.end_of_response(tokenizer)])
         yield Preview(corpora, end, tokenizer)

@@ -15,7 +15,7 @@ from l2m_jax.evaluation.cross_entropy import cross_entropy_by_example
 from l2m_jax.generation import Answer
 from l2m_jax.multihost import every_process, first, share, total
 from l2m_jax.progress import console
-from l2m_jax.run import data, responses
+from l2m_jax.run import data, responses, tokenizers
 from l2m_jax.run.artefacts import Artefact, Source
 from l2m_jax.run.context import Context
 from l2m_jax.run.models import load_frozen
@@ -37,7 +37,7 @@ class RankingInputs:
     model: Artefact | Source
     answers: Artefact[responses.ResponsesInputs]
     train: Artefact
-    tokenizer: data.Tokenizer
+    tokenizer: tokenizers.Tokenizer
     ranking: str
     stages: int
     seed: int | None

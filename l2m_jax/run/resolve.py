@@ -12,7 +12,7 @@ from pathlib import Path
 from l2m_jax import methods
 from l2m_jax.config import Config, Student, Teacher
 from l2m_jax.generation import SamplingRules
-from l2m_jax.run import data
+from l2m_jax.run import data, sources, tokenizers
 from l2m_jax.run.artefacts import Artefact, Source
 from l2m_jax.run.diagnostics import DiagnosticsInputs, diagnostics_artefact
 from l2m_jax.run.distillation import (
@@ -59,7 +59,7 @@ class Artefacts:
         students, evaluations: by name; a student is named after its method.
     """
 
-    tokenizer: data.Tokenizer
+    tokenizer: tokenizers.Tokenizer
     corpora: dict[data.Part, Artefact[data.CorpusInputs]]
     pretrained: dict[str, Artefact[PretrainingInputs]]
     teacher: Artefact[ModelInputs]
@@ -181,19 +181,19 @@ class _Resolver:
         folder = folder_of_world(self.shared, world)
         return Artefact(inputs, folder / "data" / "teacher_train", settings=settings)
 
-    def _tokenizer(self) -> data.Tokenizer:
-        given = data.given_tokenizer(self.config.data, self.config.teacher.model.path)
+    def _tokenizer(self) -> tokenizers.Tokenizer:
+        given = tokenizers.given_tokenizer(self.config.data, self.config.teacher.model.path)
         if given is not None:
             return self._trimmed(given) if self.config.data.trim_vocabulary else given
-        synthetic = data.relevant_synthetic(self.config.data)
-        inputs = data.TokenizerInputs(synthetic)
+        synthetic = tokenizers.relevant_synthetic(self.config.data)
+        inputs = tokenizers.TokenizerInputs(synthetic)
         return Artefact(inputs, self.shared / "data" / "tokenizer", settings={"synthetic": "data.synthetic"})
 
-    def _trimmed(self, whole: Source) -> Artefact[data.TrimmedInputs]:
+    def _trimmed(self, whole: Source) -> Artefact[tokenizers.TrimmedInputs]:
         config = self.config
         pretrained = (config.teacher.pretrain, config.student.pretrain)
         texts = [(p.text, p.tokens) for p in pretrained if p.text]
-        inputs = data.trimmed_inputs(config.data, whole, config.evaluation.sets, texts)
+        inputs = tokenizers.trimmed_inputs(config.data, whole, config.evaluation.sets, texts)
         settings = {
             "whole": "data.tokenizer",
             "least": "data.trim_vocabulary",
@@ -276,14 +276,14 @@ class _Resolver:
         teacher = self.config.teacher
         if not teacher.has_weights:
             return None
-        return self.pretrained.get("teacher") or data.given_model(teacher.model.path)
+        return self.pretrained.get("teacher") or sources.given_model(teacher.model.path)
 
     def _ranking(self) -> Artefact[RankingInputs]:
         c = self.config.curriculum
         rules = self.config.sampling
         if c.ranking_temperature >= 0:
             rules = dataclasses.replace(rules, temperature=c.ranking_temperature)
-        model = data.given_model(c.ranking_model) if c.ranking_model else self.initial
+        model = sources.given_model(c.ranking_model) if c.ranking_model else self.initial
         if rules == self.config.sampling and not c.ranking_rows:
             # The same answers may also be training data.
             name = "ranking_model" if c.ranking_model else "initial_student"

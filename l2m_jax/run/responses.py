@@ -13,7 +13,7 @@ from l2m_jax.models import DecoderConfig
 from l2m_jax.models.settings import Compute
 from l2m_jax.multihost import first
 from l2m_jax.progress import console
-from l2m_jax.run import data
+from l2m_jax.run import data, tokenizers
 from l2m_jax.run.artefacts import Artefact, Source
 from l2m_jax.run.context import Context
 from l2m_jax.run.models import load_frozen, read_config
@@ -30,7 +30,7 @@ class ResponsesInputs:
 
     model: Artefact | Source
     train: Artefact
-    tokenizer: data.Tokenizer
+    tokenizer: tokenizers.Tokenizer
     sampling: SamplingRules
     seed: int
     max_prompt_length: int
@@ -151,7 +151,9 @@ def make_responses(
     if not artefact.is_finished:
         artefact.begin()
         config, params = load_frozen(inputs.model, compute, inputs.tokenizer, context.placement)
-        generator = Generator(config, params, context.placement, data.load(inputs.tokenizer), context.slots)
+        generator = Generator(
+            config, params, context.placement, tokenizers.load(inputs.tokenizer), context.slots
+        )
         prompts, output = _Prompts(train, examples_P), ResponseFile(artefact.path, artefact.key)
         generate_file(generator, prompts, inputs.sampling, [inputs.seed], output, title=title)
         first(artefact.finish)

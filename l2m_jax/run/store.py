@@ -10,7 +10,7 @@ from l2m_jax.errors import InputError
 from l2m_jax.models import DecoderConfig
 from l2m_jax.multihost import first
 from l2m_jax.progress import console
-from l2m_jax.run import data
+from l2m_jax.run import data, tokenizers
 from l2m_jax.run.artefacts import Artefact, Source
 from l2m_jax.run.context import Context
 from l2m_jax.run.models import load_frozen, read_config
@@ -35,7 +35,7 @@ class StoreInputs:
 
     teacher: Artefact
     train: Artefact
-    tokenizer: data.Tokenizer
+    tokenizer: tokenizers.Tokenizer
     dtype: str
     weights: str = field(default="float", metadata={"absent_at_default": True})
     top_k: int = field(default=0, metadata={"absent_at_default": True})
@@ -97,7 +97,7 @@ def import_store(artefact: Artefact[StoreInputs], outputs: Outputs, context: Con
     if store.is_complete and artefact.is_finished:
         console.print(f"  already there: {artefact.path}")
         return
-    kept = data.kept(model, inputs.tokenizer)
+    kept = tokenizers.kept(model, inputs.tokenizer)
     if inputs.top_k and kept is not None:
         raise InputError(
             "config.data.trim_vocabulary: log-probabilities of the whole vocabulary are not those of a trimmed one, which "

@@ -11,7 +11,7 @@ from l2m_jax import models
 from l2m_jax.cli.main import main
 from l2m_jax.config import parse
 from l2m_jax.data.corpus import Corpus
-from l2m_jax.run import data, pipeline
+from l2m_jax.run import pipeline, tokenizers
 from l2m_jax.run.models import read_config
 from l2m_jax.run.resolve import resolve
 from l2m_jax.training.store import TeacherStore
@@ -101,7 +101,7 @@ def test_the_store_has_a_state_for_each_of_these_tokens(finished, masks):
 
 def test_answers_end_with_the_assistants_turn(finished):
     folder, config = finished
-    tokenizer = data.load(resolve(config, folder / "run", folder / "run").tokenizer)
+    tokenizer = tokenizers.load(resolve(config, folder / "run", folder / "run").tokenizer)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert end != tokenizer.eos_token_id
     for model in ("teacher", "student"):
@@ -115,7 +115,7 @@ def test_answers_end_with_the_assistants_turn(finished):
             (True, 50) if model == "student" else (None, None)
         )
     artefacts = resolve(config, folder / "run", folder / "run")
-    assert data.end_of_response(artefacts.tokenizer) == end
+    assert tokenizers.end_of_response(artefacts.tokenizer) == end
     student = read_config(artefacts.initial_student, config.student.compute, artefacts.tokenizer)
     assert student.eos_token_ids == (end, tokenizer.eos_token_id)
 

@@ -8,7 +8,7 @@ from l2m_jax.data import shards
 from l2m_jax.data.encoding import Encoder
 from l2m_jax.data.settings import Data
 from l2m_jax.data.tokenizer import train_tokenizer
-from l2m_jax.run import data
+from l2m_jax.run import data, sources, tokenizers
 from l2m_jax.run.artefacts import Artefact
 
 
@@ -22,12 +22,12 @@ def test_a_mixture_counts_by_weights_and_contents(tmp_path):
     a, b = _rows(tmp_path / "a.jsonl", 3), _rows(tmp_path / "b.jsonl", 4)
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes(a.read_bytes())
-    found = data.given(f"1*{a} + 2*{b}")
-    assert found == data.given(f"1*{copy} + 2.0*{b}")
-    assert found != data.given(f"2*{a} + 2*{b}")
-    assert found != data.given(f"2*{b} + 1*{a}")
+    found = sources.given(f"1*{a} + 2*{b}")
+    assert found == sources.given(f"1*{copy} + 2.0*{b}")
+    assert found != sources.given(f"2*{a} + 2*{b}")
+    assert found != sources.given(f"2*{b} + 1*{a}")
     _rows(b, 4, answer="that")
-    assert found != data.given(f"1*{a} + 2*{b}")
+    assert found != sources.given(f"1*{a} + 2*{b}")
 
 
 def test_the_number_of_processes_is_in_no_key(tmp_path):
@@ -47,7 +47,7 @@ def parts(tmp_path):
     settings = Data(
         train=str(rows), validation_rows=5, test_rows=5, tokenizer=str(tmp_path / "tokenizer"), processes=1
     )
-    tokenizer = data.given_tokenizer(settings, "")
+    tokenizer = tokenizers.given_tokenizer(settings, "")
     return lambda folder: [
         Artefact(data.corpus_inputs(settings, part, tokenizer), tmp_path / folder / part)
         for part in data.PARTS

@@ -127,9 +127,9 @@ def test_training_from_an_imported_store_ends_as_from_a_built_one(given, tmp_pat
 
 def test_a_trimmed_vocabulary_is_that_of_the_rows(given, tmp_path, capsys, monkeypatch):
     """The files have the teacher's own numbers of tokens. Log-probabilities of all of these are refused."""
-    from l2m_jax.run import data
+    from l2m_jax.run import tokenizers
 
-    monkeypatch.setattr(data, "EXTRA_TOKENS", 0)
+    monkeypatch.setattr(tokenizers, "EXTRA_TOKENS", 0)
     trimmed = "--config.data.trim_vocabulary=1"
     ours, theirs = tmp_path / "built", tmp_path / "imported"
     run(given, "store build", ours, trimmed)

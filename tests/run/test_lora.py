@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from l2m_jax.config import change, defaults, parse
 from l2m_jax.errors import InputError
-from l2m_jax.run import checks, data
+from l2m_jax.run import checks, data, tokenizers
 from l2m_jax.run.context import start
 from l2m_jax.run.distillation import make_student, validation_inputs
 from l2m_jax.run.models import make_model
@@ -39,7 +39,7 @@ def _config(tiny, **changes):
 def test_the_student_is_the_base_and_its_adapter(tiny, tmp_path):
     config = _config(tiny)
     artefacts = resolve(config, tmp_path, tmp_path)
-    data.make_tokenizer(artefacts.tokenizer)
+    tokenizers.make_tokenizer(artefacts.tokenizer)
     checks.check_models(config, artefacts)
     data.make_corpora(artefacts.all_corpora)
     context = start(config, tmp_path)
@@ -68,7 +68,7 @@ def test_checkpoints_hold_the_adapters_alone(tiny, tmp_path):
     found = {}
     for config in (whole, adapted):
         artefacts = resolve(config, tmp_path, tmp_path)
-        data.make_tokenizer(artefacts.tokenizer)
+        tokenizers.make_tokenizer(artefacts.tokenizer)
         data.make_corpora([artefacts.corpora["train"]])
         found[config.student.lora.rank] = checks.bytes_needed(config, artefacts)
     name = f"kld{checks.CHECKPOINTS}"
@@ -82,7 +82,7 @@ def test_checkpoints_hold_the_adapters_alone(tiny, tmp_path):
 def test_a_target_that_the_student_lacks_is_refused_before_the_first_phase(tiny, tmp_path):
     config = _config(tiny, **{"student.lora.targets": ("gate",)})
     artefacts = resolve(config, tmp_path, tmp_path)
-    data.make_tokenizer(artefacts.tokenizer)
+    tokenizers.make_tokenizer(artefacts.tokenizer)
     says = r"config\.student\.lora\.targets: the model has no dense layer 'gate'; choose from query, key, value, out"
     with pytest.raises(InputError, match=says):
         checks.check_models(config, artefacts)

@@ -22,7 +22,7 @@ from l2m_jax.curriculum.difficulty import Difficulty, matched_rouge_l
 from l2m_jax.data.corpus import Corpus
 from l2m_jax.data.tokenizer import train_tokenizer
 from l2m_jax.errors import InputError
-from l2m_jax.run import data, locks
+from l2m_jax.run import data, locks, tokenizers
 from l2m_jax.run.artefacts import Artefact
 from l2m_jax.run.context import start
 from l2m_jax.run.distillation import Student
@@ -179,7 +179,7 @@ def test_a_student_is_trained_with_the_dropout_that_is_asked_for(tmp_path, famil
     config = parse(values)
     context = start(config, tmp_path)
     artefacts = resolve(config, tmp_path, tmp_path)
-    data.make_tokenizer(artefacts.tokenizer)
+    tokenizers.make_tokenizer(artefacts.tokenizer)
     data.make_corpora([artefacts.corpora["train"]])
     make_model(artefacts.initial_student, "initial student", config.student.compute, context)
     inputs = artefacts.students["l2m"].inputs

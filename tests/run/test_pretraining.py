@@ -11,7 +11,7 @@ import pytest
 from l2m_jax import models
 from l2m_jax.config import change, parse
 from l2m_jax.errors import InputError
-from l2m_jax.run import checks, data
+from l2m_jax.run import checks, data, tokenizers
 from l2m_jax.run.context import start
 from l2m_jax.run.models import load_frozen, make_model
 from l2m_jax.run.pretraining import make_pretrained, text_examples
@@ -33,7 +33,7 @@ def _config(tiny, **changes):
 
 def _start(config, folder):
     context, artefacts = start(config, folder), resolve(config, folder, folder)
-    data.make_tokenizer(artefacts.tokenizer)
+    tokenizers.make_tokenizer(artefacts.tokenizer)
     data.make_corpora(artefacts.corpora.values())
     return context, artefacts
 

@@ -12,7 +12,7 @@ from l2m_jax import models
 from l2m_jax.config import change, defaults, parse
 from l2m_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from l2m_jax.errors import InputError
-from l2m_jax.run import checks, data
+from l2m_jax.run import checks, tokenizers
 from l2m_jax.run.context import start
 from l2m_jax.run.models import make_model
 from l2m_jax.run.resolve import resolve
@@ -58,7 +58,7 @@ def _config(given, **changes):
 @pytest.fixture(scope="module", autouse=True)
 def no_extra_tokens():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "EXTRA_TOKENS", 0)
+        patch.setattr(tokenizers, "EXTRA_TOKENS", 0)
         yield
 
 
@@ -69,16 +69,16 @@ def made(given, tmp_path_factory):
         given, **{"teacher.pretrain.text": str(given / "text.txt"), "teacher.pretrain.tokens": 4}
     )
     artefacts = resolve(config, folder, folder)
-    data.make_tokenizer(artefacts.tokenizer)
+    tokenizers.make_tokenizer(artefacts.tokenizer)
     return config, artefacts
 
 
 def test_what_is_read_keeps_its_tokens(given, made):
     _, artefacts = made
-    whole, trimmed = load_tokenizer(given / "teacher"), data.load(artefacts.tokenizer)
+    whole, trimmed = load_tokenizer(given / "teacher"), tokenizers.load(artefacts.tokenizer)
     assert len(trimmed) < len(whole) - 10
-    kept = data.kept(artefacts.pretrained["teacher"].inputs.start.weights, artefacts.tokenizer)
-    assert data.kept(artefacts.teacher, artefacts.tokenizer) is None
+    kept = tokenizers.kept(artefacts.pretrained["teacher"].inputs.start.weights, artefacts.tokenizer)
+    assert tokenizers.kept(artefacts.teacher, artefacts.tokenizer) is None
     for word in WORDS[:7]:
         text = f"say {word}\nit is {word}"
         assert kept[trimmed.encode(text)].tolist() == whole.encode(text)
@@ -88,7 +88,7 @@ def test_what_is_read_keeps_its_tokens(given, made):
 def test_the_initial_student_is_a_folder_with_the_logits_of_the_kept_tokens(given, tmp_path):
     config = _config(given)
     artefacts = resolve(config, tmp_path, tmp_path)
-    data.make_tokenizer(artefacts.tokenizer)
+    tokenizers.make_tokenizer(artefacts.tokenizer)
     checks.check_models(config, artefacts)
     context = start(config, tmp_path)
     make_model(artefacts.teacher, "teacher", context.teacher, context)
@@ -138,7 +138,7 @@ def test_a_student_with_another_vocabulary_is_refused(given, tmp_path):
     student = {"init": "pretrained", "layers": (), "path": str(tmp_path / "other")}
     config = _config(given, **{f"student.model.{name}": value for name, value in student.items()})
     artefacts = resolve(config, tmp_path, tmp_path)
-    data.make_tokenizer(artefacts.tokenizer)
+    tokenizers.make_tokenizer(artefacts.tokenizer)
     with pytest.raises(InputError, match=r"config\.student\.model\.path: .*other ids"):
         checks.check_models(config, artefacts)
 
