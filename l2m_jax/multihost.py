@@ -7,7 +7,6 @@ written (is this artefact finished?). `first` does both.
 import itertools
 import json
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -83,7 +82,7 @@ def start(devices: Devices) -> None:
     gives_up = threading.Timer(devices.timeout, _give_up, (address, devices.timeout))
     gives_up.daemon = True
     gives_up.start()
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `preemption`
     silence = min(devices.timeout, _SILENCE)
     try:
         jax.distributed.initialize(
@@ -106,8 +105,6 @@ def start(devices: Devices) -> None:
         ) from error
     finally:
         gives_up.cancel()
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)  # JAX's preemption service has replaced it
     console.quiet = jax.process_index() != 0
     console.print(f"{jax.process_count()} processes, {jax.device_count()} × {jax.devices()[0].device_kind}")
 
