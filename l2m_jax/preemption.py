@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
@@ -48,7 +48,8 @@ _over = threading.Event()  # ends the follower
 def handled() -> Iterator[None]:
     """SIGTERM and SIGINT raise `Preempted` within the block, or are noted within `deferred`.
 
-    A second signal ends the process immediately. Outside the main thread, signals keep their handlers.
+    A second signal ends the process immediately. Outside the main thread, signals keep their handlers. An exception that
+    follows from the end of another process after a signal ends this one as that signal does.
     """
     global _noted, _raised
     if threading.current_thread() is not threading.main_thread():
@@ -59,6 +60,11 @@ def handled() -> Iterator[None]:
     _over.clear()
     try:
         yield
+    except Exception:
+        # A process that ends closes its connections, which may fail here before the follower has looked.
+        if _follower is not None and (name := _stopped_by()) is not None:
+            _end_after(name)
+        raise
     finally:
         _over.set()
         if _follower is not None:
@@ -172,17 +178,24 @@ def follow() -> None:
 
 
 def _follow() -> None:
+    while not _over.wait(_SECONDS_BETWEEN_LOOKS):
+        if (name := _stopped_by()) is not None:
+            _end_after(name)
+
+
+def _stopped_by() -> str | None:
+    """The name of the signal with which another process has called `end_others`."""
+    return _value_of(_STOP_NOW)
+
+
+def _end_after(name: str) -> NoReturn:
+    """Ends this process after a signal in another one."""
     import jax
 
-    while not _over.wait(_SECONDS_BETWEEN_LOOKS):
-        try:
-            name = _key_value_store().key_value_try_get(_STOP_NOW)
-        except jax.errors.JaxRuntimeError:  # no such key
-            continue
-        print(f"{name} in another process: run the same command again to resume", file=sys.stderr, flush=True)
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            _leave()
-        os._exit(EXIT_STATUS)
+    print(f"{name} in another process: run the same command again to resume", file=sys.stderr, flush=True)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _leave()
+    os._exit(EXIT_STATUS)
 
 
 def _leave() -> None:
@@ -197,10 +210,15 @@ def _leave() -> None:
 
 
 def _agreed_step() -> int | None:
+    found = _value_of(_STOP)
+    return None if found is None else int(found)
+
+
+def _value_of(key: str) -> str | None:
     import jax
 
     try:
-        return int(_key_value_store().key_value_try_get(_STOP))
+        return _key_value_store().key_value_try_get(key)
     except jax.errors.JaxRuntimeError:  # no such key
         return None
 

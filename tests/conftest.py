@@ -146,10 +146,11 @@ if __name__ == "__main__":
 def in_two_processes(tmp_path):
     """A function that calls another one, a module's own, in two processes of one run, and returns both values.
 
-    Each process has two devices. The function's argument is a folder; its value goes through JSON.
+    Each process has two devices. The function's argument is a folder; its value goes through JSON. With another status
+    than 0, which both must end with, what they say is returned.
     """
 
-    def call(function: Callable[[Path], Any], argument: Path) -> list[Any]:
+    def call(function: Callable[[Path], Any], argument: Path, status: int = 0) -> list[Any]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -169,7 +170,9 @@ def in_two_processes(tmp_path):
             for rank in range(2)
         ]
         said = [process.communicate(timeout=300) for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], said
+        assert [process.returncode for process in processes] == [status, status], said
+        if status:
+            return [errors for _, errors in said]
         return [json.loads(out.splitlines()[-1]) for out, _ in said]
 
     return call

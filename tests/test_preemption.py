@@ -1,13 +1,17 @@
 """Signals reach the run wherever it is. What training and whole runs do then is in tests/run and tests/reliability."""
 
+import argparse
 import gc
 import os
 import signal
 import time
 
+import jax
+import numpy as np
 import pytest
 
 from l2m_jax import preemption
+from l2m_jax.cli import common
 
 
 class _Finalised:
@@ -49,3 +53,26 @@ def test_a_signal_within_a_finaliser_is_raised_after_it():
         finalised = _Finalised()
         del finalised
         _wait()
+
+
+def gather_until_one_is_asked_to_end(_folder) -> None:
+    """A command in one of two processes: the second is asked to end while the first waits for it."""
+    from jax.experimental import multihost_utils
+
+    def command(_options: argparse.Namespace) -> None:
+        preemption.follow()
+        multihost_utils.process_allgather(np.zeros(1, np.int32))
+        if jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        multihost_utils.process_allgather(np.zeros(2, np.int32))
+
+    preemption._SECONDS_BETWEEN_LOOKS = 60.0  # so that the broken connection is noticed first
+    common.run(common.Parser("train", "A test."), command, [])
+
+
+def test_a_connection_that_a_signal_has_closed_ends_the_other_process_as_the_signal_does(
+    in_two_processes, tmp_path
+):
+    waiting, asked = in_two_processes(gather_until_one_is_asked_to_end, tmp_path, preemption.EXIT_STATUS)
+    assert "SIGTERM in another process: run the same command again" in waiting
+    assert "Traceback" not in waiting and "ended by a signal" in asked
