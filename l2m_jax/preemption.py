@@ -7,7 +7,6 @@ results are kept as they come (generation, the teacher store) ends at once.
 # jax takes seconds to import, and signals are handled from the start, so it is imported where it is needed.
 
 import contextlib
-import gc
 import os
 import signal
 import sys
@@ -42,6 +41,7 @@ _noted_at = 0.0
 _raised = False  # whether the signal was raised at once, in this process only
 _follower: threading.Thread | None = None
 _over = threading.Event()  # ends the follower
+_hook_before = sys.unraisablehook
 
 
 @contextlib.contextmanager
@@ -51,11 +51,12 @@ def handled() -> Iterator[None]:
     A second signal ends the process immediately. Outside the main thread, signals keep their handlers. An exception that
     follows from the end of another process after a signal ends this one as that signal does.
     """
-    global _noted, _raised
+    global _noted, _raised, _hook_before
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.signal(number, _on_signal) for number in _SIGNALS}
+    _hook_before, sys.unraisablehook = sys.unraisablehook, _on_ignored
     _noted, _raised = None, False
     _over.clear()
     try:
@@ -70,15 +71,13 @@ def handled() -> Iterator[None]:
         if _follower is not None:
             # A thread that Python ends within a call of the coordination service would abort the process.
             _follower.join()
+        sys.unraisablehook = _hook_before
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
     global _noted, _noted_at, _raised
-    if not _deferred and _exceptions_are_ignored(frame):
-        threading.Timer(_AGAIN, os.kill, (os.getpid(), number)).start()
-        return
     if _noted is not None:
         if time.monotonic() - _noted_at < _SAME:
             return
@@ -90,14 +89,15 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     print(f"\n{_noted}: the run saves and ends after this step", file=sys.stderr, flush=True)
 
 
-def _exceptions_are_ignored(frame: FrameType | None) -> bool:
-    """Whether the main thread is in a finaliser, or in a callback of the garbage collector, such as jax has one."""
-    callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
-    while frame is not None:
-        if frame.f_code.co_name == "__del__" or frame.f_code in callbacks:
-            return True
-        frame = frame.f_back
-    return False
+def _on_ignored(ignored: "sys.UnraisableHookArgs") -> None:
+    """Sends a signal again that came where Python ignores exceptions: in finalisers and callbacks, such as jax has them."""
+    global _noted, _raised
+    if not isinstance(ignored.exc_value, Preempted):
+        _hook_before(ignored)
+        return
+    number = signal.Signals[str(ignored.exc_value)]
+    _noted, _raised = None, False
+    threading.Timer(_AGAIN, os.kill, (os.getpid(), number)).start()
 
 
 @contextlib.contextmanager

@@ -4,7 +4,9 @@ import argparse
 import gc
 import os
 import signal
+import sys
 import time
+import weakref
 
 import jax
 import numpy as np
@@ -53,6 +55,25 @@ def test_a_signal_within_a_finaliser_is_raised_after_it():
         finalised = _Finalised()
         del finalised
         _wait()
+
+
+def test_a_signal_within_the_callback_of_a_weak_reference_is_raised_after_it():
+    with pytest.raises(preemption.Preempted, match="SIGTERM"), preemption.handled():
+        referred = {1}
+        reference = weakref.ref(referred, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        del referred
+        assert reference() is None
+        _wait()
+
+
+def test_other_exceptions_that_are_ignored_are_reported_as_before(monkeypatch):
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda ignored: reported.append(ignored.exc_type))
+    with preemption.handled():
+        referred = {1}
+        reference = weakref.ref(referred, lambda _: 1 / 0)
+        del referred
+    assert reference() is None and reported == [ZeroDivisionError]
 
 
 def gather_until_one_is_asked_to_end(_folder) -> None:
