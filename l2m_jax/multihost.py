@@ -219,9 +219,8 @@ def total(values: np.ndarray) -> np.ndarray:
     summed = np.empty_like(values)
     for start in range(0, len(values), _ADDED_TOGETHER):
         part = slice(start, start + _ADDED_TOGETHER)
-        gathered = multihost_utils.process_allgather(
-            values[part].view(np.uint32)
-        )  # JAX's arrays have no float64
+        # As pairs of uint32: JAX would round float64.
+        gathered = multihost_utils.process_allgather(values[part].view(np.uint32))
         summed[part] = np.ascontiguousarray(gathered).view(np.float64).sum(0)
     return summed
 

@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any, NoReturn
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
@@ -76,7 +75,7 @@ def handled() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _on_signal(number: int, frame: FrameType | None) -> None:
+def _on_signal(number: int, _) -> None:
     global _noted, _noted_at, _raised
     if _noted is not None:
         if time.monotonic() - _noted_at < _SAME:
