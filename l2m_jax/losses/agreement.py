@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from l2m_jax.losses.chunks import Inputs, logits, over_chunks, put_tokens, take_chunk
+from l2m_jax.losses.chunks import Inputs, over_chunks, put_tokens, take_chunk
 from l2m_jax.losses.distillation import Objective
 from l2m_jax.losses.divergences import cross_entropy, forward_kl
 from l2m_jax.losses.fused import DEFAULT_CHUNK_SIZE, prepare
+from l2m_jax.products import project
 
 TOP = 10
 
@@ -94,8 +95,8 @@ def fused_token_agreement(
     def body(start: jax.Array, size: int, done: Agreement) -> Agreement:
         chunk = take_chunk(inputs, start, size)
         assert chunk.teacher_hidden is not None
-        student_logits = logits(chunk.student_hidden, head_VxE)[..., :valid_vocab_size]
-        teacher_logits = logits(chunk.teacher_hidden, teacher_head_UxF)[..., :valid_vocab_size]
+        student_logits = project(chunk.student_hidden, head_VxE)[..., :valid_vocab_size]
+        teacher_logits = project(chunk.teacher_hidden, teacher_head_UxF)[..., :valid_vocab_size]
         found = agreement(student_logits, teacher_logits, chunk.labels)
         counted = [jnp.where(chunk.weights != 0, values, 0) for values in found]
         return Agreement(*(put_tokens(*pair, start, axis) for pair in zip(done, counted, strict=True)))

@@ -12,6 +12,7 @@ from jax import lax
 from l2m_jax.losses import divergences
 from l2m_jax.losses.distillation import FIXED, Coefficients, Objective, combine, scaled_divergence, zeroed
 from l2m_jax.losses.top_k import TopK
+from l2m_jax.products import project
 
 Carry = TypeVar("Carry")
 
@@ -112,10 +113,6 @@ def take_chunk(inputs: Inputs, start: jax.Array, size: int) -> Inputs:
     )
 
 
-def logits(hidden: jax.Array, head_VxE: jax.Array) -> jax.Array:
-    return jnp.einsum("...e,ve->...v", hidden, head_VxE, preferred_element_type=jnp.float32)
-
-
 class ChunkResult(NamedTuple):
     student_logits: jax.Array  # [..., C, V]; with `gradient`, replaced by weight · d loss / d logits
     cross_entropy: jax.Array  # [..., C]
@@ -123,10 +120,10 @@ class ChunkResult(NamedTuple):
 
 
 def chunk_result(static: Static, chunk: Inputs, head_VxE: jax.Array, gradient: bool) -> ChunkResult:
-    student_logits = logits(chunk.student_hidden, head_VxE)
+    student_logits = project(chunk.student_hidden, head_VxE)
     teacher_logits: jax.Array | TopK | None = chunk.teacher_top_k
     if chunk.teacher_hidden is not None and chunk.teacher_head_UxF is not None:
-        teacher_logits = logits(chunk.teacher_hidden, chunk.teacher_head_UxF)
+        teacher_logits = project(chunk.teacher_hidden, chunk.teacher_head_UxF)
 
     def in_blocks_of(limit: int):
         size = max(n for n in range(1, limit + 1) if chunk.labels.shape[-1] % n == 0)

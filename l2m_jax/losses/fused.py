@@ -20,13 +20,13 @@ from l2m_jax.losses.chunks import (
     Static,
     choose_chunk_size,
     chunk_result,
-    logits,
     over_chunks,
     put_tokens,
     take_chunk,
 )
 from l2m_jax.losses.distillation import FIXED, Coefficients, Objective, combine, mean
 from l2m_jax.losses.top_k import TopK, top_k
+from l2m_jax.products import dense, head_gradient, project
 
 DEFAULT_CHUNK_SIZE = 512
 
@@ -182,7 +182,7 @@ def fused_top_k(
 
     def body(start: jax.Array, size: int, done: TopK) -> TopK:
         chunk = take_chunk(inputs, start, size)
-        found = top_k(logits(chunk.student_hidden, head_VxE)[..., : static.vocab_size], k)
+        found = top_k(project(chunk.student_hidden, head_VxE)[..., : static.vocab_size], k)
         return jax.tree.map(lambda x, part: put_tokens(x, part, start, axis), done, found)
 
     zeros = TopK(
@@ -298,7 +298,6 @@ def _loss_sums(static: Static, inputs: Inputs) -> LossSums:
 
 def _loss_sums_forward(static: Static, inputs: Inputs):
     axis = inputs.labels.ndim - 1
-    token_axes = tuple(range(inputs.labels.ndim))
     dtype = inputs.student_hidden.dtype
     head_VxE = inputs.student_head_VxE.astype(dtype)
 
@@ -307,19 +306,12 @@ def _loss_sums_forward(static: Static, inputs: Inputs):
         chunk = take_chunk(inputs, start, size)
         result = chunk_result(static, chunk, head_VxE, gradient=True)
         logits_gradient = result.student_logits.astype(dtype)
-        chunk_gradient = jnp.einsum(
-            "...v,ve->...e", logits_gradient, head_VxE, preferred_element_type=jnp.float32
-        )
-        chunk_head_gradient_VxE = jnp.tensordot(
-            logits_gradient,
-            chunk.student_hidden,
-            axes=(token_axes, token_axes),
-            preferred_element_type=jnp.float32,
-        )
+        chunk_gradient = dense(logits_gradient, head_VxE)
+        chunk_head_gradient_VxE = head_gradient(logits_gradient, chunk.student_hidden)
         return (
             put_tokens(cross_entropy, result.cross_entropy, start, axis),
             put_tokens(divergence, result.divergence, start, axis),
-            put_tokens(hidden_gradient, chunk_gradient.astype(dtype), start, axis),
+            put_tokens(hidden_gradient, chunk_gradient, start, axis),
             head_gradient_VxE + chunk_head_gradient_VxE,
         )
 

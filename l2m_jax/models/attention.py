@@ -1,6 +1,5 @@
 """Attention over packed rows and over a KV cache, and rotary positions."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from jax.extend import backend
 
 from l2m_jax.models.architecture import DecoderConfig, Rope
 from l2m_jax.parallel import split_rows
+from l2m_jax.products import product
 
 # Queries per block: small enough to skip most of the scores above the diagonal, with a limit on the number of blocks
 # that keeps compile time short.
@@ -154,41 +154,17 @@ def _in_blocks(
         allowed = allowed[None, None, None]
         if mask_Bx1xLxL is not None:
             allowed = allowed & mask_Bx1xLxL[:, :, None, start:end, :end]
-        scores: Any = _product("BKGQD,BKSD->BKGQS", query[..., start:end, :], key[:, :, :end])
+        scores: Any = product("BKGQD,BKSD->BKGQS", query[..., start:end, :], key[:, :, :end])
         scores = _scale(config) * scores + jnp.where(allowed, 0.0, _MASKED)
         exp_scores = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True)))
         normalizer = jnp.sum(exp_scores, -1, keepdims=True)
         if dropout is not None:
             exp_scores = dropout(exp_scores)
-        attended: Any = _product("BKGQS,BKSD->BKGQD", exp_scores.astype(value.dtype), value[:, :, :end])
+        attended: Any = product("BKGQS,BKSD->BKGQD", exp_scores.astype(value.dtype), value[:, :, :end])
         return (attended / normalizer).astype(value.dtype)
 
     blocks = [block(start, min(start + size, L)) for start in range(0, L, size)]
     return jnp.concatenate(blocks, -2).transpose(0, 3, 1, 2, 4).reshape(B, L, H, D)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    """The float32 product of two arrays of one dtype, in which the backward pass multiplies as well.
-
-    JAX would transpose it into float32 products, at a fraction of the speed, because the gradient is float32.
-    """
-    return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
-
-
-def _product_forward(subscripts: str, left: jax.Array, right: jax.Array):
-    return _product(subscripts, left, right), (left, right)
-
-
-def _product_backward(subscripts: str, operands: tuple[jax.Array, jax.Array], gradient: jax.Array):
-    left, right = operands
-    gradient = gradient.astype(left.dtype)
-    of_left = jax.linear_transpose(lambda left: jnp.einsum(subscripts, left, right), left)(gradient)
-    of_right = jax.linear_transpose(lambda right: jnp.einsum(subscripts, left, right), right)(gradient)
-    return *of_left, *of_right
-
-
-_product.defvjp(_product_forward, _product_backward)
 
 
 def cached(
@@ -206,13 +182,13 @@ def cached(
         keys = cache.key_BxKxSxD.at[rows_B, :, positions_B].set(key_Bx1xKxD[:, 0])
         values = cache.value_BxKxSxD.at[rows_B, :, positions_B].set(value_Bx1xKxD[:, 0])
         query = query_Bx1xHxD.reshape(B, K, H // K, D)
-        scores = jnp.einsum("BKGD,BKSD->BKGS", query, keys, preferred_element_type=jnp.float32)
+        scores = product("BKGD,BKSD->BKGS", query, keys)
         visible = jnp.arange(S)[None] <= positions_B[:, None]
         if window is not None:
             visible &= positions_B[:, None] - jnp.arange(S)[None] < window
         scores = jnp.where(visible[:, None, None], scores * _scale(config), jnp.finfo(jnp.float32).min)
         probabilities = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-        attended = jnp.einsum("BKGS,BKSD->BKGD", probabilities, values)
+        attended = product("BKGS,BKSD->BKGD", probabilities, values).astype(values.dtype)
         return attended.reshape(B, 1, H, D), LayerCache(keys, values)
 
     return attend

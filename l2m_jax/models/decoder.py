@@ -17,6 +17,7 @@ from l2m_jax.errors import InputError
 from l2m_jax.models.architecture import DecoderConfig, LayerKind
 from l2m_jax.models.attention import LayerCache, cached, causal, layer_angles, rope_angles
 from l2m_jax.models.layers import Block, Embeddings, Output
+from l2m_jax.products import project
 from l2m_jax.types import Params
 
 # Up to this many layers are unrolled: the program is still small, and stacked parameters need no slicing.
@@ -119,7 +120,7 @@ def logits(
 def apply_head(config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """[..., E] -> logits [..., V] in float32, -inf for padding of the vocabulary."""
     head_VxE = head(config, params).astype(config.dtype)
-    result = jnp.einsum("...E,VE->...V", hidden, head_VxE, preferred_element_type=jnp.float32)
+    result = project(hidden, head_VxE)
     if config.valid_vocab_size == config.vocab_size:
         return result
     is_token = (jnp.arange(config.vocab_size) < config.valid_vocab_size).reshape(

@@ -8,6 +8,7 @@ from l2m_jax.models.activations import ACTIVATIONS
 from l2m_jax.models.architecture import DecoderConfig
 from l2m_jax.models.attention import rotate
 from l2m_jax.parallel import split_rows
+from l2m_jax.products import dense
 
 
 class Norm(nn.Module):
@@ -53,12 +54,12 @@ class Dense(nn.Module):
         kernel = self.param(
             "kernel", nn.initializers.normal(self.init_std), (width, self.features), param_dtype
         )
-        y = x @ kernel.astype(c.dtype)
+        y = dense(x, kernel.astype(c.dtype))
         if self.has_variable("params", "kernel_scale"):
             y = y * jnp.broadcast_to(self._beside("kernel_scale").astype(c.dtype), y.shape)
         if self.has_variable("params", "lora_a"):
             b = self._beside("lora_scale") * self._beside("lora_b").astype(jnp.float32)
-            y = y + (x @ self._beside("lora_a").astype(c.dtype)) @ b.astype(c.dtype)
+            y = y + dense(dense(x, self._beside("lora_a").astype(c.dtype)), b.astype(c.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), param_dtype)
             y = y + jnp.broadcast_to(bias.astype(c.dtype), y.shape)
