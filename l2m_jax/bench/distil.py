@@ -4,6 +4,7 @@ A process of its own, as the peers' sides are, so that its peak memory is its ow
 (`workload.Request`) and prints one JSON line.
 """
 
+import dataclasses
 import json
 import sys
 import tempfile
@@ -102,6 +103,7 @@ def _store(
     folder: Path, placement: Placement, request: Request, corpus: _Corpus
 ) -> tuple[TeacherStore, float]:
     config, params = models.load(request.teacher, put=placement.put)
+    config = dataclasses.replace(config, dtype=request.dtype)
     hidden = placement.map(step.hidden_pass)
 
     def build(name: str) -> TeacherStore:
@@ -120,8 +122,9 @@ class _Pair:
 
     def __init__(self, request: Request, placement: Placement, corpus: _Corpus, store: TeacherStore):
         self._request, self._placement, self._corpus, self._store = request, placement, corpus, store
-        self.student, params = models.load(request.student, put=placement.put)
-        self.teacher = models.read_config(request.teacher)
+        student, params = models.load(request.student, put=placement.put)
+        self.student = dataclasses.replace(student, dtype=request.dtype)
+        self.teacher = dataclasses.replace(models.read_config(request.teacher), dtype=request.dtype)
         self._settings = StepSettings(self.student, self.teacher, self.student.valid_vocab_size)
         self._objective = Objective(ForwardKL())  # KL(teacher‖student)
         self._signal = Teacher(models.load_head(request.teacher, dtype="float32", put=placement.put))

@@ -35,6 +35,7 @@ class Request:
         tokens: prompt and response of each example, `prompt_lengths` of them the prompt's.
         batches: the examples of each batch, in order.
         eos: also what rows are padded with.
+        dtype: of our products; sums and weights are float32.
     """
 
     student: str
@@ -44,6 +45,7 @@ class Request:
     batches: list[list[int]]
     learning_rate: float
     eos: int
+    dtype: str = "float32"
 
     def write(self, file: Path) -> None:
         file.write_text(json.dumps(asdict(self)))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -10,11 +11,12 @@ from l2m_jax import models
 from l2m_jax.bench import distil
 
 
-def test_losses_are_those_of_plain_padded_training(work, monkeypatch):
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
+def test_losses_are_those_of_plain_padded_training(work, monkeypatch, dtype, tolerance):
     request, _ = work
     monkeypatch.setattr(distil, "matmul_rate", lambda: 1e9)
-    result = distil.run(request)
-    assert result["losses"] == pytest.approx(_plain_losses(request), rel=1e-4)
+    result = distil.run(dataclasses.replace(request, dtype=dtype))
+    assert result["losses"] == pytest.approx(_plain_losses(request), rel=tolerance)
     assert len(result["step_seconds"]) == 2 and min(result["step_seconds"]) > 0
     parts = {part["part"]: part for part in result["parts"]}
     assert parts["step"]["gflop_a_batch"] == pytest.approx(
