@@ -73,7 +73,9 @@ class Model:
 class Compute:
     """How a model is computed: changes its cost and rounding only."""
 
-    dtype: str = "auto"  # of products: "float32", "bfloat16", or "auto": bfloat16 on GPU and TPU, float32 on CPU
+    dtype: str = (
+        "auto"  # of products: "float32", "bfloat16", or "auto": bfloat16 on GPU and TPU, float32 on CPU
+    )
     remat: str = (
         "none"  # what the backward pass recomputes: "none", "block", or "dots" (all but matrix products)
     )

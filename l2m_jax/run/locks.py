@@ -41,6 +41,8 @@ def held(folder: Path, *, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
+        if lock.lock_counter == 1:  # the next to wait must not be told of this process
+            (folder / _OWNER).unlink(missing_ok=True)
         lock.release()
 
 

@@ -50,7 +50,7 @@ def run(config: Config, workdir: str | Path, shared: str | Path | None = None) -
     workdir, shared = Path(workdir), Path(shared or workdir)
     context = _start(config, workdir)
     with locks.held(workdir), contextlib.ExitStack() as tracked:
-        with _sharing(shared, workdir):
+        with _sharing(config, workdir, shared):
             artefacts = _resolve(config, workdir, shared, context)
             tracked.enter_context(context.metrics.tracked(config.tracking, to_dict(config)))
             with checks.full_disk_explained(config, artefacts):
@@ -83,7 +83,7 @@ def _run(
             if artefacts.diagnostics is not None and not student.is_finished:
                 diagnostics = Diagnostics(artefacts.diagnostics, artefacts.ranking, context)
             make_student(student, phase, monitored, readme, context, diagnostics)
-    with _sharing(shared, workdir):
+    with _sharing(config, workdir, shared):
         results = _evaluate(artefacts, context, _BEFORE)
     results |= _evaluate(artefacts, context, artefacts.students)
     write_summary(workdir, results, {name: artefacts.evaluations[name].path for name in results})
@@ -95,14 +95,19 @@ def _run(
     return results
 
 
-@contextlib.contextmanager
-def _sharing(shared: Path, workdir: Path) -> Iterator[None]:
-    """Waits for other runs that make what is shared; several may read it at the same time."""
+def _sharing(config: Config, workdir: Path, shared: Path) -> contextlib.AbstractContextManager[None]:
     if shared == workdir:
-        yield
-        return
-    with locks.held(shared, wait=True):
-        yield
+        return contextlib.nullcontext()
+    return _held_unless_finished(shared, resolve(config, workdir, shared).common)
+
+
+def _held_unless_finished(
+    shared: Path, needed: Iterable[Artefact]
+) -> contextlib.AbstractContextManager[None]:
+    """Waits for other runs that make what is shared. Where all that is needed is there, reading it takes no lock."""
+    if all(artefact.is_finished for artefact in needed):
+        return contextlib.nullcontext()
+    return locks.held(shared, wait=True)
 
 
 def prepare(config: Config, shared: str | Path) -> dict[str, Results]:
@@ -176,7 +181,7 @@ def check(config: Config, shared: str | Path) -> Path:
     shared = Path(shared)
     folder = folder_of_world(shared, config.world)
     context = _start(config, folder)
-    with locks.held(shared, wait=True):
+    with _held_unless_finished(shared, resolve(config, folder, shared).all_corpora):
         return _resolve(config, folder, shared, context).corpora["train"].path
 
 

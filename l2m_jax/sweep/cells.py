@@ -133,14 +133,13 @@ def prepare(cells: Sequence[Cell], workdir: Path) -> None:
         InputError: as `pipeline.prepare`.
     """
     shared = workdir / _SHARED
-    with locks.held(shared, wait=True):
-        for config in _common(cells):
-            common = resolve(config, shared, shared).common
-            if not all(artefact.is_finished for artefact in common):
-                console.rule(
-                    f"shared by all runs{f' of world {config.world}' * (config.world > 0)}", characters="═"
-                )
-                pipeline.prepare(config, shared)
+    for config in _common(cells):
+        common = resolve(config, shared, shared).common
+        if not all(artefact.is_finished for artefact in common):
+            console.rule(
+                f"shared by all runs{f' of world {config.world}' * (config.world > 0)}", characters="═"
+            )
+            pipeline.prepare(config, shared)
 
 
 def _common(cells: Sequence[Cell]) -> Iterator[Config]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from l2m_jax.run import locks
+
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
     "--config.data.synthetic.train=32",
@@ -76,6 +78,15 @@ def test_the_table_is_that_of_the_runs(finished):
     assert float(lines[4].split(",")[1]) == pytest.approx(expected)
 
 
+def test_a_run_whose_shared_parts_are_there_waits_for_nobody(finished):
+    """Another process may make those of another world meanwhile."""
+    (finished / "kld/seed1/result.json").unlink()
+    with locks.held(finished / "shared"):
+        done = sweep(finished.parent, "--config.training.learning_rate=0.01", "--task=3")
+    assert done.returncode == 0 and "waiting for" not in done.stdout
+    assert (finished / "kld/seed1/result.json").is_file()
+
+
 def test_a_finished_array_task_trains_nothing(finished):
     metrics = finished / "kld/seed1/metrics.jsonl"
     before = metrics.stat().st_mtime_ns
@@ -100,9 +111,7 @@ def test_a_finished_array_task_trains_nothing(finished):
 )
 def test_a_sweep_with_other_settings_leaves_what_is_there(finished, flags, status, said):
     def content():
-        owners = ".lock_owner.json"  # of the latest lock
-        found = (file for file in finished.rglob("*") if file.is_file() and file.name != owners)
-        return {file: file.read_bytes() for file in found}
+        return {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()}
 
     before = content()
     done = sweep(finished.parent, *flags)

@@ -33,6 +33,7 @@ def test_a_lock_is_refused_while_its_process_lives_and_free_once_it_is_killed(tm
         other.wait()
     with locks.held(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".lock_owner.json").read_text()
+    assert not (tmp_path / ".lock_owner.json").exists()
 
 
 def test_a_process_may_hold_a_folder_twice_and_the_outer_block_keeps_it(tmp_path):

@@ -277,7 +277,7 @@ def test_a_second_run_in_a_folder_is_refused_with_the_name_of_the_first(tmp_path
         done = _run(tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"in use by process {os.getpid()} on {socket.gethostname()} since 2" in done.stderr
-    assert sorted(os.listdir(tmp_path / "run")) == [".lock", ".lock_owner.json"]
+    assert os.listdir(tmp_path / "run") == [".lock"]
 
 
 @pytest.mark.parametrize(
