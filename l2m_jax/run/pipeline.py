@@ -6,7 +6,7 @@ Each makes an artefact that is identified by its inputs, and is skipped if that 
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from l2m_jax import files
