@@ -6,13 +6,13 @@ computes others at the rate of float32 or below, so this module brings them into
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
     """The float32 product of two arrays of one dtype, whose backward pass multiplies in that dtype as well.
 
@@ -21,11 +21,17 @@ def product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
     Args:
         subscripts: as of `einsum`, with a single letter for each axis; an axis is summed over if both operands have it.
     """
+    result: Any = _product(subscripts, left, right)
+    return result
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
     return _float32_product(subscripts, left, right)
 
 
 def _product_forward(subscripts: str, left: jax.Array, right: jax.Array):
-    return product(subscripts, left, right), (left, right)
+    return _product(subscripts, left, right), (left, right)
 
 
 def _product_backward(subscripts: str, operands: tuple[jax.Array, jax.Array], gradient: jax.Array):
@@ -38,7 +44,7 @@ def _product_backward(subscripts: str, operands: tuple[jax.Array, jax.Array], gr
     )
 
 
-product.defvjp(_product_forward, _product_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
 def dense(x: jax.Array, kernel_IxO: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Attention over packed rows and over a KV cache, and rotary positions."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -154,13 +154,13 @@ def _in_blocks(
         allowed = allowed[None, None, None]
         if mask_Bx1xLxL is not None:
             allowed = allowed & mask_Bx1xLxL[:, :, None, start:end, :end]
-        scores: Any = product("BKGQD,BKSD->BKGQS", query[..., start:end, :], key[:, :, :end])
+        scores = product("BKGQD,BKSD->BKGQS", query[..., start:end, :], key[:, :, :end])
         scores = _scale(config) * scores + jnp.where(allowed, 0.0, _MASKED)
         exp_scores = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True)))
         normalizer = jnp.sum(exp_scores, -1, keepdims=True)
         if dropout is not None:
             exp_scores = dropout(exp_scores)
-        attended: Any = product("BKGQS,BKSD->BKGQD", exp_scores.astype(value.dtype), value[:, :, :end])
+        attended = product("BKGQS,BKSD->BKGQD", exp_scores.astype(value.dtype), value[:, :, :end])
         return (attended / normalizer).astype(value.dtype)
 
     blocks = [block(start, min(start + size, L)) for start in range(0, L, size)]

@@ -148,7 +148,7 @@ def build_store(
     """
     workdir, shared = Path(workdir), Path(shared or workdir)
     context = _start(config, workdir)
-    with locks.held(workdir), _sharing(shared, workdir):
+    with locks.held(workdir), _sharing(config, workdir, shared):
         artefacts = _resolve(config, workdir, shared, context)
         if artefacts.store is None:
             raise InputError(
