@@ -1,8 +1,9 @@
 """Experiment M: SmolLM2-135M, tuned on Dolly, distilled into six of its own layers.
 
 The student is made of the teacher's layers, healed on plain text by KL from the untuned teacher, and kept once for all worlds,
-as the teacher is. Each world has 320 rows of Dolly, and each arm sees 1,600 examples in 200 updates: about 16 minutes of
-one core for an arm, and 50 minutes of two cores for the teacher and the healed student.
+as the teacher is. Each world has 320 rows of Dolly, and each arm sees 1,600 examples in 200 updates: 12 to 16
+minutes of one core for an arm, and 35 to 50 minutes of two cores for the teacher and the healed student. The finished
+runs of experiment M are in docs/findings/m_runs.tar.xz: unpacked in the sweep's --workdir, they are not run again.
 
 Answers are greedy. Sampled at temperature 1, a pilot of 960 tuning rows had the teacher 2.1 points of Rouge-L above the
 student before (10.3 and 8.3 on 200 rows of DollyEval); with greedy answers 12.5 (20.2 and 7.7 on 60 rows).
