@@ -107,7 +107,7 @@ def _store(
     hidden = placement.map(step.hidden_pass)
 
     def build(name: str) -> TeacherStore:
-        form = HiddenStates(config.embed_size, "float32")
+        form = HiddenStates(config.embed_size, request.dtype)
         store = TeacherStore(folder / name, corpus, key="bench", form=form)
         store.fill(placement, lambda batch: hidden(config, params, batch))
         return store
@@ -127,7 +127,7 @@ class _Pair:
         self.teacher = dataclasses.replace(models.read_config(request.teacher), dtype=request.dtype)
         self._settings = StepSettings(self.student, self.teacher, self.student.valid_vocab_size)
         self._objective = Objective(ForwardKL())  # KL(teacher‖student)
-        self._signal = Teacher(models.load_head(request.teacher, dtype="float32", put=placement.put))
+        self._signal = Teacher(models.load_head(request.teacher, dtype=request.dtype, put=placement.put))
         self.shapes = choose_shapes(corpus.lengths, len(request.batches[0]), _DEVICES)
         self._optimizer = make_optimizer(OptimizerSettings(learning_rate=request.learning_rate))
         self._accumulate, self._update = placement.map(step.accumulate), placement.map(step.update)
