@@ -21,37 +21,16 @@ def product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
     Args:
         subscripts: as of `einsum`, with a single letter for each axis; an axis is summed over if both operands have it.
     """
-    result: Any = _product(subscripts, left, right)
+    result: Any = _product(subscripts, False, left, right)
     return result
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    return _float32_product(subscripts, left, right)
-
-
-def _product_forward(subscripts: str, left: jax.Array, right: jax.Array):
-    return _product(subscripts, left, right), (left, right)
-
-
-def _product_backward(subscripts: str, operands: tuple[jax.Array, jax.Array], gradient: jax.Array):
-    left, right = operands
-    gradient = gradient.astype(left.dtype)
-    of_left, of_right, of_result = _axes(subscripts)
-    return (
-        _rounded_product(f"{of_result},{of_right}->{of_left}", gradient, right),
-        _rounded_product(f"{of_left},{of_result}->{of_right}", left, gradient),
-    )
-
-
-_product.defvjp(_product_forward, _product_backward)
 
 
 def dense(x: jax.Array, kernel_IxO: jax.Array) -> jax.Array:
     """x·W [..., O] in the dtype of both, for x [..., I]."""
     if x.dtype != jnp.bfloat16:
         return x @ kernel_IxO
-    return _dense(x.reshape(-1, x.shape[-1]), kernel_IxO).reshape(*x.shape[:-1], -1)
+    result: Any = _product("ti,io->to", True, x.reshape(-1, x.shape[-1]), kernel_IxO)
+    return result.reshape(*x.shape[:-1], -1)
 
 
 def project(hidden: jax.Array, head_VxE: jax.Array) -> jax.Array:
@@ -70,48 +49,42 @@ def _letters(axes: int) -> str:
     return "abcd"[:axes]
 
 
-@jax.custom_vjp
-def _dense(x_TxI: jax.Array, kernel_IxO: jax.Array) -> jax.Array:
-    return _rounded_product("ti,io->to", x_TxI, kernel_IxO)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(subscripts: str, rounded: bool, left: jax.Array, right: jax.Array) -> jax.Array:
+    return _einsum(subscripts, rounded, left, right)
 
 
-def _dense_forward(x_TxI: jax.Array, kernel_IxO: jax.Array):
-    return _dense(x_TxI, kernel_IxO), (x_TxI, kernel_IxO)
+def _product_forward(subscripts: str, rounded: bool, left: jax.Array, right: jax.Array):
+    return _einsum(subscripts, rounded, left, right), (left, right)
 
 
-def _dense_backward(operands: tuple[jax.Array, jax.Array], gradient_TxO: jax.Array):
-    x_TxI, kernel_IxO = operands
+def _product_backward(
+    subscripts: str, rounded: bool, operands: tuple[jax.Array, jax.Array], gradient: jax.Array
+):
+    left, right = operands
+    gradient = gradient.astype(left.dtype)
+    of_left, of_right, of_result = _axes(subscripts)
     return (
-        _rounded_product("to,io->ti", gradient_TxO, kernel_IxO),
-        _rounded_product("ti,to->io", x_TxI, gradient_TxO),
+        _einsum(f"{of_result},{of_right}->{of_left}", True, gradient, right),
+        _einsum(f"{of_left},{of_result}->{of_right}", True, left, gradient),
     )
 
 
-_dense.defvjp(_dense_forward, _dense_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
-def _float32_product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    def anywhere(left, right):
-        return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
-
-    if not left.dtype == right.dtype == jnp.bfloat16:
-        return anywhere(left, right)
-    on_cpu = functools.partial(_on_cpu, subscripts)
-    return jax.lax.platform_dependent(left, right, cpu=on_cpu, default=anywhere)
-
-
-def _rounded_product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    """In the operands' dtype. On GPUs and TPUs the float32 sums are then never written to memory."""
+def _einsum(subscripts: str, rounded: bool, left: jax.Array, right: jax.Array) -> jax.Array:
+    """In float32, or `rounded` to the operands' dtype: GPUs and TPUs then never write the float32 sums to memory."""
 
     def anywhere(left, right):
-        return jnp.einsum(subscripts, left, right)
-
-    if not left.dtype == right.dtype == jnp.bfloat16:
-        return anywhere(left, right)
+        return jnp.einsum(subscripts, left, right, preferred_element_type=None if rounded else jnp.float32)
 
     def on_cpu(left, right):
-        return _on_cpu(subscripts, left, right).astype(left.dtype)
+        result = _on_cpu(subscripts, left, right)
+        return result.astype(left.dtype) if rounded else result
 
+    if not left.dtype == right.dtype == jnp.bfloat16:
+        return anywhere(left, right)
     return jax.lax.platform_dependent(left, right, cpu=on_cpu, default=anywhere)
 
 

@@ -42,7 +42,8 @@ def held(folder: Path, *, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         if lock.lock_counter == 1:  # the next to wait must not be told of this process
-            (folder / _OWNER).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (folder / _OWNER).unlink()
         lock.release()
 
 
