@@ -14,6 +14,8 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # Most of a test's time goes into compiling a program that runs for milliseconds. Tests of memory and plans turn this off.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+# Containers often set this. Each process that a test starts would then spend 5 s on compiling Python modules.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import importlib.util
 import inspect

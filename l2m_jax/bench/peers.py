@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from l2m_jax.bench.common import Spread
-from l2m_jax.bench.workload import PASSES, ROW_LENGTH, STUDENT, TEACHER, make_request, padded_flops
+from l2m_jax.bench.workload import PASSES, ROW_LENGTH, STUDENT, TEACHER, Request, make_request, padded_flops
 from l2m_jax.errors import InputError
 from l2m_jax.models import DecoderConfig
 from l2m_jax.progress import console
@@ -56,26 +56,10 @@ def run(
         InputError: the peer's Python cannot run them.
         RuntimeError: the losses of the first steps differ: figures of different work are worth nothing.
     """
+    sizes: Any = {"batches": batches, "batch_size": batch_size, "student": student, "teacher": teacher}
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "request.json"
-        request = make_request(
-            Path(folder),
-            data,
-            tokenizer,
-            batches=batches,
-            batch_size=batch_size,
-            student=student,
-            teacher=teacher,
-        )
-        request.write(file)
-        console.print("  ours ...")
-        ours = _result([sys.executable, "-m", "l2m_jax.bench.distil", str(file)], "our own side")
-        peers = {}
-        for way in _WAYS:
-            console.print(f"  {way} ...")
-            command = [peer_python, str(_PEER), str(file), way, str(peer_steps)]
-            peers[way] = _result(command, f"--peer-python {peer_python}")
-            _check_losses(way, ours["losses"], peers[way]["losses"])
+        request = make_request(Path(folder), data, tokenizer, **sizes)
+        ours, peers = _measure(request, Path(folder) / "request.json", peer_python, peer_steps)
     lengths = np.array([len(tokens) for tokens in request.tokens])
     in_order = np.array(request.batches)
     parts = {part.pop("part"): part for part in ours["parts"]}
@@ -93,17 +77,13 @@ def run(
             ours["losses"],
         ),
     ]
-    ratios = {}
+    ratios: dict[str, float] = {}
     for way, peer in peers.items():
         took = float(np.median(peer["step_seconds"][1:]))
         padded_to = ROW_LENGTH if way == "padded_512" else 0
         work = padded_flops(student, teacher, lengths, in_order[1:peer_steps], padded_to) / 1e9
         rows.append(_row(_WAYS[way], batch_size, took, work, peer, ours["losses"]))
-        name = way.removeprefix("padded_") if way != "padded_512" else "padded"
-        ratio = took / schedule_seconds
-        ratios[f"ratio_vs_{name}"] = ratio
-        ratios[f"ratio_normalised_vs_{name}"] = ratio * peer["matmul_gflops"] / ours["matmul_gflops"]
-        ratios[f"memory_ratio_vs_{name}"] = ours["peak_rss_mb"] / peer["peak_rss_mb"]
+        ratios |= _ratios(way, took / schedule_seconds, ours, peer)
     return {
         "rows": rows,
         **ratios,
@@ -117,6 +97,32 @@ def run(
         "matmul_gflops": {"ours": ours["matmul_gflops"], **{w: p["matmul_gflops"] for w, p in peers.items()}},
         "threads": peers["trl"]["threads"],
         "torch": peers["trl"]["torch"],
+    }
+
+
+def _measure(
+    request: Request, file: Path, peer_python: str, peer_steps: int
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What our side says, and each of the peers by its way; the request is written to `file`."""
+    request.write(file)
+    console.print("  ours ...")
+    ours = _result([sys.executable, "-m", "l2m_jax.bench.distil", str(file)], "our own side")
+    peers = {}
+    for way in _WAYS:
+        console.print(f"  {way} ...")
+        command = [peer_python, str(_PEER), str(file), way, str(peer_steps)]
+        peers[way] = _result(command, f"--peer-python {peer_python}")
+        _check_losses(way, ours["losses"], peers[way]["losses"])
+    return ours, peers
+
+
+def _ratios(way: str, ratio: float, ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, float]:
+    """Of a way that takes `ratio` times as long."""
+    name = way.removeprefix("padded_") if way != "padded_512" else "padded"
+    return {
+        f"ratio_vs_{name}": ratio,
+        f"ratio_normalised_vs_{name}": ratio * peer["matmul_gflops"] / ours["matmul_gflops"],
+        f"memory_ratio_vs_{name}": ours["peak_rss_mb"] / peer["peak_rss_mb"],
     }
 
 

@@ -73,14 +73,8 @@ class Shard:
 
     def noted(self) -> dict[str, Any] | None:
         """What its note says; None if there is no such note of this shard."""
-        try:
-            found = files.parse_json(self.note.read_bytes())
-            size, modified, digest = found["file"]
-            if found["examples"] == [self.start, self.end] and isinstance(digest, str):
-                return found | {"file": [int(size), int(modified), digest]}
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # absent or damaged: the shard is computed again
-        return None
+        found = _read_note(self.note)
+        return found if found is not None and found["examples"] == [self.start, self.end] else None
 
     def damaged(self, noted: Mapping[str, Any], *, read: bool = False) -> bool:
         """Whether the file is missing or not as noted.
@@ -124,16 +118,26 @@ def check(folder: Path) -> list[str]:
     problems = []
     for note in notes:
         file = note.with_suffix(".safetensors")
-        try:
-            digest = files.parse_json(note.read_bytes())["file"][2]
-        except (OSError, ValueError, KeyError, TypeError, IndexError):
+        found = _read_note(note)
+        if found is None:
             problems.append(f"{note}: cannot be read; the shard is computed again")
-            continue
-        if not file.is_file():
+        elif not file.is_file():
             problems.append(f"{file}: is missing; it is computed again")
-        elif files.digest(file) != digest:
+        elif files.digest(file) != found["file"][2]:
             problems.append(f"{file}: differs from what was written; delete it to compute it again")
     return problems
+
+
+def _read_note(note: Path) -> dict[str, Any] | None:
+    """None if it is absent or damaged: its shard is computed again."""
+    try:
+        found = files.parse_json(note.read_bytes())
+        size, modified, digest = found["file"]
+        if isinstance(found["examples"], list) and isinstance(digest, str):
+            return found | {"file": [int(size), int(modified), digest]}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
 
 
 def bytes_per_target(tensors: Tensors) -> int:

@@ -12,11 +12,13 @@ _FLAGS = [f"--config={CONFIG}", "--config.teacher.finetune.epochs=0", "--config.
 
 
 def test_a_store_is_built_found_again_and_checked(tmp_path, capsys):
-    build = ["store", "build", *_FLAGS, f"--workdir={tmp_path}"]
+    run, common = tmp_path / "run", tmp_path / "common"
+    build = ["store", "build", *_FLAGS, f"--workdir={run}", f"--shared={common}"]
     main(build)
-    kept = {file.name for file in tmp_path.iterdir()}
+    kept = {file.name for file in common.iterdir()}
     assert {"teacher", "teacher_store"} <= kept and not {"student", "difficulty.parquet"} & kept
-    [shard] = (tmp_path / "teacher_store").glob("*.safetensors")
+    assert not (run / "teacher_store").exists()
+    [shard] = (common / "teacher_store").glob("*.safetensors")
     before = shard.stat()
     capsys.readouterr()
     main(build)
