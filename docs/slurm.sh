@@ -11,6 +11,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
+# From a clone, with the environment activated:
 # sbatch docs/slurm.sh configs/gpt2_small.py /shared/runs/gpt2_small [--config.SETTING=VALUE ...]
 # The work directory must be on a file system that all hosts see. A requeued job resumes there.
 

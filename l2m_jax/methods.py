@@ -23,7 +23,7 @@ p is the teacher, q the student.
 | hard_first | as l2m | reference | the same stages, hardest first |
 | shuffled_multiset | as l2m | reference | the same stages; their examples, each as often in total, in random order over all |
 
-`overrides.policy` makes any method with a teacher on- or off-policy: `skl_on_policy` is skl with "on".
+`overrides.policy` makes a method with a teacher and without cross-entropy on- or off-policy: `skl_on_policy` is skl with "on".
 """
 
 import difflib

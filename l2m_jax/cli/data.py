@@ -2,8 +2,8 @@
 
     l2m data --config configs/chat_smollm2.yaml --show 3
 
-Tokens that carry loss are green in a terminal, and between ⟦ and ⟧ in a file. Before the rows stands how many were
-kept in each part, and why others were dropped. Nothing is written.
+Tokens that carry loss are green in a terminal, and between ⟦ and ⟧ in a file. It first prints how many rows
+were kept in each part, and why others were dropped. Nothing is written.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def _parser() -> Parser:
         "--part",
         choices=("train", "validation", "test"),
         default="train",
-        help="whose rows (default: %(default)s)",
+        help="the part to show (default: %(default)s)",
     )
     return parser
 

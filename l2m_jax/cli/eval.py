@@ -1,8 +1,8 @@
 """Score a model folder.
 
-    l2m eval --model runs/quickstart/student --sets test=FILE --output runs/scores
+    l2m eval --model runs/quickstart/student --sets mine=FILE --max-new-tokens 24 --output runs/scores
 
-Sets are names (self_inst, vicuna, s_ni, un_ni), JSON-lines files, or name=file. Run the same command again to resume.
+Sets are names (dolly, self_inst, vicuna, s_ni, un_ni), JSON-lines files, or name=file. Run the same command again to resume.
 With a judge, the report also has the win rate against the responses of a baseline; OPENAI_API_KEY holds the judge's
 key:
 

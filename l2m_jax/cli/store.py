@@ -31,14 +31,16 @@ def _parser() -> Parser:
     parser = Parser("store", __doc__)
     parser.add_argument("action", choices=_NEEDED, metavar="|".join(_NEEDED))
     add_config(parser, required=False)
-    parser.add_argument("--workdir", type=output_folder, help="of the run that will read the store")
-    parser.add_argument("--shared", type=output_folder, help="as of the run; by default the workdir")
+    parser.add_argument(
+        "--workdir", type=output_folder, help="work directory of the run that will read the store"
+    )
+    parser.add_argument("--shared", type=output_folder, help="the run's --shared (default: the workdir)")
     parser.add_argument("--from", type=Path, metavar="FOLDER", help="the outputs to import")
     parser.add_argument(
         "--format",
         choices=_FORMATS,
         default="rows",
-        help="of these: the project's own layout, vLLM's extract_hidden_states, or DistillKit's (default: %(default)s)",
+        help="of the outputs: the project's own layout, vLLM's extract_hidden_states, or DistillKit's (default: %(default)s)",
     )
     parser.add_argument("--folder", type=Path, help="the store to check")
     return parser

@@ -1,7 +1,7 @@
 """Train methods over several seeds or worlds, and make the table.
 
     l2m sweep --config configs/gpt2_small.py --methods sft,l2m --seeds 0,1 --workdir runs/sweep
-    l2m sweep --config configs/quickstart.py --claims configs/claims/experiment_s.yaml --worlds 8 --workdir runs/s
+    l2m sweep --config configs/quickstart.py:lab --claims configs/claims/experiment_s.yaml --worlds 8 --workdir runs/s
 
 A seed redraws the student's training; a world also redraws its training rows, initial weights and ranking. A file of
 --claims names the arms and, before the runs, the contrasts that are then tested over the worlds. With --grid, each arm first
@@ -34,7 +34,9 @@ def _parser() -> Parser:
     rows.add_argument(
         "--methods", type=comma_separated, help="methods by name, such as sft,l2m: one row each"
     )
-    rows.add_argument("--preset", choices=PRESETS, help="instead of --methods: a table of the paper")
+    rows.add_argument(
+        "--preset", choices=PRESETS, help="instead of --methods: a table of the paper, controls or recipes"
+    )
     rows.add_argument(
         "--claims",
         type=Path,
