@@ -21,7 +21,11 @@ from l2m_jax.errors import InputError, reason
 
 DOLLY = "databricks/databricks-dolly-15k"
 ROW_FORM = f"JSON lines with {'; or '.join(FORMATS.values())}"
-_SPLITS_BY_USE = {"train": ("train",), "evaluation": ("test", "validation", "valid", "dev", "train")}
+_SPLITS_BY_USE = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "dev", "test", "train"),
+    "test": ("test", "validation", "valid", "dev", "train"),
+}
 
 
 def is_hub_name(source: str | Path) -> bool:
@@ -37,8 +41,8 @@ def read_rows(source: str | Path, use: str = "train") -> Iterator[Row]:
     Args:
         source: a file (see `read_file`), a folder of such files, a data set on the hub ("owner/name"), which is
             streamed, or a mixture of these (see `mixtures.py`).
-        use: "train" or "evaluation", which selects the split of a folder or of a data set on the hub. A folder's
-            splits are told apart by the names of its files, as by the library `datasets`.
+        use: "train", "validation" or "test", which selects the split of a folder or of a data set on the hub. A
+            folder's splits are told apart by the names of its files, as by the library `datasets`.
 
     Raises:
         InputError: as in `read_file`; a folder has no such files; the hub cannot be reached; or the mixture has no
@@ -57,16 +61,16 @@ def read_rows(source: str | Path, use: str = "train") -> Iterator[Row]:
     return read_file(path)
 
 
-def check_rows(source: str | Path, prompt: str = "alpaca") -> None:
+def check_rows(source: str | Path, prompt: str = "alpaca", use: str = "train") -> None:
     """Raises InputError if a file is missing, or the first row of a source does not parse or fit the prompt.
 
     Does not use the hub.
     """
     if is_mixture(source):
         for share in parse_mixture(str(source)):
-            check_rows(share.source, prompt)
+            check_rows(share.source, prompt, use)
     elif not is_hub_name(source):
-        row = next(read_rows(source))
+        row = next(read_rows(source, use))
         if prompt == "alpaca":
             require_single_turn(row)
 
@@ -106,18 +110,31 @@ def _parsed(values: Iterable[Value]) -> Iterator[Row]:
         yield parse_row(value, kind, default_id, place)
 
 
+def split_of(source: str | Path, use: str) -> str:
+    """The split for `use` of a folder or a data set on the hub; "" of a file or a mixture."""
+    if is_hub_name(source):
+        return _split_of(_load_hub(str(source)), str(source), use)
+    path = Path(source)
+    return _split_of(_data_files(path), str(path), use) if path.is_dir() else ""
+
+
 def _files(folder: Path, use: str) -> list[Path]:
     """The files of a folder that hold the split for `use`."""
+    found = _data_files(folder)
+    return [Path(file) for file in found[_split_of(found, str(folder), use)]]
+
+
+def _data_files(folder: Path) -> Any:
+    """The files of a folder by split."""
     import datasets
 
     try:
-        found: Any = datasets.load_dataset_builder(str(folder)).config.data_files
+        return datasets.load_dataset_builder(str(folder)).config.data_files
     except Exception as error:  # loaders raise errors of many kinds
         raise InputError(
             f"'{folder}' is a folder without files of rows ({reason(error)}); give one with {FILE_FORM}; or a file "
             f"({ROW_FORM})"
         ) from error
-    return [Path(file) for file in found[_split_of(found, str(folder), use)]]
 
 
 def _split_of(parts: Any, name: str, use: str) -> str:

@@ -10,7 +10,7 @@ worlds have no row in common, and all worlds have the same validation and test r
 
 import heapq
 from collections.abc import Iterator
-from itertools import islice
+from itertools import combinations, islice
 from operator import itemgetter
 from typing import Literal
 
@@ -20,12 +20,13 @@ from l2m_jax import files
 from l2m_jax.data.encoding import Counts, Encoded, Fitter, TokenLimits
 from l2m_jax.data.settings import Data
 from l2m_jax.data.shards import Numbered, Shards, Tokeniser
-from l2m_jax.data.sources import check_rows, read_rows
+from l2m_jax.data.sources import check_rows, read_rows, split_of
 from l2m_jax.data.synthetic import synthetic_rows
 from l2m_jax.errors import InputError
 from l2m_jax.multihost import first
 
 Part = Literal["train", "validation", "test"]
+_PARTS: tuple[Part, ...] = ("train", "validation", "test")
 _SIZE = "rows.json"
 
 
@@ -36,19 +37,30 @@ def token_limits(data: Data, part: Part) -> TokenLimits:
 
 
 def check_sources(data: Data) -> None:
-    """Checks that every file exists and that its first row parses. Does not use the hub.
+    """Checks that every file exists, that its first row parses, and that no two parts have the same rows.
+
+    Uses the hub only if two parts have the same name there.
 
     Raises:
         InputError: naming the setting, as in "data.train: no such file ...".
     """
     if data.source == "synthetic":
         return
-    for name in ("train", "validation", "test"):
+    for name in _PARTS:
         if source := getattr(data, name):
             try:
-                check_rows(source, data.prompt)
+                check_rows(source, data.prompt, name)
             except InputError as error:
                 raise InputError(f"data.{name}: {error}") from error
+    for first_part, part in combinations(_PARTS, 2):
+        source = getattr(data, part)
+        if not source or source != getattr(data, first_part):
+            continue
+        if split_of(source, first_part) == split_of(source, part):
+            raise InputError(
+                f"data.{part}: '{source}' would have the same rows as data.{first_part}; give another source, or leave it "
+                "empty to split rows off"
+            )
 
 
 def part_examples(
@@ -78,7 +90,7 @@ def _part(data: Data, part: Part, tokeniser: Tokeniser, world: int) -> Iterator[
         s = data.synthetic
         rows, stop = iter(getattr(synthetic_rows(s.seed, s.train, s.validation, s.test, world), part)), 0
     elif part != "train" and (source := getattr(data, part)):
-        rows = read_rows(source, "evaluation")
+        rows = read_rows(source, part)
     elif data.validation and data.test:
         start, stop = world * data.train_rows, (world + 1) * data.train_rows
         rows = read_rows(data.train)

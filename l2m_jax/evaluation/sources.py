@@ -75,9 +75,9 @@ def read_evaluation_set(source: str) -> Iterator[Row]:
     name, path = parse_set(source)
     if path:
         require_set(source)
-        return read_rows(path, "evaluation")
+        return read_rows(path, "test")
     found = EVALUATION_SETS[name]
-    rows = read_rows(found.hub_name, "evaluation")
+    rows = read_rows(found.hub_name, "test")
     if not found.min_reference_tokens:
         return rows
     try:

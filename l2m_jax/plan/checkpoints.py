@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from l2m_jax.plan.workload import Workload
-from l2m_jax.run import checks
+from l2m_jax.run.disk import model_bytes, store_bytes_per_target
 
 DISK_RATE = 1e9  # bytes/s; an assumption that every figure names
 
@@ -39,8 +39,9 @@ def of_training(
 
 
 def disk(w: Workload) -> dict[str, int]:
-    """Bytes by what takes them, as `checks.bytes_needed` counts them for a run."""
-    config, sizes = w.config, {}
+    """Bytes by what takes them, as `run.disk.bytes_needed` counts them for a run."""
+    config = w.config
+    sizes: dict[str, int] = {}
     trained = [
         *(
             (f"pretrained {role}", model, w.pretraining(role), True)
@@ -51,13 +52,11 @@ def disk(w: Workload) -> dict[str, int]:
         ("initial student", w.student, config.student.warmup, config.student.warmup.trains),
         *((name, w.student, config.training, True) for name in config.method_names),
     ]
-    for name, model, training, has_checkpoints in trained:
+    for name, model, training, trains in trained:
         part = config.student_part if name in config.method_names else training.part
-        sizes[name], state = checks.state_bytes(model, training, part)
-        if has_checkpoints:
-            sizes[name + checks.CHECKPOINTS] = checks.CHECKPOINTS_AT_ONCE * state
+        sizes |= model_bytes(name, model, training, part, trains)
     if any(w.reads_store(w.method(name)) for name in config.method_names):
         targets, teacher = int(w.response_lengths.sum()), config.teacher
-        of_target = checks.store_bytes_per_target(w.teacher, teacher.store_dtype, teacher.store_top_k)
+        of_target = store_bytes_per_target(w.teacher, teacher.store_dtype, teacher.store_top_k)
         sizes["teacher store"] = targets * of_target
     return sizes

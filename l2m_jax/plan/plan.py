@@ -14,7 +14,7 @@ from l2m_jax.plan.phases import Phase, Planner
 from l2m_jax.plan.programs import Compiler, Program
 from l2m_jax.plan.targets import Target
 from l2m_jax.plan.workload import Workload, workload
-from l2m_jax.run.checks import peak_bytes
+from l2m_jax.run.disk import peak_bytes
 
 # The part of a GPU's memory that JAX takes, by default and at most; the rest is for CUDA, NCCL and the driver.
 DEFAULT_FRACTION, LARGEST_FRACTION = 0.75, 0.95

@@ -69,9 +69,11 @@ class Artefact(Generic[Inputs]):
         Raises:
             InputError: a file of it is missing or has changed since it was written.
         """
-        return first(self._is_finished)
+        return first(lambda: self.is_finished_here)
 
-    def _is_finished(self) -> bool:
+    @property
+    def is_finished_here(self) -> bool:
+        """The same, as this process alone sees it. For one that may not communicate."""
         found = _read_record(self.path)
         if found is None or not found["finished"] or found["key"] != self.key or not self.path.exists():
             return False
@@ -187,7 +189,7 @@ def refuse_changed(artefacts: Iterable[Artefact]) -> None:
 
 def _changes(artefact: Artefact) -> Iterator[tuple[str, list[str]]]:
     """Places with something that was made from other inputs, and how these differ."""
-    if artefact._is_finished():
+    if artefact.is_finished_here:
         return  # a kill may have left a part of its progress
     for place in (artefact.path, artefact.progress):
         if place is None or not place.exists():

@@ -15,7 +15,7 @@ from l2m_jax.curriculum import Difficulty
 from l2m_jax.errors import InputError
 from l2m_jax.evaluation.protocol import Results
 from l2m_jax.multihost import first
-from l2m_jax.run import checks, data, locks, summary, tokenizers
+from l2m_jax.run import checks, data, disk, locks, summary, tokenizers
 from l2m_jax.run.artefacts import Artefact
 from l2m_jax.run.context import Context, start
 from l2m_jax.run.diagnostics import Diagnostics, make_states
@@ -53,9 +53,9 @@ def run(config: Config, workdir: str | Path, shared: str | Path | None = None) -
         with _sharing(config, workdir, shared):
             artefacts = _resolve(config, workdir, shared, context)
             tracked.enter_context(context.metrics.tracked(config.tracking, to_dict(config)))
-            with checks.full_disk_explained(config, artefacts):
+            with disk.full_disk_explained(config, artefacts):
                 difficulty = _prepare(config, artefacts, context)
-        with checks.full_disk_explained(config, artefacts):
+        with disk.full_disk_explained(config, artefacts):
             return _run(config, workdir, shared, context, artefacts, difficulty)
 
 
@@ -127,7 +127,7 @@ def prepare(config: Config, shared: str | Path) -> dict[str, Results]:
     with locks.held(shared, wait=True):
         artefacts = _resolve(config, folder, shared, context)
         with (
-            checks.full_disk_explained(config, artefacts),
+            disk.full_disk_explained(config, artefacts),
             context.metrics.tracked(config.tracking, to_dict(config)),
         ):
             _prepare(config, artefacts, context)
@@ -155,7 +155,7 @@ def build_store(
                 f"config.teacher.signal: {config.teacher.signal!r} with method {config.method!r} needs no store; nothing "
                 "is built"
             )
-        with checks.full_disk_explained(config, artefacts):
+        with disk.full_disk_explained(config, artefacts):
             if outputs is not None:
                 with context.phase("teacher store"):
                     import_store(artefacts.store, outputs, context)
@@ -193,7 +193,7 @@ def _start(config: Config, workdir: Path) -> Context:
 def _resolve(config: Config, workdir: Path, shared: Path, context: Context) -> Artefacts:
     """All further checks, and between them the tokenizer and the rows, which the last check needs."""
     artefacts = resolve(config, workdir, shared)
-    with checks.full_disk_explained(config, artefacts):
+    with disk.full_disk_explained(config, artefacts):
         if isinstance(artefacts.tokenizer, Artefact):
             checks.refuse_changed([artefacts.tokenizer])
             tokenizers.make_tokenizer(artefacts.tokenizer)
@@ -201,6 +201,7 @@ def _resolve(config: Config, workdir: Path, shared: Path, context: Context) -> A
         with context.phase("data"):
             data.make_corpora(artefacts.all_corpora, config.data.processes)
         checks.check_rows(config, artefacts)
+        first(lambda: disk.check_room(config, artefacts))
     return artefacts
 
 

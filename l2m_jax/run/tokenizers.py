@@ -194,7 +194,9 @@ def _tokens_read(inputs: TrimmedInputs, tokenizer: Any) -> Iterable[Iterable[int
     """The tokens of all rows, sets and texts."""
     unlimited = TokenLimits(max_length=2**31)
     rows = [(read_rows(inputs.train.path), token_limits(inputs.data, "train"))]
-    rows += [(read_rows(s.path, "evaluation"), token_limits(inputs.data, "test")) for s in inputs.held_out]
+    uses = ("validation", "test")[-len(inputs.held_out) :]
+    for source, use in zip(inputs.held_out, uses, strict=False):
+        rows.append((read_rows(source.path, use), token_limits(inputs.data, "test")))
     # References of sets are compared as text, but a student should be able to write them.
     rows += [(read_evaluation_set(s.path), unlimited) for s in inputs.sets]
     for chosen, limits in rows:

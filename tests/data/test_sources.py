@@ -98,7 +98,7 @@ def test_hub_rows_by_split(monkeypatch):
     monkeypatch.setattr(sources, "require_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, streaming: parts)
     assert [row.id for row in read_rows("somebody/something")] == ["train/1", "train/2"]
-    assert [row.id for row in read_rows("somebody/something", "evaluation")] == ["validation/1"]
+    assert [row.id for row in read_rows("somebody/something", "test")] == ["validation/1"]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_a_folder_is_read_by_splits_and_in_order(tmp_path):
         )
     (folder / "README.md").write_text("# Chats")
     assert [row.references for row in read_rows(folder)] == [("a",), ("b",), ("c",)]
-    assert [row.references for row in read_rows(folder, "evaluation")] == [("z",)]
+    assert [row.references for row in read_rows(folder, "test")] == [("z",)]
     _written_as("parquet", folder / "train-00001-of-00002.parquet", [ALPACA, {"instruction": "x"}])
     with pytest.raises(InputError, match=r"train-00001-of-00002\.parquet, row 2: no field 'output'"):
         list(read_rows(folder))

@@ -267,3 +267,27 @@ def test_a_world_beyond_the_rows_is_refused(data, ids):
     limited = dataclasses.replace(data, train_rows=6)
     with pytest.raises(InputError, match=r"data\.train: .* the split needs at least 33"):
         ids(limited, "train", 3)
+
+
+def test_a_folder_with_a_test_split_alone_is_one_of_test_rows(data, tmp_path):
+    held = tmp_path / "held"
+    held.mkdir()
+    write(held / "test.jsonl", ["t0", "t1"])
+    check_sources(dataclasses.replace(data, test=str(held)))
+
+
+def test_a_folder_gives_validation_and_test_rows_of_their_own(data, ids, tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for split in PARTS:
+        write(folder / f"{split}.jsonl", [f"{split}{i}" for i in range(3)])
+    whole = dataclasses.replace(data, **dict.fromkeys(PARTS, str(folder)), train_rows=0)
+    check_sources(whole)
+    assert [ids(whole, part) for part in PARTS] == [[f"{part}{i}" for i in range(3)] for part in PARTS]
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_parts_that_would_be_the_same_rows_are_refused(data, part):
+    same = dataclasses.replace(data, **{part: data.train})
+    with pytest.raises(InputError, match=rf"data\.{part}: '.*' would have the same rows as data\.train"):
+        check_sources(same)

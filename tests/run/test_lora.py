@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from l2m_jax.config import change, defaults, parse
 from l2m_jax.errors import InputError
-from l2m_jax.run import checks, data, tokenizers
+from l2m_jax.run import checks, data, disk, tokenizers
 from l2m_jax.run.context import start
 from l2m_jax.run.distillation import make_student, validation_inputs
 from l2m_jax.run.models import make_model
@@ -70,12 +70,10 @@ def test_checkpoints_hold_the_adapters_alone(tiny, tmp_path):
         artefacts = resolve(config, tmp_path, tmp_path)
         tokenizers.make_tokenizer(artefacts.tokenizer)
         data.make_corpora([artefacts.corpora["train"]])
-        found[config.student.lora.rank] = checks.bytes_needed(config, artefacts)
-    name = f"kld{checks.CHECKPOINTS}"
+        found[config.student.lora.rank] = disk.bytes_needed(config, artefacts)
+    name = f"kld{disk.CHECKPOINTS}"
     numbers = 2 * (16 + 16 + 16 + 64)  # rank · (inputs + outputs)
-    assert found[2][name] == checks.CHECKPOINTS_AT_ONCE * (
-        3 * 4 * numbers + 4
-    )  # with Adam's moments and count
+    assert found[2][name] == disk.CHECKPOINTS_AT_ONCE * (3 * 4 * numbers + 4)  # with Adam's moments and count
     assert found[0]["kld"] == found[2]["kld"] and found[0][name] > 10 * found[2][name]
 
 
