@@ -109,7 +109,7 @@ class Config:
     devices: Devices = field(default_factory=Devices)
     max_shapes: int = 4  # maximum number of compiled shapes of packed rows in a phase
     chunk_size: int = 512  # tokens whose logits are held at once
-    checkpoint_minutes: float = 10.0  # minutes between checkpoints within a stage; 0: after each step
+    checkpoint_minutes: float = 10.0  # minutes between checkpoints within a stage; 0: as often as possible
     # Skip batches whose loss or gradient is not finite, instead of ending the run. Without such batches, it changes nothing.
     skip_nonfinite: bool = False
     tracking: tuple[str, ...] = ()  # of "tensorboard", "wandb", "trackio", "mlflow": docs/tracking.md

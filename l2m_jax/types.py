@@ -37,7 +37,8 @@ class MicroBatch(NamedTuple):
             before the target token), ascending. The real targets come first; T = R·L. Those beyond them point past
             the slots, each somewhere else.
         labels_T: int32, the token to predict.
-        weights_T: float32, 0 beyond the real targets; for these 1, or one over the targets of their example.
+        weights_T: float32, 0 beyond the real targets; for these 1, or one over the targets of their example, times its
+            weight in the curriculum.
         teacher_hidden_TxE: the teacher's final hidden state at each target, read from the teacher store;
             None with a live teacher, or without one.
         teacher_ids_TxK, teacher_log_probs_TxK: int32 and float, the teacher's k most probable tokens at each target,

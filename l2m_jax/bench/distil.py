@@ -39,13 +39,6 @@ class _Corpus(ListedExamples):
     def ids(self) -> list[str]:
         return [str(i) for i in range(len(self))]
 
-    @property
-    def response_lengths(self) -> np.ndarray:
-        return self.lengths - self.prompt_lengths
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
 
 def run(request: Request) -> dict[str, Any]:
     """Builds the teacher store for the request's examples, then trains on its batches twice and times the second time.

@@ -60,7 +60,10 @@ class Parser(argparse.ArgumentParser):
         for argument in given:
             if not argument.isascii() and argument != argument.encode(errors="ignore").decode():
                 self.error(f"{argument}: not UTF-8; rename the file")
-        flags, overrides = _split(given)
+        try:
+            flags, overrides = _split(given)
+        except InputError as error:
+            refuse(str(error))
         options = super().parse_args(flags, namespace)
         if overrides and not hasattr(options, "config"):
             self.error(f"{_OVERRIDE}{overrides[0][0]}: this command has no --config")

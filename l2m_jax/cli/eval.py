@@ -132,9 +132,12 @@ def _evaluate(options: argparse.Namespace) -> None:
             prompt=options.prompt,
             dtype=options.dtype,
         )
-        devices = Devices(mapping=options.mapping, count=options.devices)
     except InputError as error:
         raise InputError(f"--{error}") from error
+    try:
+        devices = Devices(mapping=options.mapping, count=options.devices)
+    except InputError as error:
+        raise InputError(f"--devices{str(error).removeprefix('count')}") from error
     multihost.start(devices)
     preemption.follow()
     results = {Path(options.model).name: folder.evaluate_folder(asked, devices, options.output)}

@@ -5,8 +5,6 @@ view.
 """
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -42,13 +40,11 @@ class Corpus:
             the assistant's earlier turns; example i has spans[span_offsets[i] : span_offsets[i + 1]]. None: the targets
             are what follows the prompts.
         span_offsets: int64 [n + 1], or None.
-        fingerprint: changes with any text or token.
         counts: how many rows were kept and dropped when the corpus was built.
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any]):
         self.folder = folder
-        self.fingerprint: str = facts["fingerprint"]
         self.counts = Counts(**facts["counts"])
         self.tokens = _mapped(folder / _TOKENS, np.int32)
         self.offsets = _mapped(folder / _OFFSETS, np.int64)
@@ -168,10 +164,10 @@ def write_corpus(folder: Path, examples: Iterable[Encoded], limits: TokenLimits,
     Raises:
         InputError: from reading `examples`; or there are none.
     """
-    digest = _write(folder, examples, chats=limits.prompt == "chat")
+    _write(folder, examples, chats=limits.prompt == "chat")
     if counts.kept == 0:
         raise InputError(f"no example is left: {counts}" if counts.dropped else "there are no rows")
-    write_json(folder / _FACTS, {"fingerprint": digest, "counts": asdict(counts), "limits": limits})
+    write_json(folder / _FACTS, {"counts": asdict(counts)})
     return counts
 
 
@@ -202,14 +198,13 @@ def _mapped(path: Path, dtype: type[np.generic]) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype, mode="r"))
 
 
-def _write(folder: Path, examples: Iterable[Encoded], chats: bool) -> str:
-    """Writes the arrays and the Arrow file; returns the fingerprint of the content."""
+def _write(folder: Path, examples: Iterable[Encoded], chats: bool) -> None:
+    """Writes the arrays and the Arrow file."""
     import pyarrow as pa
 
     names = (*_COLUMNS, "prompt") if chats else _COLUMNS
     fields: dict[str, Any] = {name: pa.string() for name in names} | {"references": pa.list_(pa.string())}
     schema = pa.schema(list(fields.items()))
-    digest = hashlib.sha256()
     arrays = [_TOKENS, _OFFSETS, _PROMPT_LENGTHS, *([_SPANS, _SPAN_OFFSETS] if chats else [])]
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context((folder / name).open("wb")) for name in arrays]
@@ -234,10 +229,7 @@ def _write(folder: Path, examples: Iterable[Encoded], chats: bool) -> str:
             if chats:
                 columns["prompt"] = [example.prompt for example in chunk]
             texts.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
-            for part in (*(array.tobytes() for array in parts), json.dumps(columns).encode()):
-                digest.update(part)
             end = ends[-1:]
-    return digest.hexdigest()[:16]
 
 
 def _chunks(examples: Iterable[Encoded]) -> Iterable[Sequence[Encoded]]:

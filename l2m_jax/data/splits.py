@@ -64,7 +64,7 @@ def check_sources(data: Data) -> None:
 
 
 def part_examples(
-    data: Data, part: Part, tokeniser: Tokeniser, counts: Counts, world: int = 0
+    data: Data, part: Part, tokeniser: Tokeniser, counts: Counts, world: int = 0, world_rows: int = 0
 ) -> Iterator[Encoded]:
     """The tokenised rows of one part that fit into its limits, in order. The three parts have no rows in common.
 
@@ -76,15 +76,21 @@ def part_examples(
     Args:
         counts: updated along the way.
         world: of the training rows; another than 0 needs `train_rows`, unless the rows are synthetic.
+        world_rows: training rows of each world before, if they are not `train_rows`.
 
     Raises:
         InputError: from reading the source, or it has fewer fitting rows than the parts need.
     """
     fitter = Fitter(token_limits(data, part), tokeniser.tokenizer)
-    return fitter.fitted(_part(data, part, tokeniser, world), counts)
+    before = world * (world_rows or data.train_rows)
+    return fitter.fitted(_part(data, part, tokeniser, world, before), counts)
 
 
-def _part(data: Data, part: Part, tokeniser: Tokeniser, world: int) -> Iterator[Encoded]:
+def _part(data: Data, part: Part, tokeniser: Tokeniser, world: int, before: int) -> Iterator[Encoded]:
+    """
+    Args:
+        before: training rows of the worlds before.
+    """
     start, stop = 0, getattr(data, f"{part}_rows")
     if data.source == "synthetic":
         s = data.synthetic
@@ -92,10 +98,10 @@ def _part(data: Data, part: Part, tokeniser: Tokeniser, world: int) -> Iterator[
     elif part != "train" and (source := getattr(data, part)):
         rows = read_rows(source, part)
     elif data.validation and data.test:
-        start, stop = world * data.train_rows, (world + 1) * data.train_rows
+        start, stop = before, before + data.train_rows
         rows = read_rows(data.train)
     else:
-        return _split(data, part, tokeniser, world)
+        return _split(data, part, tokeniser, before)
     chosen = (Numbered(number, row) for number, row in islice(enumerate(rows), start, stop or None))
     shards = tokeniser.shards(f"{part}-{start}-{stop}", chosen)
     return (example for _, example in shards.examples())
@@ -113,7 +119,7 @@ def _limits(data: Data, bos: bool) -> TokenLimits:
     )
 
 
-def _split(data: Data, part: Part, tokeniser: Tokeniser, world: int) -> Iterator[Encoded]:
+def _split(data: Data, part: Part, tokeniser: Tokeniser, before: int) -> Iterator[Encoded]:
     """Validation and test rows in the order of the draw; training rows in the order of the source."""
     limits = _limits(data, bos=data.bos != "none")
     draw = _Draw(data, tokeniser, Fitter(limits, tokeniser.tokenizer))
@@ -128,7 +134,7 @@ def _split(data: Data, part: Part, tokeniser: Tokeniser, world: int) -> Iterator
         found = [(places[number], example) for number, example in draw.examples(is_wanted)]
         return (example for _, example in sorted(found, key=itemgetter(0)))
     if data.train_rows:
-        first = num_held_out + world * data.train_rows
+        first = num_held_out + before
         is_wanted = np.zeros(draw.size, bool)
         is_wanted[draw.fitting(first + data.train_rows)[first:]] = True
     else:

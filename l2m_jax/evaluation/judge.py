@@ -230,7 +230,8 @@ def _messages(prompt: str, a: str, b: str) -> list[dict[str, str]]:
 
 
 def _ask(questions: Sequence[Any], judge: Judge, cache: Path, api_key: str | None) -> list[str]:
-    keys = [fingerprint(judge.model, judge.base_url, judge.temperature, question) for question in questions]
+    url = judge.base_url or os.environ.get("OPENAI_BASE_URL")  # as the client chooses
+    keys = [fingerprint(judge.model, url, judge.temperature, question) for question in questions]
     replies = _read_cache(cache)
     waiting = {key: question for key, question in zip(keys, questions, strict=True) if key not in replies}
     if waiting:

@@ -160,7 +160,8 @@ def require_prompts(
     prompt: str = "alpaca",
     rows: int = 0,
 ) -> None:
-    """Checks that `read_set` would find a prompt in a file. Arguments as there; sets on the hub are not read.
+    """Checks that `read_set` would find a prompt in a file. Arguments as there; the paper's own sets on the hub are not
+    read.
 
     Raises:
         InputError: no row of the file has a reference and a prompt that fits.

@@ -61,7 +61,6 @@ class Instruction:
     result: tuple[Array, ...]
     operands: tuple[str, ...]
     attributes: str
-    is_root: bool
 
     @property
     def bytes(self) -> float:
@@ -134,10 +133,8 @@ class Module:
             elif current is not None and (found := _LINE.match(line)):
                 name, shape, opcode, rest = found.groups()
                 inside, attributes = _split(rest)
-                current[name] = Instruction(
-                    name, opcode, _arrays(shape), tuple(re.findall(r"%([\w.\-]+)", inside)), attributes,
-                    line.lstrip().startswith("ROOT "),
-                )  # fmt: skip
+                operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+                current[name] = Instruction(name, opcode, _arrays(shape), operands, attributes)
         return Module(computations, entry, unknown_trips)
 
     def run(self) -> Iterator[tuple[dict[str, Instruction], Instruction, float]]:

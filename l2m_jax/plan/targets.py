@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from l2m_jax.errors import InputError
+from l2m_jax.errors import InputError, reason
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,8 @@ def _tpus(name: str, count: int) -> tuple[Any, ...]:
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{base}:{grid}")
     except Exception as error:  # libtpu raises its own kinds
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"--target: no slice {base}:{grid} ({reason}); name one, as in {base}:2x2"
+            f"--target: no slice {base}:{grid} ({reason(error)}); name one, as in {base}:2x2"
         ) from error
     found = tuple(topology.devices)
     if len(found) < count:

@@ -1,9 +1,7 @@
 """The figures of a run's report, as PNG files, from metric lines and difficulties."""
 
 import contextlib
-import io
 import itertools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from l2m_jax import files
 from l2m_jax.curriculum import Difficulty, Exposure
 
 Metrics = Sequence[Mapping[str, Any]]
@@ -58,14 +57,12 @@ def training(
     *,
     label: str = "student",
     phase: str = "student",
-    teacher_phase: str = "teacher",
 ) -> None:
     """Loss over the steps of `phase`, and validation Rouge-L of `phase` and its baselines ("student:sft", ...).
 
     Args:
         metrics: lines of metrics.jsonl. Measures without a line are left out.
         label: the name of the line of `phase`.
-        teacher_phase: its best validation Rouge-L is drawn as a horizontal line.
     """
     phases = list(dict.fromkeys(m["phase"] for m in metrics))
     compared = [p for p in phases if p == phase] + [p for p in phases if p.startswith(f"{phase}:")]
@@ -74,24 +71,19 @@ def training(
         panels = figure.subplots(2 if measured else 1, 1, sharex=True, squeeze=False)[:, 0].tolist()
         _losses(panels[0], steps_of(metrics, phase))
         if measured:
-            _validations(panels[1], metrics, measured, {phase: label}, teacher_phase)
+            _validations(panels[1], metrics, measured, {phase: label})
         _mark_stages(panels, steps_of(metrics, phase))
         panels[0].set_xlim(0, max((m["step"] for m in metrics if m["phase"] in compared), default=1))
         panels[-1].set_xlabel("step")
 
 
-def _validations(
-    axes: Axes, metrics: Metrics, phases: Sequence[str], labels: Mapping[str, str], teacher_phase: str
-) -> None:
+def _validations(axes: Axes, metrics: Metrics, phases: Sequence[str], labels: Mapping[str, str]) -> None:
     ends = []
     for i, (name, colour) in enumerate(zip(phases, itertools.cycle(_LINES), strict=False)):
         lines = validations_of(metrics, name)
         x, y = [m["step"] for m in lines], [m["validation_rouge_l"] for m in lines]
         axes.plot(x, y, color=colour, marker="o", markersize=2.5, linewidth=1.2 if i else 1.8)
         ends.append((y[-1], labels.get(name, name.partition(":")[2]), colour))
-    if levels := [m["validation_rouge_l"] for m in validations_of(metrics, teacher_phase)]:
-        axes.axhline(max(levels), color=GREY, linewidth=1, linestyle=(0, (4, 3)))
-        ends.append((max(levels), f"{teacher_phase}, best", GREY))
     axes.set(ylabel="Rouge-L × 100", title="Validation")
     _annotate_ends(axes, ends)
 
@@ -346,9 +338,5 @@ def drawing(path: Path, width: float, height: float) -> Iterator[Figure]:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=130, metadata={"Software": ""})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.unfinished")
-    temporary.write_bytes(file.getvalue())
-    os.replace(temporary, path)
+        with files.replacing(path) as unfinished:
+            figure.savefig(unfinished, format="png", dpi=130, metadata={"Software": ""})

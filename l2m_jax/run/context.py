@@ -14,7 +14,7 @@ from l2m_jax.config import Config
 from l2m_jax.data.packing import Shape, choose_shapes
 from l2m_jax.errors import InputError
 from l2m_jax.models.settings import Compute
-from l2m_jax.multihost import DETERMINISTIC, Devices, first, is_deterministic, is_first
+from l2m_jax.multihost import DETERMINISTIC, Devices, is_deterministic, is_first
 from l2m_jax.parallel import Placement
 from l2m_jax.progress import console
 from l2m_jax.training.metrics import MetricsLog
@@ -33,7 +33,6 @@ class Context:
         skip_nonfinite: skip batches whose loss or gradient is not finite, instead of ending the run.
         teacher, student: compute dtype and remat of these models.
         workdir: the folder of metrics.jsonl and phases.json.
-        seconds: the time that each phase has taken, over all starts.
     """
 
     placement: Placement
@@ -46,7 +45,11 @@ class Context:
     student: Compute
     workdir: Path
     metrics: MetricsLog
-    seconds: dict[str, float]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The time that each phase has taken, over all starts, as the first process has written it."""
+        return _seconds(self.workdir / _SECONDS)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -56,9 +59,12 @@ class Context:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+            taken = time.monotonic() - start
             if is_first():
-                files.write_json(self.workdir / _SECONDS, self.seconds)
+                # Read again: another process may have made what this one has waited for.
+                seconds = self.seconds
+                seconds[name] = seconds.get(name, 0.0) + taken
+                files.write_json(self.workdir / _SECONDS, seconds)
 
     def shapes(self, lengths, batch_size: int, max_length: int | None = None) -> tuple[Shape, ...]:
         """The micro-batch shapes in which random batches of examples with `lengths` tokens cost least."""
@@ -83,7 +89,6 @@ def start(config: Config, workdir: Path) -> Context:
     placement = placement_of(config.devices)
     workdir.mkdir(parents=True, exist_ok=True)
     _use_compilation_cache()
-    times = workdir / _SECONDS
     return Context(
         placement=placement,
         slots=config.devices.slots,
@@ -95,7 +100,6 @@ def start(config: Config, workdir: Path) -> Context:
         student=config.student.compute,
         workdir=workdir,
         metrics=MetricsLog(workdir / "metrics.jsonl"),
-        seconds=first(lambda: _seconds(times)),
     )
 
 

@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from l2m_jax import files
@@ -33,6 +34,7 @@ class CorpusInputs:
         source: the file or hub name of its rows; None for synthetic tasks.
         split: whether the part is split off the training rows.
         world: of training rows; 0 for the other parts.
+        world_rows: training rows of each world before; 0: as many as of this one.
     """
 
     part: Part
@@ -41,9 +43,12 @@ class CorpusInputs:
     split: bool
     tokenizer: Tokenizer
     world: int = 0
+    world_rows: int = field(default=0, metadata={"absent_at_default": True})
 
 
-def corpus_inputs(data: Data, part: Part, tokenizer: Tokenizer, world: int = 0) -> CorpusInputs:
+def corpus_inputs(
+    data: Data, part: Part, tokenizer: Tokenizer, world: int = 0, world_rows: int = 0
+) -> CorpusInputs:
     """The inputs of one part: only what matters to it."""
     world = world if part == "train" else 0
     separate = bool(getattr(data, part)) if part != "train" else bool(data.validation and data.test)
@@ -71,9 +76,9 @@ def corpus_inputs(data: Data, part: Part, tokenizer: Tokenizer, world: int = 0) 
         kept |= {p: "given" for p in before if getattr(data, p)}
     kept |= {f"{p}_rows": getattr(data, f"{p}_rows") for p in rows}
     path = getattr(data, part) if separate else data.train
-    return CorpusInputs(
-        part, Data(train="given", **kept), sources.given(path), not separate, tokenizer, world
-    )
+    kept_data = Data(train="given", **kept)
+    world_rows = 0 if world == 0 or world_rows == data.train_rows else world_rows
+    return CorpusInputs(part, kept_data, sources.given(path), not separate, tokenizer, world, world_rows)
 
 
 def _bos(data: Data, part: Part) -> str:
@@ -101,13 +106,13 @@ def _make_corpus(artefact: Artefact[CorpusInputs], processes: int) -> Corpus:
     if not artefact.is_finished:
         data, counts = inputs.data, Counts()
         if inputs.source is not None:
-            field = "train" if inputs.split else inputs.part
-            data = dataclasses.replace(data, **{field: inputs.source.path})
+            name = "train" if inputs.split else inputs.part
+            data = dataclasses.replace(data, **{name: inputs.source.path})
         kept = artefact.path.parent / _TOKENISED / _tokenised_from(artefact)
         tokeniser = Tokeniser(tokenizers.load(inputs.tokenizer), data.prompt, kept, processes)
 
         try:
-            examples = part_examples(data, inputs.part, tokeniser, counts, inputs.world)
+            examples = part_examples(data, inputs.part, tokeniser, counts, inputs.world, inputs.world_rows)
 
             def write() -> None:
                 with artefact.writing() as folder:
@@ -129,6 +134,16 @@ def _tokenised_from(artefact: Artefact[CorpusInputs]) -> str:
     return files.fingerprint(inputs.source.content, described(inputs.tokenizer), inputs.data.prompt)
 
 
-@functools.cache
 def open_corpus(artefact: Artefact[CorpusInputs]) -> Corpus:
-    return Corpus.open(artefact.path)
+    """The corpus, which stays open."""
+    return _opened(artefact.path, artefact.key)
+
+
+@functools.cache
+def _opened(path: Path, key: str) -> Corpus:
+    return Corpus.open(path)
+
+
+def close_corpora() -> None:
+    """Forgets what is open, in case that files have changed."""
+    _opened.cache_clear()

@@ -170,13 +170,14 @@ class _Resolver:
     def _teachers_rows(self, world: int) -> Artefact[data.CorpusInputs]:
         """The training rows of a teacher that has another number of them."""
         rows = dataclasses.replace(self.config.data, train_rows=self.config.teacher.train_rows)
-        inputs = data.corpus_inputs(rows, "train", self.tokenizer, world)
+        inputs = data.corpus_inputs(rows, "train", self.tokenizer, world, self.config.data.train_rows)
         settings = {
             "data": "data",
             "data.train_rows": "teacher.train_rows",
             "source": "data.train",
             "tokenizer": "data.tokenizer",
             "world": "world",
+            "world_rows": "data.train_rows",
         }
         folder = folder_of_world(self.shared, world)
         return Artefact(inputs, folder / "data" / "teacher_train", settings=settings)
@@ -242,7 +243,7 @@ class _Resolver:
     ) -> ModelInputs:
         """The inputs of teacher or initial student, which may continue a pretrained model."""
         train, seed = self._corpus("train", world), self.config.seed_of(world)
-        if role == "teacher" and self.config.teacher.train_rows:
+        if role == "teacher" and self.config.teacher.train_rows not in (0, self.config.data.train_rows):
             train = self._teachers_rows(world)
         if not who.pretrain.text:
             return model_inputs(role, who.model, finetune, train, self.tokenizer, seed, teacher)

@@ -4,7 +4,7 @@ import collections
 import json
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -212,7 +212,9 @@ def run(cells: Sequence[Cell], workdir: Path, task: int | None = None) -> dict[s
     console.print(
         f"{len(chosen)} of {len(cells)} runs, {len(chosen) - len(waiting)} of them finished already"
     )
-    failures, prepared, told = {}, set(), set()
+    failures: dict[str, str] = {}
+    unprepared: dict[int, Exception | None] = {}  # why a world could not be prepared
+    told: set[str] = set()
     if waiting:
         _check_rows(cells, workdir)
     while waiting:
@@ -220,10 +222,14 @@ def run(cells: Sequence[Cell], workdir: Path, task: int | None = None) -> dict[s
         for cell in waiting:
             if finished(cell, workdir) is not None:
                 continue  # by another process
-            if (world := cell.config.world) not in prepared:
-                prepare([other for other in cells if other.config.world == world], workdir)
-                prepared.add(world)
+            world = cell.config.world
+            if world not in unprepared:
+                unprepared[world] = _failure_of(
+                    lambda world=world: prepare([c for c in cells if c.config.world == world], workdir)
+                )
             try:
+                if (failure := unprepared[world]) is not None:
+                    raise failure
                 with locks.held(workdir / cell.name):
                     if finished(cell, workdir) is None:
                         console.rule(cell.name, characters="═")
@@ -245,6 +251,14 @@ def run(cells: Sequence[Cell], workdir: Path, task: int | None = None) -> dict[s
         if waiting:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
     return failures
+
+
+def _failure_of(work: Callable[[], None]) -> Exception | None:
+    try:
+        work()
+    except Exception as error:
+        return error
+    return None
 
 
 def _check_rows(cells: Sequence[Cell], workdir: Path) -> None:

@@ -74,7 +74,8 @@ class Checkpoints:
     """Checkpoints in `folder` of a state that is placed by `placement`.
 
     Args:
-        minutes: the interval at which `due` asks for a checkpoint; 0: after each step.
+        minutes: the interval at which `due` asks for a checkpoint; 0: after each step, or with several
+            processes each time that they agree on it.
     """
 
     def __init__(self, folder: Path, placement: Placement, minutes: float = 10.0):

@@ -76,15 +76,9 @@ class Shard:
         found = _read_note(self.note)
         return found if found is not None and found["examples"] == [self.start, self.end] else None
 
-    def damaged(self, noted: Mapping[str, Any], *, read: bool = False) -> bool:
-        """Whether the file is missing or not as noted.
-
-        Args:
-            read: read the file, even if its size and time are as noted.
-        """
-        if files.damaged(self.file, {".": noted["file"]}) is not None:
-            return True
-        return read and files.digest(self.file) != noted["file"][2]
+    def damaged(self, noted: Mapping[str, Any]) -> bool:
+        """Whether the file is missing or not as noted. It is read only if its size or time are others."""
+        return files.damaged(self.file, {".": noted["file"]}) is not None
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Its arrays by name, memory-mapped, `[targets, ...]`. They keep the file open."""

@@ -291,3 +291,14 @@ def test_parts_that_would_be_the_same_rows_are_refused(data, part):
     same = dataclasses.replace(data, **{part: data.train})
     with pytest.raises(InputError, match=rf"data\.{part}: '.*' would have the same rows as data\.train"):
         check_sources(same)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_more_rows_of_a_world_begin_with_its_own(data, ids, tokeniser, others, separate):
+    """As a teacher has that is tuned on more rows than its student."""
+    small = dataclasses.replace(data, train_rows=4, **(others if separate else {}))
+    own = set(ids(small, "train", 2))
+    large = dataclasses.replace(small, train_rows=9)
+    found = [e.row.id for e in part_examples(large, "train", tokeniser(), Counts(), 2, world_rows=4)]
+    assert own and own < set(found)
+    assert not set(found) & set(ids(small, "train", 1))

@@ -18,7 +18,6 @@ METRICS = [
     {"phase": "student", "step": 3, "stage": 2, "validation_rouge_l": 30.0},
     line("student:sft", 1, loss=2.0, cross_entropy=2.0, divergence=0.0),
     {"phase": "student:sft", "step": 1, "validation_rouge_l": 25.0},
-    {"phase": "teacher", "step": 9, "validation_rouge_l": 60.0},
 ]
 
 
@@ -61,9 +60,9 @@ def test_training_shows_losses_validations_and_stages(tmp_path, drawn):
     assert {"loss", "cross-entropy", "divergence", "stage 1\nα 0.1\nβ 1", "stage 2\nα 0.2\nβ 1"} == set(
         texts(upper)
     )
-    assert set(texts(lower)) == {"l2m", "sft", "teacher, best"}
+    assert set(texts(lower)) == {"l2m", "sft"}
     curves = {tuple(curve.get_ydata()) for curve in lower.lines}
-    assert {(20.0, 30.0), (25.0,), (60.0, 60.0)} <= curves
+    assert {(20.0, 30.0), (25.0,)} <= curves
     boundary = [curve.get_xdata()[0] for curve in lower.lines if tuple(curve.get_ydata()) == (0, 1)]
     assert 2.5 in boundary
     assert is_picture(tmp_path / "training.png")

@@ -75,5 +75,7 @@ def test_a_restart_tokenises_nothing_again(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "Encoder", Counting)
     resumed = data.make_corpora(parts("killed"), 1)
     assert not made
-    assert [corpus.fingerprint for corpus in resumed] == [corpus.fingerprint for corpus in whole]
+    for again, expected in zip(resumed, whole, strict=True):
+        for file in expected.folder.iterdir():
+            assert (again.folder / file.name).read_bytes() == file.read_bytes()
     assert {file.name for file in (tmp_path / "killed").iterdir()} == {"train", "validation", "test"}

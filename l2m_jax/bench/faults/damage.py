@@ -75,7 +75,7 @@ def train(flags: Sequence[str], workdir: Path) -> tuple[int, str]:
     """`l2m train` in this process. Returns the exit status (1 with a traceback) and what was printed as errors."""
     # By name, as a shell would: the commands are above this module.
     command = importlib.import_module("l2m_jax.cli.main")
-    data.open_corpus.cache_clear()
+    data.close_corpora()
     errors = io.StringIO()
     with (
         contextlib.redirect_stderr(errors),

@@ -226,9 +226,8 @@ def _folder(folder_or_name: str | os.PathLike, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises errors of several libraries
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{name!r} is not a local folder and could not be downloaded from the hub ({reason}); pass the path of a "
+            f"{name!r} is not a local folder and could not be downloaded from the hub ({reason(error)}); pass the path of a "
             "folder with config.json and model.safetensors, or download it first on a machine with a network"
         ) from error
 

@@ -1,6 +1,5 @@
 """Adapters in the format of PEFT, which loads them onto the base model (https://github.com/huggingface/peft)."""
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,10 +39,9 @@ def save(folder: Path, config: DecoderConfig, lora: Lora, adapters: Params, base
             a, b = _tensors(pieces, [[leaves[_adapter(w, m)][layer] for w in pieces] for m in "ab"])
             of_layer = f"base_model.model.{name.format(layer)}"
             tensors[f"{of_layer}.lora_A.weight"], tensors[f"{of_layer}.lora_B.weight"] = a, b
-    unfinished = folder / ".adapter_model.unfinished"
-    save_file(tensors, unfinished, metadata={"format": "pt"})
-    unfinished.chmod(0o644)  # the library makes it readable for its owner only
-    os.replace(unfinished, folder / "adapter_model.safetensors")
+    with files.replacing(folder / "adapter_model.safetensors") as unfinished:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+        unfinished.chmod(0o644)  # the library makes it readable for its owner only
     described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
