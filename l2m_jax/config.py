@@ -165,11 +165,11 @@ class Config:
     def _check_tail(self) -> None:
         """The tail of the teacher's top k has no mass at another temperature than 1."""
         teacher = self.teacher
-        if teacher.signal != "store" or not teacher.store_top_k or not teacher.store_tail:
+        if not teacher.store_top_k or not teacher.store_tail:
             return
         for name in self.method_names:
             method = methods.get(name, self.overrides, self.rollouts, self.curriculum)
-            if not method.on_references_alone or not methods.needs_teacher(method, self.curriculum):
+            if not self.reads_store(method):
                 continue
             temperatures = methods.coefficients(method, self.curriculum)["temperature"].values
             if any(temperature != 1 for temperature in temperatures):
@@ -182,6 +182,11 @@ class Config:
     def method_names(self) -> tuple[str, ...]:
         """The method and its baselines."""
         return (self.method, *self.baselines)
+
+    def reads_store(self, method: methods.Method) -> bool:
+        """Whether the teacher's signal for `method` comes from the teacher store."""
+        stored = self.teacher.signal == "store" and method.on_references_alone
+        return stored and methods.needs_teacher(method, self.curriculum)
 
     @property
     def student_seed(self) -> int:

@@ -379,6 +379,12 @@ def needs_teacher(method: Method, curriculum: Curriculum) -> bool:
     return max(coefficients(method, curriculum)["beta"].values) > 0
 
 
+def generated_by(method: Method) -> list[str]:
+    """Whose responses, generated once, the method trains on: of "teacher" and "initial_student"."""
+    names = ["teacher"] if method.responses == "teacher" else []
+    return [*names, "initial_student"] if method.contrast is not None and not method.on_policy else names
+
+
 def needs_ranking(method: Method, curriculum: Curriculum) -> bool:
     """Whether the examples' difficulty decides what the method trains on, or when."""
     by_difficulty = method.ranking != "random" and (method.staged or bool(curriculum.subsets))

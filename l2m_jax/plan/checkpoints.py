@@ -55,7 +55,7 @@ def disk(w: Workload) -> dict[str, int]:
     for name, model, training, trains in trained:
         part = config.student_part if name in config.method_names else training.part
         sizes |= model_bytes(name, model, training, part, trains)
-    if any(w.reads_store(w.method(name)) for name in config.method_names):
+    if any(config.reads_store(w.method(name)) for name in config.method_names):
         targets, teacher = int(w.response_lengths.sum()), config.teacher
         of_target = store_bytes_per_target(w.teacher, teacher.store_dtype, teacher.store_top_k)
         sizes["teacher store"] = targets * of_target

@@ -104,7 +104,7 @@ class Planner(Parts):
         }
         if any(methods.needs_ranking(method, config.curriculum) for method in chosen.values()):
             found["difficulty"] = self._difficulty
-        if any(w.reads_store(method) for method in chosen.values()):
+        if any(config.reads_store(method) for method in chosen.values()):
             found["teacher store"] = self._store
         if config.evaluation.diagnostic_rows:
             found["diagnostics"] = lambda: self._frozen_teacher("diagnostics", self._diagnosed)
@@ -117,10 +117,9 @@ class Planner(Parts):
 
     def _generating(self, chosen: dict[str, methods.Method]) -> list[tuple[str, DecoderConfig]]:
         """Whose responses are generated once and trained on."""
-        wanted = chosen.values()
-        found = [("teacher", self.teacher)] * any(method.responses == "teacher" for method in wanted)
-        own = any(method.contrast is not None and not method.on_policy for method in wanted)
-        return found + [("initial student", self.student)] * own
+        names = {name for method in chosen.values() for name in methods.generated_by(method)}
+        models = {"teacher": self.teacher, "initial_student": self.student}
+        return [(name.replace("_", " "), model) for name, model in models.items() if name in names]
 
     def _model(self, name: str, model: DecoderConfig, finetune: FineTuning) -> Phase:
         """A model that is loaded or initialised, fine-tuned if asked for, and saved."""
@@ -172,7 +171,7 @@ class Planner(Parts):
         vocabulary = min(student.valid_vocab_size, self.teacher.valid_vocab_size)
         signal = "none"
         if methods.needs_teacher(method, config.curriculum):
-            signal = "store" if w.reads_store(method) else "live"
+            signal = "store" if w.config.reads_store(method) else "live"
         teacher = None if signal == "none" else self.teacher
         settings = StepSettings(student, teacher, vocabulary, config.chunk_size, config.student_part)
         shapes = TrainingShapes(

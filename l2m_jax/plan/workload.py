@@ -91,11 +91,6 @@ class Workload:
     def updates(self, method: Method) -> int:
         return steps(self.stages(method), self.config.training.batch_size)
 
-    def reads_store(self, method: Method) -> bool:
-        c = self.config
-        stored = c.teacher.signal == "store" and method.on_references_alone
-        return stored and methods.needs_teacher(method, c.curriculum)
-
     def longest_prompt(self, model: DecoderConfig) -> int:
         c = self.config
         room = longest_prompt(model, c.sampling, c.data.max_prompt_length)
@@ -126,7 +121,8 @@ class Workload:
     def batches(self, method: Method) -> Batches:
         """Those of a student's training; its rows have room for the responses that the method generates."""
         c = self.config
-        limit = min(c.data.max_length, self.student.max_positions, self.teacher.max_positions)
+        models = [self.student, *([self.teacher] if methods.needs_teacher(method, c.curriculum) else [])]
+        limit = min(c.data.max_length, *(model.max_positions for model in models))
         rules = [] if method.on_references_alone else [c.sampling]
         return self._batches(c.training, longest_row(self.lengths, self.prompt_lengths, rules, limit))
 

@@ -14,6 +14,7 @@ from l2m_jax.data.corpus import Corpus
 from l2m_jax.run import data, tokenizers
 from l2m_jax.run.artefacts import Artefact
 from l2m_jax.run.checks import check_files
+from l2m_jax.run.resolve import tokenizer_of
 
 
 class Segment(NamedTuple):
@@ -67,15 +68,9 @@ def preview(config: Config) -> Iterator[Preview]:
     check_files(config)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer: tokenizers.Tokenizer | None = tokenizers.given_tokenizer(
-            config.data, config.teacher.model.path
-        )
-        if tokenizer is None:
-            trained = Artefact(
-                tokenizers.TokenizerInputs(tokenizers.relevant_synthetic(config.data)), folder / "tokenizer"
-            )
-            tokenizers.make_tokenizer(trained)
-            tokenizer = trained
+        tokenizer = tokenizer_of(config, folder)
+        if isinstance(tokenizer, Artefact):
+            tokenizers.make_tokenizer(tokenizer)
         parts = [
             Artefact(data.corpus_inputs(config.data, part, tokenizer, config.world), folder / part)
             for part in data.PARTS

@@ -114,6 +114,29 @@ def folder_of_world(shared: Path, world: int) -> Path:
     return shared / f"world{world}" if world else shared
 
 
+def tokenizer_of(config: Config, folder: Path) -> tokenizers.Tokenizer:
+    """The given tokenizer, or one that `folder` has once it is trained or trimmed."""
+    given = tokenizers.given_tokenizer(config.data, config.teacher.model.path)
+    if given is None:
+        trained = tokenizers.TokenizerInputs(tokenizers.relevant_synthetic(config.data))
+        return Artefact(trained, folder / "tokenizer", settings={"synthetic": "data.synthetic"})
+    if not config.data.trim_vocabulary:
+        return given
+    pretrained = (config.teacher.pretrain, config.student.pretrain)
+    texts = [(p.text, p.tokens) for p in pretrained if p.text]
+    inputs = tokenizers.trimmed_inputs(config.data, given, config.evaluation.sets, texts)
+    settings = {
+        "whole": "data.tokenizer",
+        "least": "data.trim_vocabulary",
+        "train": "data.train",
+        "held_out": "data.validation or data.test",
+        "data": "data",
+        "sets": "evaluation.sets",
+        "texts": "the texts to pretrain on",
+    }
+    return Artefact(inputs, folder / "tokenizer", settings=settings)
+
+
 class _Resolver:
     def __init__(self, config: Config, workdir: Path, shared: Path):
         self.config, self.workdir, self.shared = config, workdir, shared
@@ -122,7 +145,7 @@ class _Resolver:
             name: methods.get(name, config.overrides, config.rollouts, config.curriculum)
             for name in config.method_names
         }
-        self.tokenizer = self._tokenizer()
+        self.tokenizer = tokenizer_of(config, shared / "data")
         self.corpora: dict[data.Part, Artefact[data.CorpusInputs]] = {
             part: self._corpus(part, config.world) for part in data.PARTS
         }
@@ -134,8 +157,10 @@ class _Resolver:
         config = self.config
         ranked = any(methods.needs_ranking(method, config.curriculum) for method in self.chosen.values())
         ranking = self._ranking() if ranked else None
-        store = self._store() if any(self._reads_store(m) for m in self.chosen.values()) else None
-        names = dict.fromkeys(name for method in self.chosen.values() for name in _generated_for(method))
+        store = self._store() if any(self.config.reads_store(m) for m in self.chosen.values()) else None
+        names = dict.fromkeys(
+            name for method in self.chosen.values() for name in methods.generated_by(method)
+        )
         generated = {name: self._responses(name) for name in names}
         students = {
             name: self._student(name, method, ranking, store, generated)
@@ -181,30 +206,6 @@ class _Resolver:
         }
         folder = folder_of_world(self.shared, world)
         return Artefact(inputs, folder / "data" / "teacher_train", settings=settings)
-
-    def _tokenizer(self) -> tokenizers.Tokenizer:
-        given = tokenizers.given_tokenizer(self.config.data, self.config.teacher.model.path)
-        if given is not None:
-            return self._trimmed(given) if self.config.data.trim_vocabulary else given
-        synthetic = tokenizers.relevant_synthetic(self.config.data)
-        inputs = tokenizers.TokenizerInputs(synthetic)
-        return Artefact(inputs, self.shared / "data" / "tokenizer", settings={"synthetic": "data.synthetic"})
-
-    def _trimmed(self, whole: Source) -> Artefact[tokenizers.TrimmedInputs]:
-        config = self.config
-        pretrained = (config.teacher.pretrain, config.student.pretrain)
-        texts = [(p.text, p.tokens) for p in pretrained if p.text]
-        inputs = tokenizers.trimmed_inputs(config.data, whole, config.evaluation.sets, texts)
-        settings = {
-            "whole": "data.tokenizer",
-            "least": "data.trim_vocabulary",
-            "train": "data.train",
-            "held_out": "data.validation or data.test",
-            "data": "data",
-            "sets": "evaluation.sets",
-            "texts": "the texts to pretrain on",
-        }
-        return Artefact(inputs, self.shared / "data" / "tokenizer", settings=settings)
 
     def _teacher(self) -> Artefact[ModelInputs]:
         teacher, world = self.config.teacher, self.config.teacher_world
@@ -261,7 +262,10 @@ class _Resolver:
         untrained, train = FineTuning(epochs=0), self._corpus("train", world)
         start = model_inputs(role, who.model, untrained, train, self.tokenizer, seed, untuned)
         inputs = pretraining_inputs(pretrain, start, untuned, seed)
-        name, folder = f"pretrained_{role}", folder_of_world(self.shared, world if self._redrawn(who) else 0)
+        # A teacher of this world makes the student one of this world, too.
+        of_world = isinstance(untuned, Artefact) and untuned.path.parent != self.shared
+        folder = folder_of_world(self.shared, world if self._redrawn(who) or of_world else 0)
+        name = f"pretrained_{role}"
         settings = {
             "start.model": f"{role}.model",
             "start.weights": f"{role}.model.path",
@@ -355,10 +359,6 @@ class _Resolver:
         )
         return diagnostics_artefact(inputs, self.own)
 
-    def _reads_store(self, method: methods.Method) -> bool:
-        stored = self.config.teacher.signal == "store" and method.on_references_alone
-        return stored and methods.needs_teacher(method, self.config.curriculum)
-
     def _student(
         self,
         name: str,
@@ -372,7 +372,7 @@ class _Resolver:
             config.evaluation, self.corpora["validation"], config.sampling, config.data.max_prompt_length
         )
         curriculum = relevant_curriculum(method, config.curriculum)
-        live = methods.needs_teacher(method, config.curriculum) and not self._reads_store(method)
+        live = methods.needs_teacher(method, config.curriculum) and not config.reads_store(method)
         inputs = StudentInputs(
             method=method,
             curriculum=curriculum,
@@ -383,8 +383,8 @@ class _Resolver:
             tokenizer=self.tokenizer,
             ranking=ranking if methods.needs_ranking(method, config.curriculum) else None,
             teacher=self.teacher if methods.needs_teacher(method, config.curriculum) else None,
-            store=store if self._reads_store(method) else None,
-            generated=tuple((of, generated[of]) for of in _generated_for(method)),
+            store=store if config.reads_store(method) else None,
+            generated=tuple((of, generated[of]) for of in methods.generated_by(method)),
             rollouts=relevant_rollouts(method, config.rollouts),
             sampling=config.sampling if method.on_policy else None,
             max_length=None if method.on_references_alone else config.data.max_length,
@@ -393,7 +393,7 @@ class _Resolver:
             lora=config.student.lora if config.student.lora.rank else None,
             teacher_weights=config.teacher.weights if live else "float",
             store_tail=config.teacher.store_tail
-            or not (self._reads_store(method) and config.teacher.store_top_k),
+            or not (config.reads_store(method) and config.teacher.store_top_k),
         )
         main = name == config.method
         settings = _STUDENT_SETTINGS | {"seed": "seed" if config.student.seed < 0 else "student.seed"}
@@ -420,9 +420,3 @@ class _Resolver:
         settings = {name: f"evaluation.{name}" for name in ("sets", "seeds", "rows")}
         settings |= {name: f"data.{name}" for name in ("tokenizer", "max_prompt_length", "truncate", "bos")}
         return Artefact(inputs, folder / "evaluation" / name, settings=settings)
-
-
-def _generated_for(method: methods.Method) -> list[str]:
-    """Whose responses, generated once, the method trains on."""
-    names = ["teacher"] if method.responses == "teacher" else []
-    return [*names, "initial_student"] if method.contrast is not None and not method.on_policy else names

@@ -76,6 +76,6 @@ def test_a_restart_tokenises_nothing_again(parts, tmp_path, monkeypatch):
     resumed = data.make_corpora(parts("killed"), 1)
     assert not made
     for again, expected in zip(resumed, whole, strict=True):
-        for file in expected.folder.iterdir():
+        for file in set(expected.folder.iterdir()) - {expected.folder / "inputs.json"}:  # which has times
             assert (again.folder / file.name).read_bytes() == file.read_bytes()
     assert {file.name for file in (tmp_path / "killed").iterdir()} == {"train", "validation", "test"}

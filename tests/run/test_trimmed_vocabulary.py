@@ -12,9 +12,10 @@ from l2m_jax import models
 from l2m_jax.config import change, defaults, parse
 from l2m_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from l2m_jax.errors import InputError
-from l2m_jax.run import checks, tokenizers
+from l2m_jax.run import checks, data, tokenizers
 from l2m_jax.run.context import start
 from l2m_jax.run.models import make_model
+from l2m_jax.run.preview import preview
 from l2m_jax.run.resolve import resolve
 
 _logits = jax.jit(models.logits, static_argnums=0)
@@ -83,6 +84,14 @@ def test_what_is_read_keeps_its_tokens(given, made):
         text = f"say {word}\nit is {word}"
         assert kept[trimmed.encode(text)].tolist() == whole.encode(text)
     assert any(len(trimmed.encode(word)) > len(whole.encode(word)) for word in WORDS[8:])
+
+
+def test_a_preview_has_the_rows_that_a_run_trains_on(made):
+    config, artefacts = made
+    with preview(config) as found:
+        assert found.tokenizer.key == artefacts.tokenizer.key
+        (run,) = data.make_corpora([artefacts.corpora["train"]])
+        np.testing.assert_array_equal(found.corpora["train"].tokens, run.tokens)
 
 
 def test_the_initial_student_is_a_folder_with_the_logits_of_the_kept_tokens(given, tmp_path):

@@ -70,11 +70,22 @@ def test_a_student_that_is_pretrained_once_is_kept_once(tmp_path):
     assert again.initial_student.path == tmp_path / "shared/world1/initial_student"
 
 
-def test_a_teacher_with_rows_of_several_worlds(tmp_path):
+def test_a_student_pretrained_from_a_redrawn_teacher_is_one_of_its_world(tmp_path):
+    (tmp_path / "text.txt").write_text("a text")
+    text = str(tmp_path / "text.txt")
+    settings = {"teacher.world": -1, "teacher.pretrain.text": text, "student.pretrain.text": text}
+    settings |= {"student.pretrain.seed": 0, "student.pretrain.from_teacher": True}
+    first, second = (of_world(tmp_path, world, **settings).pretrained["student"] for world in (1, 2))
+    assert first.key != second.key and first.path != second.path
+
+
+@pytest.fixture
+def from_files(tmp_path):
+    """Settings of 60 rows, of which a world has 10 and a teacher 20."""
     rows = [{"instruction": f"say {i}", "output": f"it is {i}"} for i in range(60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train_tokenizer(["say it is"] * 3, 300).save_pretrained(tmp_path / "tokenizer")
-    values = {
+    return {
         "data.source": "files",
         "data.train": str(tmp_path / "rows.jsonl"),
         "data.tokenizer": str(tmp_path / "tokenizer"),
@@ -83,14 +94,26 @@ def test_a_teacher_with_rows_of_several_worlds(tmp_path):
         "data.train_rows": 10,
         "teacher.train_rows": 20,
     }
+
+
+def _ids(corpus):
+    (made,) = data.make_corpora([corpus])
+    return {made.row(i).id for i in range(len(made))}
+
+
+def test_a_redrawn_teacher_with_more_rows_has_those_of_its_world(tmp_path, from_files):
+    found = of_world(tmp_path, 2, **from_files, **{"teacher.world": -1})
+    own, teachers = _ids(found.corpora["train"]), _ids(found.teacher.inputs.train)
+    assert len(own) == 10 and len(teachers) == 20 and own < teachers
+
+
+def test_a_teacher_with_rows_of_several_worlds(tmp_path, from_files):
     seen = []
     for world in (0, 1, 2):
-        found = of_world(tmp_path, world, **values)
+        found = of_world(tmp_path, world, **from_files)
         assert found.teacher.inputs.train in found.all_corpora
-        (train,) = data.make_corpora([found.corpora["train"]])
-        seen.append({row.id for row in map(train.row, range(10))})
-    (teachers,) = data.make_corpora([found.teacher.inputs.train])
-    assert {teachers.row(i).id for i in range(len(teachers))} == seen[0] | seen[1]
+        seen.append(_ids(found.corpora["train"]))
+    assert _ids(found.teacher.inputs.train) == seen[0] | seen[1]
     with pytest.raises(InputError, match=r"config\.teacher\.train_rows: 20 is for rows from files"):
         of_world(tmp_path, 1, **{"teacher.train_rows": 20})
 

@@ -96,6 +96,27 @@ def test_a_failing_cell_is_reported_and_does_not_stop_the_others(tmp_path, runs)
     assert "Missing" not in write_table(cells, tmp_path)
 
 
+def test_a_world_that_cannot_be_prepared_is_tried_once_and_does_not_stop_the_others(
+    tmp_path, runs, monkeypatch
+):
+    cells = [
+        cell._replace(run=f"world{world}", config=change(cell.config, {"world": world}))
+        for world in (1, 2)
+        for cell in grid(CONFIG, ROWS, [0])
+    ]
+    prepared = []
+
+    def prepare(config, shared):
+        prepared.append(config.world)
+        if config.world == 1:
+            raise InputError("config.x: bad")
+
+    monkeypatch.setattr(pipeline, "prepare", prepare)
+    failures = run(cells, tmp_path)
+    assert failures == {"sft/world1": "config.x: bad", "l2m/world1": "config.x: bad"}
+    assert prepared == [1, 2] and [method for method, _ in runs.ran] == ["sft", "l2m"]
+
+
 def test_an_interruption_stops_the_sweep_and_leaves_the_cell_unfinished(tmp_path, runs):
     cells = grid(CONFIG, ROWS, [0])
     runs.broken = {("l2m", 0): KeyboardInterrupt()}
