@@ -4,7 +4,7 @@ import collections
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,7 +197,8 @@ def _by_prompt(responses: Path) -> dict[str, dict[str, float]]:
 def run(cells: Sequence[Cell], workdir: Path, task: int | None = None) -> dict[str, str]:
     """Runs the unfinished cells, one after another. A failure does not stop the others.
 
-    Several processes may do so at the same time. Each cell is run by one of them, and all wait for the last.
+    Several processes may do so at the same time. Each cell is run by one of them, and all wait for the last. If what the
+    cells of a world share cannot be made, they all fail; with a single world, that error is raised.
 
     Args:
         task: the number of the only cell to run; None for all.
@@ -208,6 +209,7 @@ def run(cells: Sequence[Cell], workdir: Path, task: int | None = None) -> dict[s
     if task is not None and not 0 <= task < len(cells):
         raise InputError(f"--task {task}: the runs are numbered from 0 to {len(cells) - 1}")
     chosen = cells if task is None else [cells[task]]
+    worlds = {cell.config.world for cell in chosen}
     waiting = [cell for cell in chosen if finished(cell, workdir) is None]
     console.print(
         f"{len(chosen)} of {len(cells)} runs, {len(chosen) - len(waiting)} of them finished already"
@@ -224,9 +226,14 @@ def run(cells: Sequence[Cell], workdir: Path, task: int | None = None) -> dict[s
                 continue  # by another process
             world = cell.config.world
             if world not in unprepared:
-                unprepared[world] = _failure_of(
-                    lambda world=world: prepare([c for c in cells if c.config.world == world], workdir)
-                )
+                sharing = [other for other in cells if other.config.world == world]
+                try:
+                    prepare(sharing, workdir)
+                    unprepared[world] = None
+                except Exception as error:
+                    if len(worlds) == 1:
+                        raise
+                    unprepared[world] = error
             try:
                 if (failure := unprepared[world]) is not None:
                     raise failure
@@ -251,14 +258,6 @@ def run(cells: Sequence[Cell], workdir: Path, task: int | None = None) -> dict[s
         if waiting:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
     return failures
-
-
-def _failure_of(work: Callable[[], None]) -> Exception | None:
-    try:
-        work()
-    except Exception as error:
-        return error
-    return None
 
 
 def _check_rows(cells: Sequence[Cell], workdir: Path) -> None:
