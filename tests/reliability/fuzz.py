@@ -380,7 +380,7 @@ def _record(folder: Path) -> Parser:
 
     def read(data: bytes) -> None:
         _write(folder / "inputs.json", data)
-        artefact.is_finished_here
+        assert artefact.is_finished_here in (True, False)
 
     return Parser([json.dumps(record).encode()], read, json_mutation)
 
