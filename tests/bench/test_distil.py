@@ -39,21 +39,25 @@ def _plain_losses(request):
             mask=lambda p: jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), p),
         ),
     )
-    state, losses = optimizer.init(params), []
-    for indices in request.batches:
-        length = max(len(request.tokens[i]) for i in indices)
-        tokens, mask = np.zeros((2, len(indices), length), np.int32)
-        for row, i in enumerate(indices):
-            tokens[row, : len(request.tokens[i])] = request.tokens[i]
-            mask[row, request.prompt_lengths[i] : len(request.tokens[i])] = 1
+    length = max(map(len, request.tokens))
 
-        def loss(params, tokens=tokens, mask=mask):
-            log_p = jax.nn.log_softmax(models.logits(teacher_config, teacher, jnp.asarray(tokens)))[:, :-1]
-            log_q = jax.nn.log_softmax(models.logits(config, params, jnp.asarray(tokens)))[:, :-1]
+    @jax.jit
+    def update(params, state, tokens, mask):
+        def loss(params):
+            log_p = jax.nn.log_softmax(models.logits(teacher_config, teacher, tokens))[:, :-1]
+            log_q = jax.nn.log_softmax(models.logits(config, params, tokens))[:, :-1]
             return jnp.sum(jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1) * mask[:, 1:]) / mask.sum()
 
         value, gradient = jax.value_and_grad(loss)(params)
         updates, state = optimizer.update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), state, value
+
+    state, losses = optimizer.init(params), []
+    for indices in request.batches:
+        tokens, mask = np.zeros((2, len(indices), length), np.int32)
+        for row, i in enumerate(indices):
+            tokens[row, : len(request.tokens[i])] = request.tokens[i]
+            mask[row, request.prompt_lengths[i] : len(request.tokens[i])] = 1
+        params, state, value = update(params, state, tokens, mask)
         losses.append(float(value))
     return losses
