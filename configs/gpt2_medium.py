@@ -12,7 +12,7 @@ According to `l2m plan`, on 80 GB devices (hours are a roofline estimate):
     4 × A100, fsdp   19 GiB on a device (evaluation, teacher), about 0.7 h
     1 × H100         30 GiB on a device (teacher, training), about 1.8 h
 
-`:minillm` and `:pocl` use the lengths and sampling rules of MiniLLM and POCL instead of the paper's.
+`:minillm` and `:pocl` use the protocols of MiniLLM and POCL instead of the paper's.
 """
 
 from l2m_jax.config import PRESETS, defaults

@@ -13,7 +13,7 @@ According to `l2m plan`, on 80 GB devices (hours are a roofline estimate):
     4 × A100, fsdp   32 GiB on a device (teacher, training), about 4.3 h
     1 × H100         does not fit: 126 GiB on a device (teacher, training)
 
-`:minillm` and `:pocl` use the lengths and sampling rules of MiniLLM and POCL instead of the paper's.
+`:minillm` and `:pocl` use the protocols of MiniLLM and POCL instead of the paper's.
 """
 
 from l2m_jax.config import PRESETS, defaults
