@@ -63,8 +63,7 @@ def _json_pieces(values: Iterable[Any]) -> Iterator[str]:
 def content_hash(path: Path, *, patterns: Sequence[str] | None = None) -> str:
     """16 hexadecimal digits that change with the content of a file, or with the files of a folder.
 
-    Each file is read once: its hash is remembered, by path, size, modification time and inode, under
-    `~/.cache/l2m_jax` (or `$XDG_CACHE_HOME/l2m_jax`).
+    Each file is read once: its hash is remembered, by path, size, modification time and inode, in `cache_folder()`.
 
     Args:
         path: a file, or a folder whose relative file names and contents count.
@@ -141,9 +140,18 @@ def digest(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _hash_cache() -> Path:
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/l2m_jax`, or `~/.cache/l2m_jax`: hashes and compiled programs, which are made again if lost.
+
+    Raises:
+        RuntimeError: there is no home folder.
+    """
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "l2m_jax" / "content_hashes.json"
+    return Path(root) / "l2m_jax"
+
+
+def _hash_cache() -> Path:
+    return cache_folder() / "content_hashes.json"
 
 
 def _remembered_hashes() -> dict[str, Any]:

@@ -103,6 +103,17 @@ def add_config(parser: Parser, *, required: bool = True) -> None:
     )
 
 
+def use_huge_pages() -> None:
+    """Starts this process again with an allocator that asks Linux for huge pages: glibc reads that only at the start.
+
+    On a CPU, each step takes new memory for its arrays. In pages of 4 kB, mapping it takes a tenth of the step. A value of
+    the user's for the variable takes precedence.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def run(
     parser: Parser, command: Callable[[argparse.Namespace], None], arguments: Sequence[str] | None
 ) -> None:
@@ -111,6 +122,8 @@ def run(
     Exits with status 2 after an error that the user can correct, a full disk among them; with 75 after SIGTERM or
     SIGINT, which tells supervisors to run the command again.
     """
+    if arguments is None:
+        use_huge_pages()
     # Transformers would begin each run with the advice to install PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:

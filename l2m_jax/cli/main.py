@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from l2m_jax import __version__
-from l2m_jax.cli.common import Parser
+from l2m_jax.cli.common import Parser, use_huge_pages
 
 COMMANDS = {
     "train": "distil a student",
@@ -21,6 +21,8 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    if arguments is None:
+        use_huge_pages()
     listed = "\n".join(f"  {name:7} {what}" for name, what in COMMANDS.items())
     parser = Parser("", f"Staged knowledge distillation of language models.\n\ncommands:\n{listed}")
     parser.usage = "l2m COMMAND [FLAGS]"

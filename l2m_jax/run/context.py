@@ -116,8 +116,12 @@ def _seconds(file: Path) -> dict[str, float]:
 
 def _use_compilation_cache() -> None:
     """Lets a restart find its compiled programs. A setting of the user's takes precedence."""
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "l2m_jax" / "xla"))
+    if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    with contextlib.suppress(RuntimeError):  # no home folder
+        jax.config.update("jax_compilation_cache_dir", str(files.cache_folder() / "xla"))
+    # A run has dozens of programs that compile in less than a second, JAX's limit.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def placement_of(devices: Devices) -> Placement:
