@@ -17,6 +17,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 # Containers often set this. Each process that a test starts would then spend 5 s on compiling Python modules.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+import gc
 import importlib.util
 import inspect
 import json
@@ -35,6 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
 _KILLED_AT = 5  # updates: before the best validation is known, between two checkpoints
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes many objects, and by default Python looks for cycles among them for an eighth of the time.
+gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,6 +1,7 @@
 """The entry points: what they import, what they refuse, and how they end."""
 
 import errno
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -47,6 +48,20 @@ def test_the_version_is_that_of_the_package(capsys):
 def test_the_console_script():
     (script,) = metadata.entry_points(group="console_scripts", name="l2m")
     assert script.load() is main
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc's")
+@pytest.mark.parametrize(("given", "used"), [(None, "glibc.malloc.hugetlb=1"), ("glibc.malloc.check=0",) * 2])
+def test_commands_use_huge_pages_unless_told_otherwise(given, used):
+    """The process starts again once, with its arguments."""
+    code = "import os, sys; from l2m_jax.cli import common; print('started'); sys.stdout.flush(); common.use_huge_pages()"
+    code += "; print(os.environ['GLIBC_TUNABLES'], sys.argv[1:])"
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    environment |= {"GLIBC_TUNABLES": given} if given else {}
+    command = [sys.executable, "-c", code, "a b", "--c"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    starts = 1 if given else 2
+    assert done.stdout.splitlines() == [*["started"] * starts, f"{used} ['a b', '--c']"], done.stderr
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,12 @@ def _run(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(_command(folder, *flags), cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
+def _run_here(command: list[str]) -> None:
+    """The command in this process, which has imported all modules and compiled many programs."""
+    _, _, *arguments = command
+    train.main([*arguments, "--config.devices.num_processes=1"])
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
@@ -123,21 +129,21 @@ def test_the_student_says_how_it_was_made_and_how_well_it_does(finished):
     assert f"{results['l2m']['sets'][0]['rouge_l']['mean']:.2f}"[:3] in card
 
 
-def test_responses_that_a_power_failure_cut_short_are_named_and_made_again(finished, tmp_path):
+def test_responses_that_a_power_failure_cut_short_are_named_and_made_again(finished, tmp_path, capsys):
     """The record may say finished: it can reach the disk before the answers do."""
     shutil.copytree(finished / "run", tmp_path / "run")
     answers = tmp_path / "run" / "initial_student_responses.jsonl"
     whole = answers.read_bytes()
     answers.write_bytes(whole[: whole[:-1].rfind(b"\n") + 20])
-    flags = ("--config.baselines=('distillm2',)", "--config.training.learning_rate=1e-4")
-    refused = _run(tmp_path, *flags)
-    assert refused.returncode == 2
-    assert refused.stderr == (
+    command = _command(tmp_path, "--config.baselines=('distillm2',)", "--config.training.learning_rate=1e-4")
+    with pytest.raises(SystemExit) as refused:
+        _run_here(command)
+    assert refused.value.code == 2
+    assert capsys.readouterr().err == (
         f"error: {answers}: differs from what was written; restore it, or delete {answers} to make it again\n"
     )
     answers.unlink()
-    done = _run(tmp_path, *flags)
-    assert done.returncode == 0, done.stdout + done.stderr
+    _run_here(command)
     assert answers.read_bytes() == whole
 
 
@@ -200,7 +206,7 @@ def test_a_student_with_another_tokenizer_is_refused(finished, tmp_path):
     assert not (tmp_path / "run" / "teacher").exists()
 
 
-def test_a_run_killed_within_a_stage_ends_as_one_that_was_not(finished, tmp_path):
+def test_a_run_killed_within_a_stage_ends_as_one_that_was_not(finished, tmp_path, capsys):
     running = subprocess.Popen(
         _command(tmp_path, DIAGNOSED), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -217,9 +223,8 @@ def test_a_run_killed_within_a_stage_ends_as_one_that_was_not(finished, tmp_path
     times = tmp_path / "run" / "phases.json"
     before = json.loads(times.read_text())
     # Without diagnostics: they change what is reported, and nothing else.
-    again = _run(tmp_path)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "already there" in again.stdout
+    _run_here(_command(tmp_path))
+    assert "already there" in capsys.readouterr().out
     seconds = json.loads(times.read_text())
     assert {"teacher", "student", "evaluation"} < set(seconds)
     assert all(seconds[phase] >= taken > 0 for phase, taken in before.items())  # of both starts
@@ -260,8 +265,7 @@ def test_a_signal_in_training_saves_the_last_step_and_the_run_ends_as_one_that_g
         int(folder.name) for folder in (shared / "checkpoints" / "student").iterdir() if folder.name.isdigit()
     ]
     assert max(saved) == steps[-1] > 0
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert again.returncode == 0, again.stdout + again.stderr
+    _run_here(command)
     for file in (
         "student/model.safetensors",
         "evaluation/l2m/results.json",
