@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -115,13 +116,13 @@ def _seconds(file: Path) -> dict[str, float]:
 
 
 def _use_compilation_cache() -> None:
-    """Lets a restart find its compiled programs. A setting of the user's takes precedence."""
-    if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
-        return
-    with contextlib.suppress(RuntimeError):  # no home folder
-        jax.config.update("jax_compilation_cache_dir", str(files.cache_folder() / "xla"))
-    # A run has dozens of programs that compile in less than a second, JAX's limit.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    """Lets a restart find its compiled programs. The user's own settings take precedence."""
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        with contextlib.suppress(RuntimeError):  # no home folder
+            jax.config.update("jax_compilation_cache_dir", str(files.cache_folder() / "xla"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # JAX's limit is a second, and a run has dozens of programs below it.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def placement_of(devices: Devices) -> Placement:
