@@ -1,7 +1,6 @@
 """The entry points: what they import, what they refuse, and how they end."""
 
 import errno
-import os
 import subprocess
 import sys
 from importlib import metadata
@@ -51,17 +50,24 @@ def test_the_console_script():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc's")
+@pytest.mark.parametrize("entry", [("train.py",), ("-m", "l2m_jax.cli.main", "train")])
 @pytest.mark.parametrize(("given", "used"), [(None, "glibc.malloc.hugetlb=1"), ("glibc.malloc.check=0",) * 2])
-def test_commands_use_huge_pages_unless_told_otherwise(given, used):
-    """The process starts again once, with its arguments."""
-    code = "import os, sys; from l2m_jax.cli import common; print('started'); sys.stdout.flush(); common.use_huge_pages()"
-    code += "; print(os.environ['GLIBC_TUNABLES'], sys.argv[1:])"
-    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-    environment |= {"GLIBC_TUNABLES": given} if given else {}
-    command = [sys.executable, "-c", code, "a b", "--c"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    starts = 1 if given else 2
-    assert done.stdout.splitlines() == [*["started"] * starts, f"{used} ['a b', '--c']"], done.stderr
+def test_a_command_runs_with_huge_pages_unless_told_otherwise(entry, given, used, tmp_path, monkeypatch):
+    """The config sees the environment and the arguments of the process that trains."""
+    config = tmp_path / "a config.py"
+    config.write_text(
+        "import sys\n"
+        "environment = open('/proc/self/environ').read().split('\\0')  # as the process began\n"
+        "def get_config():\n"
+        "    raise ValueError([e for e in environment if e.startswith('GLIBC_TUNABLES=')], sys.argv[-2:])\n"
+    )
+    if given:
+        monkeypatch.setenv("GLIBC_TUNABLES", given)
+    else:
+        monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    done = python(*entry, f"--config={config}", f"--workdir={tmp_path / 'a run'}")
+    arguments = [f"--config={config}", f"--workdir={tmp_path / 'a run'}"]
+    assert done.returncode == 2 and str(([f"GLIBC_TUNABLES={used}"], arguments)) in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(

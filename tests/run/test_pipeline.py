@@ -206,7 +206,7 @@ def test_a_student_with_another_tokenizer_is_refused(finished, tmp_path):
     assert not (tmp_path / "run" / "teacher").exists()
 
 
-def test_a_run_killed_within_a_stage_ends_as_one_that_was_not(finished, tmp_path, capsys):
+def test_a_run_killed_within_a_stage_ends_as_one_that_was_not(finished, tmp_path):
     running = subprocess.Popen(
         _command(tmp_path, DIAGNOSED), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -223,8 +223,9 @@ def test_a_run_killed_within_a_stage_ends_as_one_that_was_not(finished, tmp_path
     times = tmp_path / "run" / "phases.json"
     before = json.loads(times.read_text())
     # Without diagnostics: they change what is reported, and nothing else.
-    _run_here(_command(tmp_path))
-    assert "already there" in capsys.readouterr().out
+    again = _run(tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "already there" in again.stdout
     seconds = json.loads(times.read_text())
     assert {"teacher", "student", "evaluation"} < set(seconds)
     assert all(seconds[phase] >= taken > 0 for phase, taken in before.items())  # of both starts
