@@ -22,7 +22,7 @@ from l2m_jax.multihost import first, is_first
 from l2m_jax.parallel import Placement
 from l2m_jax.types import Params
 
-_MIN_CACHE, _CACHE_SIZES_PER_OCTAVE = 64, 4
+_MIN_CACHE, _CACHE_SIZES_PER_OCTAVE = 64, 2
 _CACHE_BYTES = 8 * 2**30
 _MIN_SLOTS, _MAX_SLOTS = 8, 64
 PREFILL_TOKENS = 2048
@@ -139,8 +139,7 @@ class Engine:
                 if batch not in prefilled:
                     prefilled[batch] = self._prefill(prompts, batch)
                 source = prefilled[batch] if schedule.is_waiting(batch) else prefilled.pop(batch)
-                need = max(source.tokens_PxL.shape[-1], schedule.longest() + schedule.steps())
-                slots = self._fit(slots, need)
+                slots = self._fit(slots, schedule.longest() + schedule.steps())
                 arrays = self._placement.feed(_arrays(moves, schedule.slots, keys, columns))
                 slots = self._map(programs.begin)(slots, source, arrays, max(map(len, moves)))
             if not schedule.is_running:

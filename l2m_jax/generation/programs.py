@@ -115,13 +115,18 @@ def prefill(config: DecoderConfig, params: Params, tokens_PxL: jax.Array, length
 
 @over_devices(replicated=("count",), donate=("slots",), one_device=True, split_rows=False)
 def begin(slots: Slots, prefilled: Prefilled, moves: Moves, count: jax.Array) -> Slots:
-    """Carries out the first `count` moves, one at a time: few of the B possible moves are real."""
+    """Carries out the first `count` moves, one at a time: few of the B possible moves are real.
+
+    There must be room for the prompts that move, but not for the padding of their batch.
+    """
+    room = min(slots.tokens_BxS.shape[1], prefilled.tokens_PxL.shape[1])
 
     def move(i, slots: Slots) -> Slots:
         row, slot = moves.rows_M[i], moves.slots_M[i]
 
         def copy(target, source):
             start = jax.lax.dynamic_index_in_dim(source, row, keepdims=False)
+            start = jax.lax.slice_in_dim(start, 0, room, axis=max(start.ndim - 2, 0))
             window = (slot, *(slice(0, size) for size in start.shape))
             return target.at[window].set(start, mode="drop")
 

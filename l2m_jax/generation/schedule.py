@@ -126,13 +126,12 @@ class Schedule:
 
     def _next_batch(self) -> PrefillBatch:
         devices = len(self._running)
-        longest = self._lengths[self._todo[0]]
-        while True:
-            rows, length = prefill_shape(longest, self._prefill_tokens)
-            taken = min(rows * devices, len(self._todo))
-            longest = self._lengths[self._todo[taken - 1]]
-            if longest <= length:
+        taken, rows, length = 0, 1, 0
+        for prompt in self._todo:
+            fitting, padded = prefill_shape(self._lengths[prompt], self._prefill_tokens)
+            if taken + 1 > fitting * devices:
                 break
+            taken, rows, length = taken + 1, fitting, padded
         prompts = [self._todo.popleft() for _ in range(taken)]
         fewest = -(-taken // devices)
         rows = min(rows, 1 << (fewest - 1).bit_length())

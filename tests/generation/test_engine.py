@@ -449,6 +449,33 @@ def test_room_for_tokens_grows_to_the_last_position():
     assert [a.tokens for a in answers] == [greedy_without_cache(config, params, p, 20, None) for p in prompts]
 
 
+def test_the_room_follows_what_is_decoded_not_the_padding_of_a_batch():
+    rooms = []
+
+    class Watched(Engine):
+        def _map(self, function):
+            mapped = super()._map(function)
+
+            def call(*arguments):
+                if function in (programs.begin, programs.decode, programs.resize):
+                    slots = next(a for a in arguments if isinstance(a, programs.Slots))
+                    rooms.append((function, slots.tokens_BxS.shape[-1]))
+                return mapped(*arguments)
+
+            return call
+
+    config, params = small(max_positions=256)
+    prompts = [*some_prompts(4, longest=9), some_prompts(1, seed=3)[0] * 200]
+    prompts[-1] = prompts[-1][:200]
+    rules = SamplingRules(temperature=0, max_new_tokens=8)
+    ended = Watched(place(config, params, slots=1), rules).run(prompts, [(p, 1) for p in range(5)])
+    answers = {p: tokens for some in ended for p, _, tokens in some}
+    assert answers == {p: greedy_without_cache(config, params, prompts[p], 8, EOS) for p in range(5)}
+    decoded = [room for function, room in rooms if function is programs.decode]
+    assert decoded[0] == 64 and decoded[-1] == 256
+    assert [function for function, _ in rooms].count(programs.resize) == 1
+
+
 def test_no_room_for_prompts(sampled):
     config, params, _, _ = sampled
     rules = SamplingRules(max_new_tokens=64)

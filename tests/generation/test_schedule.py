@@ -106,6 +106,12 @@ def test_prefill_batches_are_full_and_similar_in_length():
     assert all(batch.rows * batch.length <= 2048 for batch in prefilled)
 
 
+def test_long_prompts_do_not_pad_short_ones():
+    lengths = [34] * 20 + [46] * 19 + [49, 50, 54, 69, 130, 156, 173, 174, 209]
+    _, prefilled, _ = simulate(lengths, [[3]] * len(lengths))
+    assert [(batch.rows, batch.length) for batch in prefilled] == [(42, 48), (8, 192), (1, 256)]
+
+
 @pytest.mark.parametrize(("per_octave", "smallest"), [(1, 16), (2, 16), (4, 64)])
 def test_bucket_is_the_next_of_few_sizes(per_octave, smallest):
     sizes = sorted({bucket(length, per_octave, smallest) for length in range(1, 1025)})
