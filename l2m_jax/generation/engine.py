@@ -107,6 +107,7 @@ class Engine:
         """`prefill_tokens` is about how many tokens of prompts a device prefills at once."""
         self._generator, self._rules, self._prefill_tokens = generator, rules, prefill_tokens
         self._config, self._placement = generator.config, generator.placement
+        self._cache_config = programs.cache_config(self._config, self._placement)
         self._layers = programs.prepare_on_devices(self._config, generator.params, self._placement)
         self.utilisation = 0.0
 
@@ -173,7 +174,9 @@ class Engine:
             lengths,
             seeds,
             devices=devices,
-            slots=choose_slots(self._config, self._generator.slots, max(lengths) + new, answers, devices),
+            slots=choose_slots(
+                self._cache_config, self._generator.slots, max(lengths) + new, answers, devices
+            ),
             max_new_tokens=new,
             prefill_tokens=self._prefill_tokens,
             shrinks=self._generator.shrinks,
@@ -181,7 +184,7 @@ class Engine:
 
     def _empty_slots(self, slots: int) -> Slots:
         size = cache_size(self._config, 1)
-        return self._placement.create(programs.empty_slots, self._config, slots, size)
+        return self._placement.create(programs.empty_slots, self._cache_config, slots, size)
 
     def _answer(self, now: Slots, device: int, slot: int) -> tuple[int, ...]:
         """The tokens of an answer that has ended, without the end of sequence. `now` holds NumPy arrays."""
@@ -348,7 +351,8 @@ def _missing(
         return
     # The same number of slots in each share of the prompts, so that all run the same programs.
     longest = max(map(len, prompts)) + rules.max_new_tokens
-    slots = generator.slots or default_slots(generator.config, longest)
+    config = programs.cache_config(generator.config, generator.placement)
+    slots = generator.slots or default_slots(config, longest)
     engine = Engine(dataclasses.replace(generator, slots=slots), rules)
     with contextlib.ExitStack() as stack:
         append = stack.enter_context(output.appending()) if output is not None and is_first() else None

@@ -3,6 +3,7 @@
 Each function is written for one device. `Placement.map` maps it over all devices.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -89,6 +90,12 @@ def changed_by_prepare(config: DecoderConfig, params: Params) -> Params:
 def _dtype_in_use(config: DecoderConfig, path: tuple, leaf: jax.Array) -> np.dtype:
     kept = any(name in str(key) for key in path for name in ("norm", "scale"))
     return leaf.dtype if kept else jnp.dtype(config.dtype)
+
+
+def cache_config(config: DecoderConfig, placement: Placement) -> DecoderConfig:
+    """The config of the KV cache: float32 on CPUs, where XLA multiplies single rows of bfloat16 at half the speed."""
+    on_cpu = placement.devices[0].platform == "cpu"
+    return dataclasses.replace(config, dtype=jnp.float32) if on_cpu else config
 
 
 def empty_slots(config: DecoderConfig, B: int, S: int) -> Slots:

@@ -188,6 +188,8 @@ def cached(
 ) -> Callable:
     """One new token per row: writes its key and value to slot `positions_B`; its query sees the slots up to there.
 
+    Computes in the cache's dtype.
+
     With `window`, it sees only the last so many of them.
     """
 
@@ -197,14 +199,14 @@ def cached(
         rows_B = jnp.arange(B)
         keys = cache.key_BxKxSxD.at[rows_B, :, positions_B].set(key_Bx1xKxD[:, 0])
         values = cache.value_BxKxSxD.at[rows_B, :, positions_B].set(value_Bx1xKxD[:, 0])
-        query = query_Bx1xHxD.reshape(B, K, H // K, D)
+        query = query_Bx1xHxD.reshape(B, K, H // K, D).astype(keys.dtype)
         scores = product("BKGD,BKSD->BKGS", query, keys)
         visible = jnp.arange(S)[None] <= positions_B[:, None]
         if window is not None:
             visible &= positions_B[:, None] - jnp.arange(S)[None] < window
         scores = jnp.where(visible[:, None, None], scores * _scale(config), jnp.finfo(jnp.float32).min)
         probabilities = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-        attended = _weighted(probabilities, values).astype(values.dtype)
+        attended = _weighted(probabilities, values).astype(query_Bx1xHxD.dtype)
         return attended.reshape(B, 1, H, D), LayerCache(keys, values)
 
     return attend

@@ -9,6 +9,7 @@ import numpy as np
 from l2m_jax.data.batches import FORWARD_SLOTS, forward_shapes
 from l2m_jax.data.packing import Shape
 from l2m_jax.generation.engine import choose_slots
+from l2m_jax.generation.programs import cache_config
 from l2m_jax.models import DecoderConfig
 from l2m_jax.plan import programs
 from l2m_jax.plan.estimate import seconds
@@ -56,7 +57,11 @@ class Parts:
         w, rules = self._w, self._w.config.sampling
         prompt = w.longest_prompt(model)
         slots = choose_slots(
-            model, w.config.devices.slots, prompt + rules.max_new_tokens, answers, self._devices
+            cache_config(model, self._compiler.placement),
+            w.config.devices.slots,
+            prompt + rules.max_new_tokens,
+            answers,
+            self._devices,
         )
         return programs.decoding(self._compiler, model, params, rules, slots, prompt)
 

@@ -340,8 +340,9 @@ def decoding(
 
     longest = longest_prompt + rules.max_new_tokens
     sizes = sorted({cache_size(config, n) for n in range(1, longest + 1)})
+    cached = generation.cache_config(config, compiler.placement)
     smaller, largest = (
-        jax.eval_shape(partial(generation.empty_slots, config, slots, n)) for n in (sizes[-2:] * 2)[-2:]
+        jax.eval_shape(partial(generation.empty_slots, cached, slots, n)) for n in (sizes[-2:] * 2)[-2:]
     )
     decode = compiler.program(
         "decode",

@@ -476,6 +476,17 @@ def test_the_room_follows_what_is_decoded_not_the_padding_of_a_batch():
     assert [function for function, _ in rooms].count(programs.resize) == 1
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_cpu_decodes_bfloat16_from_float32_keys_and_values(family):
+    config, params = small(family, dtype=jnp.bfloat16)
+    placed, rules = place(config, params), SamplingRules(temperature=0, max_new_tokens=12)
+    cache = programs.empty_slots(programs.cache_config(config, placed.placement), 2, 64).cache
+    assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(jnp.float32)}
+    prompts = some_prompts(8)
+    answers = generate(placed, prompts, rules, [1])
+    assert [a.tokens for a in answers] == [greedy_without_cache(config, params, p, 12, EOS) for p in prompts]
+
+
 def test_no_room_for_prompts(sampled):
     config, params, _, _ = sampled
     rules = SamplingRules(max_new_tokens=64)
