@@ -43,8 +43,8 @@ class _Processes:
         config = ROOT / "tests" / "configs" / "tiny.py"
         command = [sys.executable, str(ROOT / "train.py"), f"--config={config}:no_dropout"]
         command += [f"--workdir={folder / 'run'}", *SETTINGS, *flags]
-        device_flag = f"--xla_force_host_platform_device_count={devices}"
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": device_flag}
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
         port = _free_port()
         self.running = []
         for rank in range(count):
