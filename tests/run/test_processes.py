@@ -117,28 +117,39 @@ def _student_reaches(step: int, folder: Path, running: subprocess.Popen) -> None
         time.sleep(0.02)
 
 
-def test_a_signal_or_the_death_of_one_ends_the_other_and_both_go_on_to_the_result_of_one(
-    one_process, tmp_path
-):
-    asked = _Processes(tmp_path, 2, 2, "--config.checkpoint_minutes=60")
-    _student_reaches(1, tmp_path, asked.running[0])
+@pytest.fixture(scope="module")
+def asked_to_end(tmp_path_factory) -> tuple[Path, list[tuple[int, str, str]]]:
+    """A run of two processes, one of which got a signal in training; and how they ended."""
+    folder = tmp_path_factory.mktemp("asked")
+    asked = _Processes(folder, 2, 2, "--config.checkpoint_minutes=60")
+    _student_reaches(1, folder, asked.running[0])
     asked.running[1].terminate()
-    ended = asked.ended()
-    assert [status for status, _, _ in ended] == [75, 75], ended
-    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    last = max(line["step"] for line in lines if line["phase"] == "student")
-    kept = tmp_path / "run" / "checkpoints" / "student"
-    assert max(int(folder.name) for folder in kept.iterdir() if folder.name.isdigit()) == last
+    return folder, asked.ended()
 
-    first = _Processes(tmp_path, 2, 2, slurm=True)
-    _student_reaches(last + 1, tmp_path, first.running[0])
+
+def _last_step(folder: Path) -> int:
+    lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    return max(line["step"] for line in lines if line["phase"] == "student")
+
+
+def test_a_signal_to_one_ends_both_with_a_checkpoint_of_the_last_step(asked_to_end):
+    folder, ended = asked_to_end
+    assert [status for status, _, _ in ended] == [75, 75], ended
+    kept = folder / "run" / "checkpoints" / "student"
+    assert max(int(f.name) for f in kept.iterdir() if f.name.isdigit()) == _last_step(folder)
+
+
+def test_the_death_of_one_ends_the_other_and_both_go_on_to_the_result_of_one(one_process, asked_to_end):
+    folder, _ = asked_to_end
+    first = _Processes(folder, 2, 2, slurm=True)
+    _student_reaches(_last_step(folder) + 1, folder, first.running[0])
     first.running[1].kill()
     (status, out, errors), _ = first.ended()
     assert status != 0 and "another task died" in errors, out + errors
-    assert not (tmp_path / "run" / "student").exists()
+    assert not (folder / "run" / "student").exists()
 
-    _Processes(tmp_path, 2, 2).succeed()
-    _assert_same(tmp_path, one_process)
+    _Processes(folder, 2, 2).succeed()
+    _assert_same(folder, one_process)
 
 
 def test_sharded_parameters_over_two_processes_give_the_same(one_process, tmp_path):
