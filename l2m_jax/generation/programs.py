@@ -186,7 +186,9 @@ def decode(
         rows_B = jnp.arange(next_B.shape[0])
         return slots._replace(
             cache=cache,
-            tokens_BxS=slots.tokens_BxS.at[rows_B, slots.lengths_B].set(next_B, mode="drop"),
+            tokens_BxS=slots.tokens_BxS.at[rows_B, slots.lengths_B].set(
+                next_B, mode="drop", indices_are_sorted=True, unique_indices=True
+            ),
             lengths_B=slots.lengths_B + slots.active_B,
             active_B=slots.active_B & ~ended_B,
         )

@@ -197,8 +197,13 @@ def cached(
         B, _, H, D = query_Bx1xHxD.shape
         K, S = cache.key_BxKxSxD.shape[1:3]
         rows_B = jnp.arange(B)
-        keys = cache.key_BxKxSxD.at[rows_B, :, positions_B].set(key_Bx1xKxD[:, 0])
-        values = cache.value_BxKxSxD.at[rows_B, :, positions_B].set(value_Bx1xKxD[:, 0])
+
+        def put(cached_BxKxSxD, new_Bx1xKxD):
+            # Each row has one place, so a GPU needs no atomic writes.
+            places = cached_BxKxSxD.at[rows_B, :, positions_B]
+            return places.set(new_Bx1xKxD[:, 0], indices_are_sorted=True, unique_indices=True)
+
+        keys, values = put(cache.key_BxKxSxD, key_Bx1xKxD), put(cache.value_BxKxSxD, value_Bx1xKxD)
         query = query_Bx1xHxD.reshape(B, K, H // K, D).astype(keys.dtype)
         scores = product("BKGD,BKSD->BKGS", query, keys)
         visible = jnp.arange(S)[None] <= positions_B[:, None]

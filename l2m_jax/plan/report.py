@@ -1,5 +1,6 @@
 """A plan on the screen."""
 
+from collections import Counter
 from typing import Any
 
 from rich import box
@@ -70,11 +71,17 @@ def show_programs(document: dict[str, Any]) -> None:
             size,
             ", ".join(f"{100 * share:.0f}% {dtype}" for dtype, share in p["products"].items()) or "–",
             ", ".join(p["attention_kernels"]) or "plain",
-            ", ".join(s["shape"] for s in p["scatters"] if not s["unique"]) or "–",
+            _repeated(p["scatters"]) or "–",
             f"{largest['shape']} {largest['bytes'] / 2**20:,.0f} MiB" if largest else "–",
             _collectives(p["collectives"]) or "–",
         )
     (console if console.is_terminal else Console(width=_WIDTH_IN_FILES, highlight=False)).print(table)
+
+
+def _repeated(scatters: list[dict[str, Any]]) -> str:
+    """Arrays that rows which may repeat are added or written to."""
+    shapes = Counter(s["shape"] for s in scatters if not s["unique"])
+    return ", ".join(f"{count} × {shape}" if count > 1 else shape for shape, count in shapes.items())
 
 
 def _collectives(found: list[dict[str, Any]]) -> str:

@@ -1,12 +1,16 @@
 """The programs of the paper's pairs, at their real sizes, before a compiler optimises them."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from l2m_jax import models
 from l2m_jax.cli import config_file
+from l2m_jax.generation import programs as generation
 from l2m_jax.parallel import Placement
 from l2m_jax.plan import targets
 from l2m_jax.plan.phases import Planner
@@ -35,3 +39,16 @@ def test_an_update_on_a_gpu_multiplies_in_bfloat16_and_sums_in_float32(name):
     # Rows that may repeat are summed in float32.
     repeated = [shape for marks, shape in _SCATTER.findall(text) if "unique_indices = true" not in marks]
     assert repeated and all(shape.endswith("f32") for shape in repeated)
+
+
+def test_a_decoding_step_writes_to_no_row_twice():
+    config = config_file.read(str(CONFIGS / "gpt2_small.py"), [])
+    model = workload(config, "cuda", 1).student
+    compiler = Compiler(Placement("pmap", tuple(jax.devices()[:1])), dry=True)
+    params = jax.eval_shape(lambda: models.init(model, jax.random.key(0)))
+    layers = jax.eval_shape(partial(generation.prepare, model), params)
+    slots = jax.eval_shape(partial(generation.empty_slots, model, 4, 64))
+    arguments = (model, config.sampling, (0,), layers, slots, jax.ShapeDtypeStruct((), jnp.int32))
+    found = _SCATTER.findall(compiler.lower(generation.decode, arguments).as_text())
+    assert len(found) == 2 * model.num_layers + 1  # keys, values and the token
+    assert all("unique_indices = true" in marks for marks, _ in found)
