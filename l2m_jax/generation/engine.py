@@ -22,7 +22,7 @@ from l2m_jax.multihost import first, is_first
 from l2m_jax.parallel import Placement
 from l2m_jax.types import Params
 
-_MIN_CACHE, _CACHE_SIZES_PER_OCTAVE = 64, 2
+_MIN_CACHE, _SMALL_CACHE = 64, 256
 _CACHE_BYTES = 8 * 2**30
 _MIN_SLOTS, _MAX_SLOTS = 8, 64
 PREFILL_TOKENS = 2048
@@ -53,8 +53,12 @@ def choose_slots(config: DecoderConfig, slots: int, max_length: int, answers: in
 
 
 def cache_size(config: DecoderConfig, length: int) -> int:
-    """Tokens that a slot has room for when the longest sequence has `length`: one of few sizes."""
-    return min(bucket(length, _CACHE_SIZES_PER_OCTAVE, _MIN_CACHE), config.max_positions)
+    """Tokens that a slot has room for when the longest sequence has `length`: one of few sizes.
+
+    A small cache costs more to enlarge than to read, and a large one more to read: its sizes are closer to each other.
+    """
+    per_octave = 2 if length <= _SMALL_CACHE else 4
+    return min(bucket(length, per_octave, _MIN_CACHE), config.max_positions)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
