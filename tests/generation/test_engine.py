@@ -526,6 +526,13 @@ def test_parameters_are_prepared_in_the_dtype_that_they_are_used_in():
     jax.tree.map(np.testing.assert_array_equal, of_prepared[1], of_params[1])
 
 
+def test_a_cache_has_room_in_one_of_few_sizes():
+    config = dataclasses.replace(SMALL, max_positions=1000)
+    sizes = [engine.cache_size(config, length) for length in range(1, 1001)]
+    assert all(size >= length for length, size in enumerate(sizes, start=1)) and sizes == sorted(sizes)
+    assert sorted(set(sizes)) == [64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1000]
+
+
 def test_default_slots_follow_the_size_of_the_cache():
     config, _ = small()
     assert default_slots(config, 1000) == 64
