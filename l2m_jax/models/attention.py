@@ -1,7 +1,7 @@
 """Attention over packed rows and over a KV cache, and rotary positions."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,8 +86,8 @@ def why_not_cudnn(dtype: jax.typing.DTypeLike, length: int, head_dim: int) -> st
     """Why JAX's cuDNN attention does not support these, on GPUs since Ampere; None if it does."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 or float16, not in {jnp.dtype(dtype)}"
-    if head_dim % 8 or head_dim > 128:
-        return f"head_dim {head_dim} is not a multiple of 8 up to 128"
+    if head_dim > 128:
+        return f"head_dim {head_dim} is larger than 128"
     # With a mask, odd lengths fail in the backward pass.
     return f"row length {length} is odd" if length % 2 else None
 
@@ -112,14 +112,30 @@ def causal(config: DecoderConfig, segment_ids_BxL: jax.Array | None, keep_kv: bo
         query, key, value = split_rows(query), split_rows(key), split_rows(value)
         # JAX's cuDNN attention has no dropout: training can use it only with an `attention_dropout` of 0.
         if dropout is None and _implementation(config, query) == "cudnn":
-            attended = jax.nn.dot_product_attention(
-                query, key, value, mask=visible, scale=_scale(config), is_causal=True, implementation="cudnn"
-            )
+            attended = _fused(config, query, key, value, visible, "cudnn")
         else:
             attended = _in_blocks(config, query, key, value, visible, dropout)
         return attended, (key, value) if keep_kv else None
 
     return attend
+
+
+def _fused(
+    config: DecoderConfig,
+    query_BxLxHxD: jax.Array,
+    key_BxLxKxD: jax.Array,
+    value_BxLxKxD: jax.Array,
+    mask_Bx1xLxL: jax.Array | None,
+    implementation: Literal["cudnn", "xla"],
+) -> jax.Array:
+    """JAX's attention. cuDNN's kernel takes head sizes that are multiples of 8: others are padded with zeros."""
+    D = query_BxLxHxD.shape[-1]
+    padding = [(0, 0)] * 3 + [(0, -D % 8)]
+    query, key, value = (jnp.pad(x, padding) for x in (query_BxLxHxD, key_BxLxKxD, value_BxLxKxD))
+    attended = jax.nn.dot_product_attention(
+        query, key, value, mask=mask_Bx1xLxL, scale=_scale(config), is_causal=True, implementation=implementation
+    )
+    return attended[..., :D]
 
 
 def _within(window: int | jax.Array, mask_Bx1xLxL: jax.Array | None, rows: tuple[int, int]) -> jax.Array:
