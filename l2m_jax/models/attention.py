@@ -133,7 +133,13 @@ def _fused(
     padding = [(0, 0)] * 3 + [(0, -D % 8)]
     query, key, value = (jnp.pad(x, padding) for x in (query_BxLxHxD, key_BxLxKxD, value_BxLxKxD))
     attended = jax.nn.dot_product_attention(
-        query, key, value, mask=mask_Bx1xLxL, scale=_scale(config), is_causal=True, implementation=implementation
+        query,
+        key,
+        value,
+        mask=mask_Bx1xLxL,
+        scale=_scale(config),
+        is_causal=True,
+        implementation=implementation,
     )
     return attended[..., :D]
 
