@@ -1,5 +1,6 @@
 """Answers of small models: what they must equal, and what they must not depend on."""
 
+import collections
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -91,6 +92,24 @@ def place(config, params, mapping="pmap", devices=slice(1), **options):
 
 
 FOUR, ALL = slice(4), slice(None)
+
+
+class Watched(Engine):
+    """Notes the shapes of the slots that each program is called with."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.calls = collections.defaultdict(list)
+
+    def _map(self, function):
+        mapped = super()._map(function)
+
+        def call(*arguments):
+            for slots in (a for a in arguments if isinstance(a, programs.Slots)):
+                self.calls[function].append(jax.eval_shape(lambda x: x, slots))
+            return mapped(*arguments)
+
+        return call
 
 
 def greedy_without_cache(config, params, prompt, new_tokens, eos):
@@ -450,41 +469,29 @@ def test_room_for_tokens_grows_to_the_last_position():
 
 
 def test_the_room_follows_what_is_decoded_not_the_padding_of_a_batch():
-    rooms = []
-
-    class Watched(Engine):
-        def _map(self, function):
-            mapped = super()._map(function)
-
-            def call(*arguments):
-                if function in (programs.begin, programs.decode, programs.resize):
-                    slots = next(a for a in arguments if isinstance(a, programs.Slots))
-                    rooms.append((function, slots.tokens_BxS.shape[-1]))
-                return mapped(*arguments)
-
-            return call
-
     config, params = small(max_positions=256)
     prompts = [*some_prompts(4, longest=9), some_prompts(1, seed=3)[0] * 200]
     prompts[-1] = prompts[-1][:200]
     rules = SamplingRules(temperature=0, max_new_tokens=8)
-    ended = Watched(place(config, params, slots=1), rules).run(prompts, [(p, 1) for p in range(5)])
+    watched = Watched(place(config, params, slots=1), rules)
+    ended = watched.run(prompts, [(p, 1) for p in range(5)])
     answers = {p: tokens for some in ended for p, _, tokens in some}
     assert answers == {p: greedy_without_cache(config, params, prompts[p], 8, EOS) for p in range(5)}
-    decoded = [room for function, room in rooms if function is programs.decode]
+    decoded = [slots.tokens_BxS.shape[-1] for slots in watched.calls[programs.decode]]
     assert decoded[0] == 64 and decoded[-1] == 256
-    assert [function for function, _ in rooms].count(programs.resize) == 1
+    assert len(watched.calls[programs.resize]) == 1
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_cpu_decodes_bfloat16_from_float32_keys_and_values(family):
     config, params = small(family, dtype=jnp.bfloat16)
-    placed, rules = place(config, params), SamplingRules(temperature=0, max_new_tokens=12)
-    cache = programs.empty_slots(programs.cache_config(config, placed.placement), 2, 64).cache
-    assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(jnp.float32)}
+    watched = Watched(place(config, params), SamplingRules(temperature=0, max_new_tokens=12))
     prompts = some_prompts(8)
-    answers = generate(placed, prompts, rules, [1])
-    assert [a.tokens for a in answers] == [greedy_without_cache(config, params, p, 12, EOS) for p in prompts]
+    ended = watched.run(prompts, [(p, 1) for p in range(8)])
+    answers = {p: tokens for some in ended for p, _, tokens in some}
+    assert answers == {p: greedy_without_cache(config, params, prompts[p], 12, EOS) for p in range(8)}
+    for slots in watched.calls[programs.decode]:
+        assert {leaf.dtype for leaf in jax.tree.leaves(slots.cache)} == {jnp.dtype(jnp.float32)}
 
 
 def test_no_room_for_prompts(sampled):
