@@ -33,6 +33,16 @@ def dense(x: jax.Array, kernel_IxO: jax.Array) -> jax.Array:
     return result.reshape(*x.shape[:-1], -1)
 
 
+def dense_by_features(x: jax.Array, kernel_OxI: jax.Array) -> jax.Array:
+    """x·Wᵀ [..., O] in the dtype of both, for x [..., I] of few rows.
+
+    XLA's CPU backend takes up to a third longer to multiply few rows by [I, O] than [O, I] by few columns.
+    """
+    x_IxT = _row_by_row(x.reshape(-1, x.shape[-1]).T)
+    y_OxT = _row_by_row(jnp.matmul(kernel_OxI, x_IxT, preferred_element_type=jnp.float32))
+    return y_OxT.T.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
 def project(hidden: jax.Array, head_VxE: jax.Array) -> jax.Array:
     """Logits [..., V] in float32, of hidden states [..., E] in the head's dtype."""
     tokens = _letters(hidden.ndim - 1)

@@ -52,24 +52,45 @@ class Moves(NamedTuple):
     keys_Mx2: np.ndarray
 
 
-@over_devices(static=("config",), weights=("params",), returns="weights", one_device=True)
-def prepare(config: DecoderConfig, params: Params) -> Params:
+@over_devices(static=("config", "transposed"), weights=("params",), returns="weights", one_device=True)
+def prepare(config: DecoderConfig, transposed: bool, params: Params) -> Params:
     """Parameters for `decode`: one entry for each layer, in the dtype that a step computes in.
 
     A decoding step reads every weight for a few tokens, so it should not read float32 weights to compute in
-    bfloat16. Norms and scales stay as they are: they are read in float32.
+    bfloat16. Norms and scales stay as they are: they are read in float32. If `transposed`, the kernels of the layers
+    become "kernel_OxI".
     """
 
     def cast(path, leaf):
         return leaf.astype(_dtype_in_use(config, path, leaf))
 
-    return models.unstack_layers(jax.tree_util.tree_map_with_path(cast, params))
+    prepared = jax.tree_util.tree_map_with_path(cast, params)
+    if transposed:
+        prepared = prepared | {"blocks": _with_transposed_kernels(prepared["blocks"])}
+    return models.unstack_layers(prepared)
+
+
+def _with_transposed_kernels(blocks: Params) -> Params:
+    by_name = {}
+    for name, value in blocks.items():
+        if isinstance(value, dict):
+            by_name[name] = _with_transposed_kernels(value)
+        elif name == "kernel":
+            by_name["kernel_OxI"] = value.swapaxes(-1, -2)
+        else:
+            by_name[name] = value
+    return by_name
+
+
+def is_transposed(placement: Placement) -> bool:
+    """Whether layers are decoded with transposed kernels: where that is faster, on CPUs."""
+    return _on_cpu(placement)
 
 
 def prepare_on_devices(config: DecoderConfig, params: Params, placement: Placement) -> Params:
     """`prepare` of placed parameters. Leaves that it would not change are shared with `params`, not copied."""
 
-    new = placement.map(prepare)(config, changed_by_prepare(config, params))
+    new = placement.map(prepare)(config, is_transposed(placement), changed_by_prepare(config, params))
     outside = {name: tree for name, tree in params.items() if name != "blocks"}
     return new | {
         name: jax.tree.map(lambda old, new: old if new is None else new, tree, new[name])
@@ -94,8 +115,11 @@ def _dtype_in_use(config: DecoderConfig, path: tuple, leaf: jax.Array) -> np.dty
 
 def cache_config(config: DecoderConfig, placement: Placement) -> DecoderConfig:
     """The config of the KV cache: float32 on CPUs, where XLA multiplies single rows of bfloat16 at half the speed."""
-    on_cpu = placement.devices[0].platform == "cpu"
-    return dataclasses.replace(config, dtype=jnp.float32) if on_cpu else config
+    return dataclasses.replace(config, dtype=jnp.float32) if _on_cpu(placement) else config
+
+
+def _on_cpu(placement: Placement) -> bool:
+    return placement.devices[0].platform == "cpu"
 
 
 def empty_slots(config: DecoderConfig, B: int, S: int) -> Slots:

@@ -21,10 +21,11 @@ Carry = TypeVar("Carry")
 _BLOCK_SIZE_CPU = 16
 _BLOCK_SIZE = 256
 
-# A partly filled last chunk runs in quarters, if a chunk has enough logits to justify compiling the loop body twice.
-PARTS = 4
+# A partly filled last chunk runs as a half, a quarter and an eighth of one, as needed, if a chunk has enough logits to
+# justify compiling the loop body for each size.
+HALVINGS = 3
 _MIN_LOGITS_TO_DIVIDE = 1 << 22
-# The size of a part is a multiple of this, for the matrix units.
+# Sizes are multiples of this, for the matrix units.
 _ALIGNMENT = 8
 
 
@@ -47,17 +48,24 @@ class Inputs(NamedTuple):
 
 
 def choose_chunk_size(tokens: int, max_size: int) -> int:
-    """A size that makes all chunks about equally full, so that the last one is not mostly padding."""
-    chunks = max(1, _divide_up(tokens, max_size))
-    return max(1, _divide_up(tokens, chunks * PARTS * _ALIGNMENT)) * PARTS * _ALIGNMENT
+    """A size that makes all chunks about equally full, so that the last one is not mostly padding.
+
+    There are at least two chunks. A loop over a single one has nothing that varies, so XLA moves its products out of
+    the loop, and computes them even if it does not run.
+    """
+    chunks = max(2, _divide_up(tokens, max_size))
+    multiple = _ALIGNMENT << HALVINGS
+    return max(1, _divide_up(tokens, chunks * multiple)) * multiple
 
 
 def _divide_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def parts_of_chunk(chunk_size: int, vocab_size: int) -> int:
-    return PARTS if chunk_size * vocab_size >= _MIN_LOGITS_TO_DIVIDE else 1
+def sizes_of_chunk(chunk_size: int, vocab_size: int) -> list[int]:
+    """The sizes for which the body of the loop is compiled: a chunk, and what it is divided into."""
+    halvings = HALVINGS if chunk_size * vocab_size >= _MIN_LOGITS_TO_DIVIDE else 0
+    return [chunk_size >> n for n in range(halvings + 1)]
 
 
 def over_chunks(
@@ -68,19 +76,22 @@ def over_chunks(
 ) -> Carry:
     """Runs `body(start, size, carry)` for each chunk, up to the last token with nonzero weight.
 
-    Whole chunks keep matrix units busy. The last one runs in parts, so that little work is done past the last token.
+    Whole chunks keep matrix units busy. The last one is divided, so that little work is done past the last token.
     """
     position = lax.broadcasted_iota(jnp.int32, weights.shape, weights.ndim - 1)
     end = jnp.max(jnp.where(weights != 0, position + 1, 0), initial=0)
-    whole, parts = static.chunk_size, parts_of_chunk(static.chunk_size, static.vocab_size)
-    part = whole // parts
-    # If less than one part of a chunk is empty, it runs as a whole chunk.
-    count = (end + part - 1) // whole
-    done = lax.fori_loop(0, count, lambda i, carry: body(i * whole, whole, carry), initial)
-    if parts == 1:
-        return done
-    last = (end + part - 1) // part
-    return lax.fori_loop(parts * count, last, lambda i, carry: body(i * part, part, carry), done)
+    sizes = sizes_of_chunk(static.chunk_size, static.vocab_size)
+    end = _divide_up(end, sizes[-1]) * sizes[-1]
+    start, carry = jnp.zeros_like(end), initial
+    for size in sizes:
+        count = (end - start) // size
+
+        def step(i: jax.Array, carry: Carry, size: int = size, start: jax.Array = start) -> Carry:
+            return body(start + i * size, size, carry)
+
+        carry = lax.fori_loop(0, count, step, carry)
+        start = start + count * size
+    return carry
 
 
 def slice_tokens(x: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:

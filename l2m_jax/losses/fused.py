@@ -64,7 +64,7 @@ def fused_distillation_sums(
     """`distillation_loss` before its division, holding the logits of only `chunk_size` tokens.
 
     Chunks divide only the token axis T, so leading axes (such as devices) keep their sharding. Tokens past the last
-    one with nonzero weight are skipped, up to a quarter of a chunk. If the real targets come first, the time depends
+    one with nonzero weight are skipped, up to an eighth of a chunk. If the real targets come first, the time depends
     on their number, not on T. Gradients flow to `student_hidden` and `student_head_VxE` only: the teacher and the
     weights are constants.
 
@@ -81,7 +81,7 @@ def fused_distillation_sums(
         coefficients: arrays in place of the objective's numbers: scalars, or one for each token, `[..., T]`.
         valid_vocab_size: entries of both vocabularies from this index on are padding, with logits of −∞. Required if
             V and U differ.
-        chunk_size: the most tokens per chunk, for each entry of the leading axes; rounded up to a multiple of 32. Two
+        chunk_size: the most tokens per chunk, for each entry of the leading axes; rounded up to a multiple of 64. Two
             float32 arrays `[..., chunk_size, V]` exist at a time, so flatten leading axes that are not sharded.
 
     Returns:

@@ -8,7 +8,7 @@ from l2m_jax.models.activations import ACTIVATIONS
 from l2m_jax.models.architecture import DecoderConfig
 from l2m_jax.models.attention import rotate
 from l2m_jax.parallel import split_rows
-from l2m_jax.products import dense
+from l2m_jax.products import dense, dense_by_features
 
 
 class Norm(nn.Module):
@@ -38,7 +38,7 @@ class Dense(nn.Module):
     """x·W + b. Beside the kernel W there may be more, which no initialisation makes.
 
     "kernel_scale": W is int8, and its outputs are multiplied by these. "lora_a", "lora_b" and "lora_scale": an adapter, see
-    `lora.py`.
+    `lora.py`. With "kernel_OxI" there is no W: this is its transpose, for products of few rows.
     """
 
     config: DecoderConfig
@@ -51,10 +51,11 @@ class Dense(nn.Module):
         c = self.config
         param_dtype, width = jnp.dtype(c.param_dtype), x.shape[-1]
         x = x.astype(c.dtype)
-        kernel = self.param(
-            "kernel", nn.initializers.normal(self.init_std), (width, self.features), param_dtype
-        )
-        y = dense(x, kernel.astype(c.dtype))
+        if self.has_variable("params", "kernel_OxI"):
+            y = dense_by_features(x, self._beside("kernel_OxI").astype(c.dtype))
+        else:
+            normal = nn.initializers.normal(self.init_std)
+            y = dense(x, self.param("kernel", normal, (width, self.features), param_dtype).astype(c.dtype))
         if self.has_variable("params", "kernel_scale"):
             y = y * jnp.broadcast_to(self._beside("kernel_scale").astype(c.dtype), y.shape)
         if self.has_variable("params", "lora_a"):

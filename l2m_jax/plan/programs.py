@@ -327,9 +327,10 @@ def decoding(
         params: shapes of the parameters that generation is given.
     """
     changing = generation.changed_by_prepare(config, params)
-    layers = jax.eval_shape(partial(generation.prepare, config), params)
-    copies = compiler.weights(jax.eval_shape(partial(generation.prepare, config), changing))
-    prepare = compiler.program("prepare", "the parameters", generation.prepare, (config, changing))
+    static = config, generation.is_transposed(compiler.placement)
+    layers = jax.eval_shape(partial(generation.prepare, *static), params)
+    copies = compiler.weights(jax.eval_shape(partial(generation.prepare, *static), changing))
+    prepare = compiler.program("prepare", "the parameters", generation.prepare, (*static, changing))
 
     rows, length = prefill_shape(longest_prompt, PREFILL_TOKENS)
     length = min(length, config.max_positions)

@@ -15,7 +15,7 @@ from l2m_jax.config import Config
 from l2m_jax.curriculum import Stage, steps
 from l2m_jax.data.packing import Shape, choose_shapes, pack
 from l2m_jax.errors import InputError
-from l2m_jax.losses.chunks import choose_chunk_size, parts_of_chunk
+from l2m_jax.losses.chunks import choose_chunk_size, sizes_of_chunk
 from l2m_jax.methods import Method
 from l2m_jax.models import Compute, DecoderConfig, Model, random_config, with_compute
 from l2m_jax.models.hf.published import PUBLISHED
@@ -142,15 +142,13 @@ class Workload:
     def vocabulary_trips(self, batches: Batches, shape: Shape, vocab_size: int) -> float:
         """How often each loop of the loss runs in a micro-batch of `shape` on a device, on average.
 
-        One loop goes over chunks of targets. With a large vocabulary, another goes over parts of one. Both are
+        One loop goes over chunks of targets. With a large vocabulary, others go over fractions of a chunk. All are
         counted equally often, so that together they do the work of the targets.
         """
         slots = sum(s.slots * n for s, n in batches.micro_batches.items()) * self.num_devices
         targets = self.response_tokens * min(batches.size, len(self.lengths)) / slots * shape.slots
-        chunk_size = choose_chunk_size(shape.slots, self.config.chunk_size)
-        parts = parts_of_chunk(chunk_size, vocab_size)
-        needed = max(1, math.ceil(targets / (chunk_size // parts)))
-        return needed if parts == 1 else needed / (parts + 1)
+        sizes = sizes_of_chunk(choose_chunk_size(shape.slots, self.config.chunk_size), vocab_size)
+        return max(1, math.ceil(targets / sizes[-1])) * sizes[-1] / sum(sizes)
 
 
 def workload(config: Config, platform: str, num_devices: int) -> Workload:

@@ -316,7 +316,7 @@ def count_products(jaxpr) -> int:
 def test_each_logit_is_computed_once():
     """Products with a head: student and teacher logits, and the gradient's two. Without gradient, the logits.
 
-    All of them for whole chunks, and again for parts of one.
+    A large vocabulary compiles all of them for a chunk, a half, a quarter and an eighth of one.
     """
     batch = inputs(13)
 
@@ -327,7 +327,18 @@ def test_each_logit_is_computed_once():
         functions = (loss, jax.value_and_grad(loss, (0, 1)))
         for function, products in zip(functions, expected, strict=True):
             jaxpr = jax.make_jaxpr(partial(function, objective=objective))(*batch[:2])
-            assert count_products(jaxpr.jaxpr) == 2 * products
+            assert count_products(jaxpr.jaxpr) == 4 * products
+
+
+@pytest.mark.parametrize("tokens", [100, 500])
+def test_no_product_is_computed_outside_the_loops(tokens):
+    """XLA moves products out of a loop that has only one chunk to compute: then they run even without a target."""
+    vocabulary = 1 << 16
+    shapes = jax.eval_shape(partial(inputs, tokens=tokens, vocabulary=vocabulary))
+    gradient = jax.grad(lambda *batch: fused_distillation_loss(*batch, OBJECTIVE, chunk_size=512), (0, 1))
+    text = jax.jit(gradient).lower(*shapes).compile().as_text()
+    outside = text[text.index("\nENTRY ") :]
+    assert f",{vocabulary}]" in text and f",{vocabulary}]" not in outside
 
 
 @pytest.mark.parametrize("width", [32, 128])
