@@ -44,7 +44,7 @@ def seconds(function: Callable[[], Any], repeats: int) -> Spread:
     return Spread.of(times)
 
 
-def matmul_rate(dtype: Any = jnp.float32, repeats: int = 3) -> float:
+def matmul_rate(dtype: Any = jnp.float32, repeats: int = 9) -> float:
     """Floating-point operations a second of a large square matrix product, as this machine does it now."""
     multiply = jax.jit(lambda a: a @ a)
     size = 1024
