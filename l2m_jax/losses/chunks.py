@@ -81,7 +81,8 @@ def over_chunks(
     position = lax.broadcasted_iota(jnp.int32, weights.shape, weights.ndim - 1)
     end = jnp.max(jnp.where(weights != 0, position + 1, 0), initial=0)
     sizes = sizes_of_chunk(static.chunk_size, static.vocab_size)
-    end = _divide_up(end, sizes[-1]) * sizes[-1]
+    smallest = sizes[-1]
+    end = (end + smallest - 1) // smallest * smallest
     start, carry = jnp.zeros_like(end), initial
     for size in sizes:
         count = (end - start) // size
