@@ -46,7 +46,7 @@ def test_a_decoding_step_writes_to_no_row_twice():
     model = workload(config, "cuda", 1).student
     compiler = Compiler(Placement("pmap", tuple(jax.devices()[:1])), dry=True)
     params = jax.eval_shape(lambda: models.init(model, jax.random.key(0)))
-    layers = jax.eval_shape(partial(generation.prepare, model), params)
+    layers = jax.eval_shape(partial(generation.prepare, model, False), params)
     slots = jax.eval_shape(partial(generation.empty_slots, model, 4, 64))
     arguments = (model, config.sampling, (0,), layers, slots, jax.ShapeDtypeStruct((), jnp.int32))
     found = _SCATTER.findall(compiler.lower(generation.decode, arguments).as_text())
