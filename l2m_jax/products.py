@@ -36,7 +36,7 @@ def dense(x: jax.Array, kernel_IxO: jax.Array) -> jax.Array:
 def dense_by_features(x: jax.Array, kernel_OxI: jax.Array) -> jax.Array:
     """x·Wᵀ [..., O] in the dtype of both, for x [..., I] of few rows.
 
-    XLA's CPU backend takes up to a third longer to multiply few rows by [I, O] than [O, I] by few columns.
+    In float32, XLA's CPU backend takes up to a third longer to multiply few rows by [I, O] than [O, I] by few columns.
     """
     x_IxT = _row_by_row(x.reshape(-1, x.shape[-1]).T)
     y_OxT = _row_by_row(jnp.matmul(kernel_OxI, x_IxT, preferred_element_type=jnp.float32))
