@@ -14,7 +14,7 @@ import numpy as np
 
 _ROUND = 64  # row lengths are multiples of this, which suits matrix units
 _ROW_LENGTHS = (64, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 2048, 3072, 4096, 6144, 8192)
-_ROW_COUNTS = 10  # candidates per row length
+_ROW_COUNTS = 10  # candidates per row length, and again between the neighbours of each that is chosen
 _SAMPLED_EXAMPLES = 2048  # used to compare shapes, in at least 16 batches
 # A rough cost model, used only to compare layouts. A slot costs 1 in the layers' matrix products, and the same again
 # in attention at this row length. A launch costs as much as this many slots.
@@ -86,7 +86,8 @@ def choose_shapes(
     """Chooses the shapes in which random batches of these examples cost least. Deterministic.
 
     Candidates are compared on sampled batches. The search starts with one shape that holds the longest example, then
-    adds the shape that helps most or exchanges one, as long as this lowers the cost.
+    adds the shape that helps most or exchanges one, as long as this lowers the cost. A second search tries the numbers
+    of rows between those of the first.
 
     Args:
         lengths: number of tokens of each example, [n].
@@ -102,25 +103,40 @@ def choose_shapes(
     random = np.random.default_rng(0)
     sampled = max(16, _SAMPLED_EXAMPLES // group)
     batches = np.sort(random.choice(lengths, (sampled, group)), axis=1)[:, ::-1].tolist()
-    candidates = _candidates(mean, longest, group * mean / num_devices, max(max_slots, longest))
+    coarse = _candidates(mean, longest, group * mean / num_devices, max(max_slots, longest))
+    shapes = _cheapest(batches, coarse, frozenset(), longest, max_shapes, num_devices)
+    finer = shapes.union(*(_around(shape, coarse) for shape in shapes))
+    return tuple(sorted(_cheapest(batches, sorted(finer), shapes, longest, max_shapes, num_devices)))
+
+
+def _cheapest(
+    batches: Sequence[Sequence[int]],
+    candidates: Sequence[Shape],
+    start: frozenset[Shape],
+    longest: int,
+    max_shapes: int,
+    num_devices: int,
+) -> frozenset[Shape]:
+    """The best of `candidates` that a search from `start` finds; without one, from the best shape for all lengths."""
     costs = _costs(batches, candidates, num_devices)
+    covering = [shape for shape in candidates if shape.length >= longest]
 
     def cost(chosen: frozenset[Shape]) -> float:
         return float(np.min([costs[used] for used in _combinations(chosen)], axis=0).mean())
 
-    def best(options: Iterable[frozenset[Shape]]) -> tuple[float, list[Shape]]:
-        return min((cost(option), sorted(option)) for option in options)
+    def best(options: Iterable[frozenset[Shape]]) -> tuple[float, frozenset[Shape]]:
+        return min(
+            ((cost(option), option) for option in options), key=lambda found: (found[0], sorted(found[1]))
+        )
 
-    covering = [shape for shape in candidates if shape.length >= longest]
-    lowest, shapes = best(frozenset([shape]) for shape in covering)
+    lowest, chosen = best([start] if start else [frozenset([shape]) for shape in covering])
     while True:
-        chosen = frozenset(shapes)
         options = [chosen | {shape} for shape in candidates] if len(chosen) < max_shapes else []
         options += [chosen - {old} | {new} for old in chosen for new in candidates]
         found, better = best(option for option in options if not option.isdisjoint(covering))
         if found >= lowest * (1 - 1e-3):
-            return tuple(shapes)
-        lowest, shapes = found, better
+            return chosen
+        lowest, chosen = found, better
 
 
 def pack_rows(
@@ -226,6 +242,14 @@ def _candidates(mean: float, longest: int, tokens: float, max_slots: int) -> lis
         min_rows = max(1, min(max_rows, int(tokens / 3 / length)))
         shapes |= {Shape(int(rows), length) for rows in np.linspace(min_rows, max_rows, _ROW_COUNTS).round()}
     return sorted(shapes)
+
+
+def _around(shape: Shape, candidates: Sequence[Shape]) -> set[Shape]:
+    """Shapes of the same length, between the next smaller and the next larger candidate."""
+    counts = [other.rows for other in candidates if other.length == shape.length]
+    fewer = max((rows for rows in counts if rows < shape.rows), default=shape.rows)
+    more = min((rows for rows in counts if rows > shape.rows), default=shape.rows)
+    return {Shape(int(rows), shape.length) for rows in np.linspace(fewer, more, _ROW_COUNTS).round()}
 
 
 def _costs(
