@@ -42,10 +42,12 @@ def get_config(variant: str = ""):
             who.pretrain.update(
                 text="synthetic", sequence_length=64, batch_size=32, learning_rate=3e-3, dropout=0.0
             )
-        config.teacher.pretrain.tokens = 300_000
-        config.student.pretrain.tokens = 600_000
-        config.teacher.finetune.epochs = 12
+        config.teacher.pretrain.tokens = 200_000
+        config.student.pretrain.tokens = 300_000
         config.student.warmup.epochs = 1
+        if variant != "lab":
+            # With pretraining, two layers score as high as three, in two thirds of the time.
+            config.teacher.model.architecture.num_layers = 2
     if variant == "lab":
         for who in (config.teacher, config.student):
             who.pretrain.update(tokens=1_000_000, epochs=5, seed=0)  # the same in all worlds
