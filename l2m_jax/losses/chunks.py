@@ -50,8 +50,8 @@ class Inputs(NamedTuple):
 def choose_chunk_size(tokens: int, max_size: int) -> int:
     """A size that makes all chunks about equally full, so that the last one is not mostly padding.
 
-    More tokens than the smallest size make at least two chunks. A loop over a single one has nothing that varies, so XLA moves its products out of
-    the loop, and computes them even if it does not run.
+    More tokens than the smallest size make at least two chunks. A loop over a single one has nothing that varies, so
+    XLA moves its products out of the loop, and computes them even if it does not run.
     """
     chunks = max(2, _divide_up(tokens, max_size))
     multiple = _ALIGNMENT << HALVINGS

@@ -92,6 +92,11 @@ def test_chosen_shapes_respect_the_slots():
     assert all(shape.slots <= 512 for shape in choose_shapes(lengths, 64, max_slots=512))
 
 
+def test_numbers_of_rows_between_the_first_candidates_are_found():
+    """45 examples, one to a row, need 45 rows of 64; the first search knows 38 and 46."""
+    assert choose_shapes(np.full(100, 60), 45, max_shapes=1) == (Shape(45, 64),)
+
+
 @pytest.fixture(scope="module")
 def dolly_lengths(shared) -> np.ndarray:
     backend: Tokenizer = load_tokenizer(shared / "tokenizers" / "gpt2").backend_tokenizer  # type: ignore
