@@ -101,7 +101,7 @@ def test_dropout_falls_on_the_probabilities(qkv):
     exp_scores = np.exp(scores) * np.tri(L)
     probabilities = exp_scores / exp_scores.sum(-1, keepdims=True)
     expected = np.einsum("BKGLS,BSKD->BLKGD", kept * probabilities, value).reshape(B, L, H, D)
-    attended, _ = module.causal(CONFIG, None)(*qkv, lambda x: x * kept)
+    attended, _ = module.causal(CONFIG, None)(*qkv, lambda x: x * kept.reshape(x.shape))
     np.testing.assert_allclose(attended, expected, atol=1e-5)
 
 
