@@ -16,9 +16,11 @@ from l2m_jax.products import project
 
 Carry = TypeVar("Carry")
 
-# Softmax, divergence and their gradient need about ten arrays of the size of a block's logits. On a CPU they run
-# twice as fast if these arrays fit into the cache. On other devices a block must be large enough to fill the device.
-_BLOCK_SIZE_CPU = 16
+# Softmax, divergence and their gradient need about ten arrays of the size of a block's logits. On a CPU they run up to
+# twice as fast if these arrays fit into the cache; fewer logits, or a single row, keep fewer cores busy. On other devices
+# a block must be large enough to fill the device.
+_BLOCK_LOGITS_CPU = 1 << 17
+_MIN_BLOCK_SIZE_CPU = 2
 _BLOCK_SIZE = 256
 
 # A partly filled last chunk runs as a half, a quarter and an eighth of one, as needed, if a chunk has enough logits to
@@ -147,7 +149,7 @@ def chunk_result(static: Static, chunk: Inputs, head_VxE: jax.Array, gradient: b
         chunk.labels,
         chunk.weights,
         chunk.coefficients,
-        cpu=in_blocks_of(_BLOCK_SIZE_CPU),
+        cpu=in_blocks_of(max(_MIN_BLOCK_SIZE_CPU, _BLOCK_LOGITS_CPU // static.vocab_size)),
         default=in_blocks_of(_BLOCK_SIZE),
     )
 

@@ -11,14 +11,15 @@ _SHOWN_SAMPLES, _SHOWN_VALIDATIONS = 2, 4
 _WHOLE = 10_000  # characters: answers are not shortened
 
 
-def section(metrics: Metrics, sampled: Mapping[str, Row]) -> str:
+def section(metrics: Metrics, sampled: Mapping[str, Row], student: str) -> str:
     """Figure, tables of the last validation of each student, and a few answers.
 
     Args:
         metrics: the lines of metrics.jsonl.
         sampled: the validation rows whose answers are in `metrics`, by id.
+        student: the name of the main student.
     """
-    last = {name_of(phase): lines[-1] for phase, lines in _lines(metrics).items()}
+    last = {name: lines[-1] for name, lines in _lines(metrics, student).items()}
     text = (
         "## Agreement with the teacher\n\nAt temperature 1 on reference responses of a few rows, means over tokens. "
         "The tables show each student's last validation.\n\n"
@@ -37,13 +38,13 @@ def section(metrics: Metrics, sampled: Mapping[str, Row]) -> str:
     )
     subsets = {name: found.get("train_by_subset", {}) for name, found in last.items()}
     text += _groups("Training rows by difficulty, 1 the easiest", "subset", subsets)
-    return text + _some_samples(metrics, sampled)
+    return text + _some_samples(metrics, sampled, student)
 
 
-def _lines(metrics: Metrics) -> dict[str, Metrics]:
-    """The validations of each phase that were diagnosed: a run may have resumed with or without diagnostics."""
+def _lines(metrics: Metrics, student: str) -> dict[str, Metrics]:
+    """The validations of each student that were diagnosed: a run may have resumed with or without diagnostics."""
     return {
-        phase: [m for m in figures.validations_of(metrics, phase) if "validation_kl" in m]
+        name_of(phase, student): [m for m in figures.validations_of(metrics, phase) if "validation_kl" in m]
         for phase in diagnosed(metrics)
     }
 
@@ -96,22 +97,22 @@ def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _some_samples(metrics: Metrics, sampled: Mapping[str, Row]) -> str:
-    phase = diagnosed(metrics)[0]
-    lines = [m for m in figures.validations_of(metrics, phase) if m.get("samples")]
+def _some_samples(metrics: Metrics, sampled: Mapping[str, Row], student: str) -> str:
+    name, diagnosed_lines = next(iter(_lines(metrics, student).items()))
+    lines = [m for m in diagnosed_lines if m.get("samples")]
     if not lines:
         return ""
     count = min(_SHOWN_VALIDATIONS, len(lines))
     chosen = [lines[round((len(lines) - 1) * i / max(1, count - 1))] for i in range(count)]
-    text = f"\nGreedy answers of the {name_of(phase)} as training goes ([all](samples.md)):\n"
+    text = f"\nGreedy answers of {name} as training goes ([all](samples.md)):\n"
     for number, row in enumerate(list(sampled.values())[:_SHOWN_SAMPLES], start=1):
-        text += f"\n{number}. {_question(row, 160)}\n\n" + _answers(row.id, {name_of(phase): chosen}, 160)
+        text += f"\n{number}. {_question(row, 160)}\n\n" + _answers(row.id, {name: chosen}, 160)
     return text
 
 
-def all_samples(metrics: Metrics, sampled: Mapping[str, Row]) -> str:
+def all_samples(metrics: Metrics, sampled: Mapping[str, Row], student: str) -> str:
     """samples.md: the greedy answers of all students at all validations, prompt by prompt."""
-    lines = {name_of(phase): of_phase for phase, of_phase in _lines(metrics).items()}
+    lines = _lines(metrics, student)
     parts = ["# Greedy answers to validation prompts as training goes\n"]
     for row in sampled.values():
         parts += [
@@ -122,7 +123,7 @@ def all_samples(metrics: Metrics, sampled: Mapping[str, Row]) -> str:
     return "\n".join(parts)
 
 
-def sample_rows(metrics: Metrics, sampled: Mapping[str, Row]) -> list[dict[str, Any]]:
+def sample_rows(metrics: Metrics, sampled: Mapping[str, Row], student: str) -> list[dict[str, Any]]:
     """The same answers as rows of a table."""
     return [
         {
@@ -135,7 +136,7 @@ def sample_rows(metrics: Metrics, sampled: Mapping[str, Row]) -> list[dict[str, 
             "answer": found["answer"],
             "rouge_l": found["rouge_l"],
         }
-        for name, of_phase in ((name_of(phase), lines) for phase, lines in _lines(metrics).items())
+        for name, of_phase in _lines(metrics, student).items()
         for line in of_phase
         for found in line.get("samples", ())
         if found["id"] in sampled

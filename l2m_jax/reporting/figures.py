@@ -175,9 +175,9 @@ def diagnosed(metrics: Metrics) -> list[str]:
     return list(dict.fromkeys(m["phase"] for m in metrics if "validation_kl" in m))
 
 
-def name_of(phase: str) -> str:
-    """ "sft" for "student:sft"; the main method's phase is "student"."""
-    return phase.partition(":")[2] or phase
+def name_of(phase: str, student: str) -> str:
+    """ "sft" for "student:sft", and `student` for "student", the main student's phase."""
+    return phase.partition(":")[2] or student
 
 
 _AGREEMENT = (
@@ -190,10 +190,10 @@ _AGREEMENT = (
 )
 
 
-def agreement(path: Path, metrics: Metrics) -> None:
+def agreement(path: Path, metrics: Metrics, *, label: str) -> None:
     """The measures of held-out rows over the steps, one panel each, with a line for each student.
 
-    Dashed: the teacher's own cross-entropy and entropy.
+    Dashed: the teacher's own cross-entropy and entropy. `label` names the main student's line.
     """
     phases = diagnosed(metrics)
     with drawing(path, 7.2, 6.6) as figure:
@@ -209,7 +209,7 @@ def agreement(path: Path, metrics: Metrics) -> None:
                     marker="o",
                     markersize=2.5,
                     linewidth=1.2 if i else 1.8,
-                    label=name_of(phase),
+                    label=name_of(phase, label),
                 )
             level = next((m[key] for m in metrics if (key := f"validation_teacher_{name}") in m), None)
             if level is not None:

@@ -30,6 +30,7 @@ def write_report(
     *,
     title: str,
     results: Mapping[str, Results],
+    student: str = "student",
     teacher: str | None = None,
     facts: Mapping[str, Any] | None = None,
     metrics: Metrics = (),
@@ -49,6 +50,7 @@ def write_report(
     Args:
         title: the heading, such as the method's name.
         results: what `evaluate` returned for each model, in the order of the table's rows.
+        student: the main student's name, as in `results`.
         teacher: the model in `results` that the others are compared with.
         facts: further facts about the run, such as method, data, models and hardware.
         metrics: the lines of metrics.jsonl. The student's phase is "student", those of baselines "student:NAME";
@@ -64,17 +66,17 @@ def write_report(
     sections = [f"# {title}\n", verdict(results), _facts(facts or {}), _results(results, teacher)]
     shown = folder / "figures"
     if figures.steps_of(metrics, "student"):
-        figures.training(shown / "training.png", metrics)
+        figures.training(shown / "training.png", metrics, label=student)
         figures.schedule(shown / "schedule.png", metrics)
         sections += [_training(metrics, stages, batch_size)]
     if exposures:
         figures.exposure(shown / "exposure.png", exposures)
         sections += [_exposure(exposures)]
     if figures.diagnosed(metrics):
-        figures.agreement(shown / "agreement.png", metrics)
-        sections += [diagnostics.section(metrics, sampled or {})]
+        figures.agreement(shown / "agreement.png", metrics, label=student)
+        sections += [diagnostics.section(metrics, sampled or {}, student)]
     if sampled:
-        write_text(folder / "samples.md", diagnostics.all_samples(metrics, sampled))
+        write_text(folder / "samples.md", diagnostics.all_samples(metrics, sampled, student))
     sections += [_phases(metrics, seconds or {})]
     if difficulty is not None:
         figures.difficulty(shown / "difficulty.png", difficulty)

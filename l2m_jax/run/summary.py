@@ -102,6 +102,7 @@ def write(
         workdir,
         title=f"Distillation by {config.method}",
         results=results,
+        student=config.method,
         teacher="teacher",
         facts={
             "method": config.method,
@@ -121,7 +122,7 @@ def write(
         sampled=sampled,
         files=listed,
     )
-    answers, samples = sample_rows(metrics, sampled), workdir / "samples.md"
+    answers, samples = sample_rows(metrics, sampled, config.method), workdir / "samples.md"
     context.metrics.report(
         {
             name: {found.title: found.rouge_l.mean for found in result.sets}

@@ -31,9 +31,10 @@ OBJECTIVE = Objective(SkewKL(0.1), 0.7)
 
 @pytest.fixture(scope="module", autouse=True)
 def _chunks_in_parts():
-    """As with a large vocabulary."""
+    """Chunks are divided, and have several blocks, as with a large vocabulary."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "_MIN_LOGITS_TO_DIVIDE", 0)
+        patch.setattr(chunks, "_BLOCK_LOGITS_CPU", 8 * 29)
         yield
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -120,6 +121,16 @@ def test_diagnostics_are_those_of_the_saved_students(finished, method):
     assert (run / "figures" / "agreement.png").is_file() and kept["samples"][0]["id"] in (
         run / "samples.md"
     ).read_text()
+
+
+def test_a_student_has_one_name_throughout_the_report(finished):
+    report = (finished / "run" / "report.md").read_text()
+    agreement = report.partition("## Agreement with the teacher")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (\S+) +\|", agreement.partition("<details>")[0], re.M)
+    assert [row for row in rows if row in ("l2m", "sft", "student", "teacher")] == ["l2m", "sft", "teacher"]
+    assert "Greedy answers of l2m as training goes" in agreement
+    samples = (finished / "run" / "samples.md").read_text()
+    assert set(re.findall(r"^\| +\d+ \| +\d+ \| (\S+) \|", samples, re.M)) == {"l2m", "sft"}
 
 
 def test_the_student_says_how_it_was_made_and_how_well_it_does(finished):
